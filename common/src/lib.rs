@@ -1,0 +1,12 @@
+//! The protocols of mixsocks as pure cores: no sockets, no clock, no threads.
+
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
+
+pub mod address;
+pub mod gateway;
+pub mod keys;
+pub mod link;
+pub mod replay;
+pub mod session;
+pub mod target;
+pub mod topology;

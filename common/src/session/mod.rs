@@ -1,0 +1,5 @@
+//! Sessions and streams.
+
+mod outcome;
+
+pub use outcome::OpenOutcome;

@@ -1,0 +1,170 @@
+//! The topology: which nodes and providers a network has, as a document signed by its authorities.
+//!
+//! [`signed`] is the file and its signatures, [`document`] the text inside it, [`route`] the choice
+//! of a way through it.
+
+mod document;
+mod route;
+mod signed;
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+pub use document::{DocumentError, MAX_NODES, MAX_PROVIDERS};
+pub use route::{NoRoute, delay_quantile, random_route};
+pub use signed::{Authorities, AuthoritiesError, MAX_DOCUMENT_BYTES, TopologyError, sign, verify};
+
+use crate::address::Address;
+use crate::keys::{EncryptionKey, Identity};
+
+/// Mix layers of every network.
+pub const LAYERS: usize = 3;
+
+/// Name of a network: 1 to 64 of the characters a–z, 0–9 and hyphen.
+///
+/// It is part of every signature and hello, so that nodes of two networks never mix.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct NetworkName(String);
+
+impl NetworkName {
+    /// Longest name in bytes.
+    pub const MAX_LEN: usize = 64;
+
+    /// Checks a name; `None` when it is empty, too long or holds another character.
+    pub fn new(name: &str) -> Option<Self> {
+        let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        (!name.is_empty() && name.len() <= Self::MAX_LEN && name.bytes().all(allowed))
+            .then(|| Self(name.to_owned()))
+    }
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Seconds since 1970-01-01 00:00 UTC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct UnixTime(pub u64);
+
+/// What all nodes of a network agree on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parameters {
+    /// Bytes of a packet's payload: 1,024 to 32,768.
+    pub payload_bytes: usize,
+    /// Mean of the exponential delay that senders choose for each mix. Provider and client judge
+    /// loss by it.
+    pub mean_delay: Duration,
+    /// A mix holds no packet longer, whatever its sender chose.
+    pub max_delay: Duration,
+}
+
+/// A mix or gateway.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// Its name, in packets too.
+    pub identity: Identity,
+    /// Key of its layer of a packet.
+    pub sphinx_key: EncryptionKey,
+    /// Where other nodes reach it.
+    pub link_address: SocketAddr,
+    /// What it does.
+    pub role: Role,
+}
+
+/// What a node does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Mixes in one of the layers 1 to 3.
+    Mix {
+        /// The layer, from 1.
+        layer: u8,
+    },
+    /// Entry and inbox of clients.
+    Gateway {
+        /// Where clients reach it (websocket over TLS).
+        client_address: SocketAddr,
+    },
+}
+
+/// An advertised service provider.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Provider {
+    /// Short name for people.
+    pub name: String,
+    /// Where packets for it go.
+    pub address: Address,
+    /// What it lets through, in words.
+    pub policy: String,
+}
+
+/// A topology whose signatures and contents have been checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Topology {
+    /// The network it describes.
+    pub network: NetworkName,
+    /// Counts documents; a higher one replaces a lower one.
+    pub epoch: u64,
+    /// Not in force before.
+    pub valid_from: UnixTime,
+    /// Not in force from this second on.
+    pub valid_until: UnixTime,
+    /// What all agree on.
+    pub parameters: Parameters,
+    nodes: Vec<Node>,
+    providers: Vec<Provider>,
+}
+
+impl Topology {
+    /// Bytes of a packet on this network.
+    pub fn packet_bytes(&self) -> usize {
+        mixsocks_sphinx::HEADER_LEN + self.parameters.payload_bytes
+    }
+
+    /// All nodes, in the document's order.
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// All advertised providers, in the document's order.
+    pub fn providers(&self) -> &[Provider] {
+        &self.providers
+    }
+
+    /// The node with this identity.
+    pub fn node(&self, identity: &Identity) -> Option<&Node> {
+        self.nodes.iter().find(|node| node.identity == *identity)
+    }
+
+    /// The mixes of a layer, from 1.
+    pub fn mixes(&self, layer: u8) -> impl Iterator<Item = &Node> {
+        self.nodes.iter().filter(move |node| node.role == Role::Mix { layer })
+    }
+
+    /// All gateways.
+    pub fn gateways(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.iter().filter(|node| matches!(node.role, Role::Gateway { .. }))
+    }
+
+    /// The gateway with this identity.
+    pub fn gateway(&self, identity: &Identity) -> Option<&Node> {
+        self.node(identity).filter(|node| matches!(node.role, Role::Gateway { .. }))
+    }
+
+    /// The provider with this name.
+    pub fn provider(&self, name: &str) -> Option<&Provider> {
+        self.providers.iter().find(|provider| provider.name == name)
+    }
+
+    /// Whether a packet may go from one node straight to the other: from a gateway into layer 1,
+    /// from a layer into the next, from the last layer to a gateway.
+    pub fn may_forward(&self, from: &Identity, to: &Identity) -> bool {
+        let (Some(from), Some(to)) = (self.node(from), self.node(to)) else { return false };
+        match (from.role, to.role) {
+            (Role::Gateway { .. }, Role::Mix { layer }) => layer == 1,
+            (Role::Mix { layer: from }, Role::Mix { layer: to }) => to == from + 1,
+            (Role::Mix { layer }, Role::Gateway { .. }) => usize::from(layer) == LAYERS,
+            (Role::Gateway { .. }, Role::Gateway { .. }) => false,
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! Mixes and gateways.
+
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
+
+pub mod counters;
+pub mod gateway;
+pub mod link;
+pub mod mix;
+pub mod peel;

@@ -1,0 +1,270 @@
+//! Packets as bytes on a link, and the payload that comes out at the end of a route.
+
+use std::fmt;
+
+use sphinx_packet::header::SphinxHeader;
+use thiserror::Error;
+
+use crate::{HEADER_LEN, MIN_PAYLOAD_LEN, PAYLOAD_OVERHEAD};
+
+/// Zero bytes at the start of a payload that arrived unchanged.
+const LEADING_ZEROS: usize = PAYLOAD_OVERHEAD - 1;
+
+/// The longest plaintext in bytes that a payload of `payload_len` bytes can carry; 0 for payloads
+/// too short to carry any.
+#[must_use]
+pub const fn max_plaintext(payload_len: usize) -> usize {
+    payload_len.saturating_sub(PAYLOAD_OVERHEAD)
+}
+
+/// A packet between two hops: [`HEADER_LEN`] bytes of header, then the payload.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Packet(Vec<u8>);
+
+/// Why bytes are no [`Packet`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum PacketError {
+    /// The network's payloads are shorter than [`MIN_PAYLOAD_LEN`]: the caller's fault.
+    #[error("a payload of {payload_len} bytes is shorter than {MIN_PAYLOAD_LEN}")]
+    PayloadTooShort {
+        /// The length of payloads that the caller asked for.
+        payload_len: usize,
+    },
+    /// The packet does not have the one length of its network: the sender's fault.
+    #[error("a packet of {len} bytes instead of {expected}")]
+    WrongLength {
+        /// The length of the packet.
+        len: usize,
+        /// The length that it should have.
+        expected: usize,
+    },
+}
+
+impl Packet {
+    /// Takes a packet of a network with payloads of `payload_len` bytes. Nothing but the length is
+    /// looked at.
+    ///
+    /// # Errors
+    ///
+    /// See [`PacketError`].
+    pub fn from_bytes(bytes: impl Into<Vec<u8>>, payload_len: usize) -> Result<Self, PacketError> {
+        if payload_len < MIN_PAYLOAD_LEN {
+            return Err(PacketError::PayloadTooShort { payload_len });
+        }
+        let bytes = bytes.into();
+        let expected = HEADER_LEN.saturating_add(payload_len);
+        if bytes.len() != expected {
+            return Err(PacketError::WrongLength {
+                len: bytes.len(),
+                expected,
+            });
+        }
+        Ok(Self(bytes))
+    }
+
+    /// The bytes for a link.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The bytes for a link.
+    #[must_use]
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.0
+    }
+
+    /// Joins a built header and a payload.
+    pub(crate) fn join(header: &SphinxHeader, payload: &[u8]) -> Self {
+        let mut bytes = Vec::with_capacity(HEADER_LEN + payload.len());
+        bytes.extend_from_slice(header.shared_secret.as_bytes());
+        bytes.extend(header.routing_info.to_bytes());
+        bytes.extend_from_slice(payload);
+        Self(bytes)
+    }
+
+    /// Joins a header in bytes and a payload.
+    pub(crate) fn join_bytes(header: &[u8; HEADER_LEN], payload: &[u8]) -> Self {
+        let mut bytes = Vec::with_capacity(HEADER_LEN + payload.len());
+        bytes.extend_from_slice(header);
+        bytes.extend_from_slice(payload);
+        Self(bytes)
+    }
+
+    /// Puts what the next hop gets in place of what this hop got; `payload` has the same length.
+    pub(crate) fn overwrite(mut self, header: &SphinxHeader, payload: &[u8]) -> Self {
+        let (group_element, rest) = self.0.split_at_mut(header.shared_secret.as_bytes().len());
+        let (routing, old_payload) = rest.split_at_mut(HEADER_LEN - group_element.len());
+        group_element.copy_from_slice(header.shared_secret.as_bytes());
+        routing.copy_from_slice(&header.routing_info.to_bytes());
+        old_payload.copy_from_slice(payload);
+        self
+    }
+
+    pub(crate) fn header(&self) -> &[u8; HEADER_LEN] {
+        self.0
+            .first_chunk()
+            .expect("a packet is longer than a header")
+    }
+
+    pub(crate) fn payload(&self) -> &[u8] {
+        &self.0[HEADER_LEN..]
+    }
+}
+
+/// Shows the length only.
+impl fmt::Debug for Packet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Packet")
+            .field("len", &self.0.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What the last hop finds when it has taken off its layer.
+///
+/// Of a packet from [`crate::build_packets`] it is the plaintext with its padding; of a reply that
+/// came on a SURB it is noise until [`crate::recover_replies`] has it.
+pub struct Payload(sphinx_packet::payload::Payload);
+
+/// Why a payload holds no plaintext: somebody changed it on the way, or it is a reply, which only
+/// its recovery opens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum PayloadError {
+    /// The first 16 bytes are not all zero.
+    #[error("the payload does not start with zeros: it was changed on the way")]
+    LeadingZeros,
+    /// The plaintext is not followed by one byte 1 and zeros to the end.
+    #[error("the payload does not end in padding")]
+    Padding,
+}
+
+#[expect(clippy::len_without_is_empty, reason = "no payload is empty")]
+impl Payload {
+    pub(crate) fn new(inner: sphinx_packet::payload::Payload) -> Self {
+        Self(inner)
+    }
+
+    pub(crate) fn into_inner(self) -> sphinx_packet::payload::Payload {
+        self.0
+    }
+
+    /// The length in bytes: that of all payloads of the network.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// The bytes, padding included.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+
+    /// Takes the plaintext out: 0 to [`max_plaintext`] bytes.
+    ///
+    /// # Errors
+    ///
+    /// See [`PayloadError`].
+    pub fn into_plaintext(self) -> Result<Vec<u8>, PayloadError> {
+        let mut bytes = self.0.into_bytes();
+        let (zeros, padded) = bytes
+            .split_at_checked(LEADING_ZEROS)
+            .ok_or(PayloadError::LeadingZeros)?;
+        if zeros.iter().any(|byte| *byte != 0) {
+            return Err(PayloadError::LeadingZeros);
+        }
+        let end = padded.iter().rposition(|byte| *byte != 0);
+        let len = end
+            .filter(|end| padded[*end] == 1)
+            .ok_or(PayloadError::Padding)?;
+        bytes.truncate(LEADING_ZEROS + len);
+        bytes.drain(..LEADING_ZEROS);
+        Ok(bytes)
+    }
+}
+
+/// Shows the length only.
+impl fmt::Debug for Payload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Payload")
+            .field("len", &self.len())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    fn payload(bytes: &[u8]) -> Payload {
+        Payload::new(sphinx_packet::payload::Payload::from_bytes(bytes).unwrap())
+    }
+
+    fn plaintext(start: &[u8], end: &[u8]) -> Result<Vec<u8>, PayloadError> {
+        let mut bytes = [0; 64];
+        bytes[..start.len()].copy_from_slice(start);
+        bytes[64 - end.len()..].copy_from_slice(end);
+        payload(&bytes).into_plaintext()
+    }
+
+    #[test]
+    fn a_packet_has_one_length() {
+        for len in [0, HEADER_LEN, HEADER_LEN + 63, HEADER_LEN + 65] {
+            assert_eq!(
+                Packet::from_bytes(vec![0; len], 64),
+                Err(PacketError::WrongLength { len, expected: 412 })
+            );
+        }
+        let packet = Packet::from_bytes(vec![3; 412], 64).unwrap();
+        assert_eq!(packet.as_bytes(), [3; 412]);
+        assert_eq!(packet.into_bytes(), [3; 412]);
+    }
+
+    #[test]
+    fn a_payload_is_longer_than_a_block_of_the_cipher() {
+        for payload_len in [0, 16, 32] {
+            assert_eq!(
+                Packet::from_bytes(vec![0; HEADER_LEN + payload_len], payload_len),
+                Err(PacketError::PayloadTooShort { payload_len })
+            );
+        }
+        assert!(Packet::from_bytes(vec![0; HEADER_LEN + 33], 33).is_ok());
+        assert!(Packet::from_bytes(vec![], usize::MAX).is_err());
+        assert_eq!([max_plaintext(0), max_plaintext(17)], [0, 0]);
+        assert_eq!([max_plaintext(33), max_plaintext(2048)], [16, 2031]);
+    }
+
+    #[test]
+    fn padding_is_taken_off() {
+        let zeros = [0; 16];
+        let start = |rest: &[u8]| [&zeros[..], rest].concat();
+        assert_eq!(plaintext(&start(&[1]), &[]).unwrap(), []);
+        assert_eq!(plaintext(&start(&[1, 1]), &[]).unwrap(), [1]);
+        assert_eq!(plaintext(&start(&[0, 0, 1]), &[]).unwrap(), [0, 0]);
+        assert_eq!(plaintext(&start(&[8, 9, 1]), &[]).unwrap(), [8, 9]);
+        assert_eq!(plaintext(&[], &[1]).unwrap(), [0; 47]);
+    }
+
+    #[test]
+    fn wrong_padding_is_refused() {
+        assert_eq!(plaintext(&[], &[]), Err(PayloadError::Padding));
+        assert_eq!(plaintext(&[], &[1, 2]), Err(PayloadError::Padding));
+        assert_eq!(plaintext(&[], &[1, 0, 0x80]), Err(PayloadError::Padding));
+        for position in 0..LEADING_ZEROS {
+            let mut start = [0; 16];
+            start[position] = 1;
+            assert_eq!(plaintext(&start, &[1]), Err(PayloadError::LeadingZeros));
+        }
+    }
+
+    #[test]
+    fn packets_and_payloads_show_their_length_only() {
+        let packet = Packet::from_bytes(vec![0xab; 412], 64).unwrap();
+        assert_eq!(format!("{packet:?}"), "Packet { len: 412, .. }");
+        let payload = payload(&[0xab; 64]);
+        assert_eq!(format!("{payload:?}"), "Payload { len: 64, .. }");
+        assert_eq!(payload.as_bytes(), [0xab; 64]);
+    }
+}

@@ -1,0 +1,289 @@
+//! The command line: every option, also as a `MIXSOCKS_…` variable, parsed once into what it means.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::BoolishValueParser;
+use clap::{ArgAction, Args, Parser, Subcommand};
+use mixsocks_common::address::Address;
+use mixsocks_common::keys::Identity;
+
+/// Mixes hold no packet longer than this, so a mean beyond it would be a promise that is not kept.
+pub(crate) const MAX_DELAY: Duration = Duration::from_secs(10);
+
+/// A longer measurement tells nothing more.
+const MAX_BENCH_SECONDS: u64 = 600;
+
+/// A local SOCKS5 proxy whose traffic goes through a mixnet.
+#[derive(Debug, Parser)]
+#[command(
+    name = "mixsocks",
+    version,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    disable_help_subcommand = true,
+    after_help = "Options of up and client are also variables: --mean-delay 5ms is MIXSOCKS_MEAN_DELAY=5ms."
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) verbosity: Verbosity,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Start a whole network on this machine (mixes, gateways, provider, client) and a proxy to it.
+    Up(UpArgs),
+    /// Start a proxy to a network that a signed topology file describes.
+    Client(ClientArgs),
+    /// Measure latency, throughput, CPU and memory of a proxy.
+    Bench(BenchArgs),
+}
+
+/// How much is said.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Verbosity {
+    /// Log more; twice also shows destinations.
+    #[arg(short, long, global = true, action = ArgAction::Count, env = "MIXSOCKS_VERBOSE")]
+    pub(crate) verbose: u8,
+    /// Say only where the proxy listens, and errors.
+    #[arg(
+        short, long, global = true, env = "MIXSOCKS_QUIET", value_parser = BoolishValueParser::new(),
+        conflicts_with = "verbose"
+    )]
+    pub(crate) quiet: bool,
+}
+
+/// Where programs reach the proxy.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ListenArgs {
+    /// Where the SOCKS5 proxy listens; port 0 takes any free one.
+    #[arg(
+        long, value_name = "ADDR:PORT", env = "MIXSOCKS_SOCKS", default_value = "127.0.0.1:1080",
+        value_parser = parse_socket_address
+    )]
+    pub(crate) socks: SocketAddr,
+    /// Ask programs for this user name and password (other local users see it in the process list;
+    /// the variable is not shown there).
+    #[arg(
+        long, value_name = "USER:PASSWORD", env = "MIXSOCKS_SOCKS_USER", hide_env_values = true,
+        value_parser = Credentials::parse
+    )]
+    pub(crate) socks_user: Option<Credentials>,
+}
+
+/// How packets are delayed.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct TrafficArgs {
+    /// Mean time that each of the three mixes holds a packet, such as 15ms; 0 is allowed.
+    #[arg(
+        long, value_name = "DURATION", env = "MIXSOCKS_MEAN_DELAY", value_parser = parse_mean_delay
+    )]
+    pub(crate) mean_delay: Option<Duration>,
+    /// How sending is timed: "fast" sends when there is something to send.
+    #[arg(
+        long, value_name = "PROFILE", env = "MIXSOCKS_PROFILE", default_value = "fast",
+        value_parser = Profile::parse
+    )]
+    pub(crate) profile: Profile,
+}
+
+/// Options of `mixsocks up`.
+#[derive(Debug, Args)]
+pub(crate) struct UpArgs {
+    #[command(flatten)]
+    pub(crate) listen: ListenArgs,
+    #[command(flatten)]
+    pub(crate) traffic: TrafficArgs,
+    /// Where keys and registrations are kept, so that addresses stay the same.
+    #[arg(long, value_name = "DIR", env = "MIXSOCKS_DATA_DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+    /// Let the provider connect to private and loopback addresses too (for tests).
+    #[arg(
+        long, env = "MIXSOCKS_ALLOW_PRIVATE", action = ArgAction::SetTrue,
+        value_parser = BoolishValueParser::new()
+    )]
+    pub(crate) allow_private: bool,
+    /// Name server that the provider asks, instead of those of this machine.
+    #[arg(long, value_name = "ADDR:PORT", env = "MIXSOCKS_DNS", value_parser = parse_socket_address)]
+    pub(crate) dns: Option<SocketAddr>,
+}
+
+/// Options of `mixsocks client`.
+#[derive(Debug, Args)]
+pub(crate) struct ClientArgs {
+    /// The network's signed topology file.
+    #[arg(long, value_name = "FILE", env = "MIXSOCKS_TOPOLOGY")]
+    pub(crate) topology: PathBuf,
+    /// Key of the authority that signs the topology, in base58.
+    #[arg(long, value_name = "KEY", env = "MIXSOCKS_AUTHORITY")]
+    pub(crate) authority: Identity,
+    /// The provider to use: a name from the topology, or an address.
+    #[arg(
+        long, value_name = "NAME|ADDRESS", env = "MIXSOCKS_PROVIDER",
+        value_parser = ProviderChoice::parse
+    )]
+    pub(crate) provider: Option<ProviderChoice>,
+    #[command(flatten)]
+    pub(crate) listen: ListenArgs,
+    #[command(flatten)]
+    pub(crate) traffic: TrafficArgs,
+    /// Where keys and the registration are kept, so that the address stays the same.
+    #[arg(long, value_name = "DIR", env = "MIXSOCKS_DATA_DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+}
+
+/// Options of `mixsocks bench`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// Measure this proxy (its provider must reach this machine's loopback addresses) instead of a
+    /// network that is started for the measurement.
+    #[arg(
+        long, value_name = "ADDR:PORT", value_parser = parse_socket_address,
+        conflicts_with = "mean_delay"
+    )]
+    pub(crate) socks: Option<SocketAddr>,
+    #[command(flatten)]
+    pub(crate) traffic: TrafficArgs,
+    /// How long each transfer runs.
+    #[arg(
+        long, value_name = "N", default_value_t = 5,
+        value_parser = clap::value_parser!(u64).range(1..=MAX_BENCH_SECONDS)
+    )]
+    pub(crate) seconds: u64,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How the client times its sending.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Profile {
+    /// Sends when there is something to send: mixing only.
+    Fast,
+}
+
+impl Profile {
+    fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "fast" => Ok(Self::Fast),
+            _ => Err("this version has only the profile \"fast\"".to_owned()),
+        }
+    }
+}
+
+impl fmt::Display for Profile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fast => f.write_str("fast"),
+        }
+    }
+}
+
+/// User name and password of the proxy (RFC 1929): 1 to 255 bytes each.
+#[derive(Clone)]
+pub(crate) struct Credentials {
+    pub(crate) user: String,
+    pub(crate) password: String,
+}
+
+impl Credentials {
+    fn parse(text: &str) -> Result<Self, String> {
+        let (user, password) = text.split_once(':').ok_or("expected USER:PASSWORD")?;
+        for (part, name) in [(user, "user name"), (password, "password")] {
+            if part.is_empty() || part.len() > 255 {
+                return Err(format!("the {name} must have 1 to 255 bytes"));
+            }
+        }
+        Ok(Self { user: user.to_owned(), password: password.to_owned() })
+    }
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Credentials")
+    }
+}
+
+/// How the user names a provider.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum ProviderChoice {
+    /// A name that the topology advertises.
+    Name(String),
+    /// An address, advertised or not.
+    Address(Address),
+}
+
+impl ProviderChoice {
+    /// What holds an `@` or a `.` was meant as an address.
+    fn parse(text: &str) -> Result<Self, String> {
+        if text.contains(['@', '.']) {
+            let address = text.parse().map_err(|error| format!("{error}"))?;
+            return Ok(Self::Address(address));
+        }
+        Ok(Self::Name(text.to_owned()))
+    }
+}
+
+fn parse_socket_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| {
+        "expected an IP address and a port, such as 127.0.0.1:1080 or [::1]:1080".to_owned()
+    })
+}
+
+fn parse_mean_delay(text: &str) -> Result<Duration, String> {
+    let delay = humantime::parse_duration(text)
+        .map_err(|_| "expected a number and a unit, such as 15ms or 0.1s".to_owned())?;
+    if delay > MAX_DELAY {
+        return Err(format!(
+            "the mixes hold no packet longer than {}",
+            humantime::format_duration(MAX_DELAY)
+        ));
+    }
+    Ok(delay)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn mean_delays() {
+        assert_eq!(parse_mean_delay("15ms"), Ok(Duration::from_millis(15)));
+        assert_eq!(parse_mean_delay("0"), Ok(Duration::ZERO));
+        assert_eq!(parse_mean_delay("0ms"), Ok(Duration::ZERO));
+        assert_eq!(parse_mean_delay("10s"), Ok(MAX_DELAY));
+        assert!(parse_mean_delay("10001ms").unwrap_err().contains("longer than 10s"));
+        for wrong in ["", "15", "-1ms", "ms", "fast"] {
+            assert!(parse_mean_delay(wrong).unwrap_err().contains("such as 15ms"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn credentials_are_split_at_the_first_colon_and_never_shown() {
+        let credentials = Credentials::parse("alice:se:cret").unwrap();
+        assert_eq!((&*credentials.user, &*credentials.password), ("alice", "se:cret"));
+        assert_eq!(format!("{credentials:?}"), "Credentials");
+        for wrong in ["alice", ":x", "x:", &format!("x:{}", "y".repeat(256))] {
+            assert!(Credentials::parse(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_provider_is_a_name_or_an_address() {
+        assert_eq!(ProviderChoice::parse("exit"), Ok(ProviderChoice::Name("exit".to_owned())));
+        for wrong in ["abc@def", "abc.def", "a.b@c"] {
+            assert!(ProviderChoice::parse(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,2 @@
+//! The `mixsocks` binary.
+fn main() {}
