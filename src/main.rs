@@ -1,2 +1,108 @@
-//! The `mixsocks` binary.
-fn main() {}
+//! `mixsocks`: a local SOCKS5 proxy whose traffic goes through a mixnet.
+//!
+//! [`cli`] is the command line; [`up`], [`client`] and [`bench`] are its commands.
+
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
+
+mod bench;
+mod cli;
+mod client;
+mod data_dir;
+mod logging;
+mod nearest;
+mod network;
+mod proxy;
+mod signals;
+mod topology_file;
+mod up;
+mod usage_error;
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+
+/// What still runs after a command has ended, such as a name look-up, is left behind after this.
+const LEFT_BEHIND_AFTER: Duration = Duration::from_millis(100);
+
+fn main() -> ExitCode {
+    let words: Vec<String> =
+        std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if !error.use_stderr() => error.exit(),
+        Err(error) if words.len() == 1 => error.exit(),
+        Err(error) => {
+            complain(&usage_error::describe(&error, &words));
+            return ExitCode::from(usage_error::EXIT_CODE);
+        }
+    };
+    logging::start(cli.verbosity);
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&describe(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let quiet = cli.verbosity.quiet;
+    let result = runtime.block_on(async move {
+        match cli.command {
+            Command::Up(args) => Box::pin(up::run(args, quiet)).await,
+            Command::Client(args) => Box::pin(client::run(args, quiet)).await,
+            Command::Bench(args) => Box::pin(bench::run(args)).await,
+        }
+    });
+    runtime.shutdown_timeout(LEFT_BEHIND_AFTER);
+    result
+}
+
+/// The error and its causes in one line. A cause that the line already quotes is not repeated.
+fn describe(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if line.is_empty() {
+            line = cause;
+        } else if !line.contains(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line
+}
+
+/// Writes an error to stderr; a stderr that is closed is no reason to panic.
+fn complain(line: &str) {
+    let _ = writeln!(std::io::stderr(), "error: {line}");
+}
+
+/// Writes text to stdout; a stdout that is closed is no reason to panic.
+fn say(text: &str) {
+    let mut stdout = std::io::stdout().lock();
+    let _ = writeln!(stdout, "{text}");
+    let _ = stdout.flush();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context;
+
+    #[test]
+    fn an_error_is_one_line_and_says_everything_once() {
+        let error = Err::<(), _>(std::io::Error::other("disk is on fire"))
+            .context("cannot read x: disk is on fire")
+            .context("the client does not start")
+            .unwrap_err();
+        assert_eq!(
+            describe(&error),
+            "the client does not start: cannot read x: disk is on fire"
+        );
+    }
+}

@@ -159,7 +159,11 @@ impl Snapshot {
 
 impl fmt::Display for Snapshot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} packets in, {} out", self.packets_in, self.packets_out)?;
+        write!(
+            f,
+            "{} packets in, {} out",
+            self.packets_in, self.packets_out
+        )?;
         let mut separator = "; dropped: ";
         for reason in DropReason::ALL {
             let count = self.dropped(reason);

@@ -30,7 +30,11 @@ impl Peeler {
         rng: &mut impl Rng,
     ) -> Self {
         let replay = Mutex::new(ReplayFilter::new(max_tags, rng));
-        Self { key, replay, counters }
+        Self {
+            key,
+            replay,
+            counters,
+        }
     }
 
     /// Takes one layer off each packet, in their order. Packets that are forged, malformed,
@@ -43,11 +47,14 @@ impl Peeler {
             .filter_map(|opened| self.count_error(opened))
             .collect();
         let fresh = self.admit(opened);
-        finish(fresh).into_iter().filter_map(|peeled| self.count_error(peeled)).collect()
+        finish(fresh)
+            .into_iter()
+            .filter_map(|peeled| self.count_error(peeled))
+            .collect()
     }
 
     fn admit(&self, opened: Vec<OpenedPacket>) -> Vec<OpenedPacket> {
-        // Tags first: whoever comes second to the lock must see all of a batch or nothing of it.
+        // Tags are taken out first, so that the lock covers nothing but the table.
         let tags: Vec<_> = opened.iter().map(OpenedPacket::replay_tag).collect();
         let admissions: Vec<_> = {
             // A panic inside would leave the table as it was or with one tag more: still in order.
@@ -73,7 +80,9 @@ impl Peeler {
     }
 
     fn count_error<T>(&self, result: Result<T, PeelError>) -> Option<T> {
-        result.map_err(|error| self.counters.add_drop(drop_reason(error))).ok()
+        result
+            .map_err(|error| self.counters.add_drop(drop_reason(error)))
+            .ok()
     }
 }
 
@@ -95,7 +104,11 @@ mod tests {
     const PAYLOAD_LEN: usize = 1024;
 
     fn packets(key: &SecretKey, count: usize) -> Vec<Packet> {
-        let hop = Hop { address: [1; 32], key: key.public_key(), delay: Duration::ZERO };
+        let hop = Hop {
+            address: [1; 32],
+            key: key.public_key(),
+            delay: Duration::ZERO,
+        };
         let route = Route::new(&[hop], [2; 32], [3; 16]).unwrap();
         let requests = vec![(route, &b"text"[..]); count];
         let built = build_packets(&mut rand::rng(), PAYLOAD_LEN, &requests);
@@ -104,7 +117,10 @@ mod tests {
 
     fn peeler(key: SecretKey, max_tags: usize) -> (Peeler, Arc<Counters>) {
         let counters = Arc::new(Counters::default());
-        (Peeler::new(key, max_tags, counters.clone(), &mut rand::rng()), counters)
+        (
+            Peeler::new(key, max_tags, counters.clone(), &mut rand::rng()),
+            counters,
+        )
     }
 
     #[test]

@@ -33,7 +33,8 @@ pub trait Connect: Clone + Send + Sync + 'static {
     type Stream: Send + 'static;
 
     /// Connects.
-    fn connect(&self, address: SocketAddr) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+    fn connect(&self, address: SocketAddr)
+    -> impl Future<Output = io::Result<Self::Stream>> + Send;
 }
 
 /// TCP with `TCP_NODELAY`.
@@ -156,10 +157,7 @@ impl<C: Connect> Dialer<C> {
 
 /// Dials the addresses in order, the next one whenever [`ATTEMPT_DELAY`] has passed or an attempt
 /// failed, until the first connects.
-async fn race<C: Connect>(
-    connector: &C,
-    addresses: &[SocketAddr],
-) -> Result<C::Stream, DialError> {
+async fn race<C: Connect>(connector: &C, addresses: &[SocketAddr]) -> Result<C::Stream, DialError> {
     let mut worst: Option<DialError> = None;
     let raced = timeout(CONNECT_TIMEOUT, async {
         let mut waiting = addresses.iter().take(MAX_ATTEMPTS).copied();
@@ -180,9 +178,8 @@ async fn race<C: Connect>(
             if !more && attempts.is_empty() {
                 return None;
             }
-            let stagger = async {
-                if more { sleep_until(next_start).await } else { pending().await }
-            };
+            let stagger =
+                async { if more { sleep_until(next_start).await } else { pending().await } };
             tokio::select! {
                 Some(ended) = attempts.join_next() => {
                     let error = match ended {
@@ -203,7 +200,9 @@ async fn race<C: Connect>(
     match raced {
         Ok(Some(stream)) => Ok(stream),
         Ok(None) => Err(worst.unwrap_or(DialError::Resolve(ResolveError::NotFound))),
-        Err(_) => Err(worst.filter(|error| error.rank() > DialError::TimedOut.rank()).unwrap_or(DialError::TimedOut)),
+        Err(_) => Err(worst
+            .filter(|error| error.rank() > DialError::TimedOut.rank())
+            .unwrap_or(DialError::TimedOut)),
     }
 }
 
@@ -371,7 +370,8 @@ mod tests {
 
     #[tokio::test]
     async fn rebinding_is_useless() {
-        let public: Vec<IpAddr> = ["93.184.216.34", "2606:4700::1"].map(|ip| ip.parse().unwrap()).into();
+        let public: Vec<IpAddr> =
+            ["93.184.216.34", "2606:4700::1"].map(|ip| ip.parse().unwrap()).into();
         let inside: Vec<IpAddr> = ["127.0.0.1", "::1"].map(|ip| ip.parse().unwrap()).into();
         let answer = Answer::Changing(public, inside);
         let server = Server::start([("rebind.example", answer)]).await;

@@ -352,7 +352,8 @@ mod tests {
 
     #[test]
     fn v6_translated() {
-        let outside = (Some(("::fffe:ffff:ffff:ffff", NOT_GLOBAL)), Some(("::ffff:1:0:0", NOT_GLOBAL)));
+        let outside =
+            (Some(("::fffe:ffff:ffff:ffff", NOT_GLOBAL)), Some(("::ffff:1:0:0", NOT_GLOBAL)));
         range(Reason::Translated, ["::ffff:0:0:0", "::ffff:0:ffff:ffff"], outside.0, outside.1);
     }
 
@@ -384,8 +385,10 @@ mod tests {
 
     #[test]
     fn v6_discard() {
-        let outside =
-            (Some(("ff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", NOT_GLOBAL)), Some(("100:0:0:1::", NOT_GLOBAL)));
+        let outside = (
+            Some(("ff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", NOT_GLOBAL)),
+            Some(("100:0:0:1::", NOT_GLOBAL)),
+        );
         range(Reason::NotGlobal, ["100::", "100::ffff:ffff:ffff:ffff"], outside.0, outside.1);
     }
 
@@ -497,10 +500,24 @@ mod tests {
 
     #[test]
     fn own_addresses() {
-        let own = ["8.8.4.4", "::ffff:8.8.8.8", "2606:4700::1", "64:ff9b::9.9.9.9", "127.0.0.1", "10.0.0.5"];
+        let own = [
+            "8.8.4.4",
+            "::ffff:8.8.8.8",
+            "2606:4700::1",
+            "64:ff9b::9.9.9.9",
+            "127.0.0.1",
+            "10.0.0.5",
+        ];
         let own = own.map(|ip| ip.parse().unwrap());
         let policy = ExitPolicy::new(own, false);
-        let ips = ["8.8.4.4", "8.8.8.8", "::ffff:8.8.4.4", "64:ff9b::8.8.8.8", "2606:4700::1", "64:ff9b::9.9.9.9"];
+        let ips = [
+            "8.8.4.4",
+            "8.8.8.8",
+            "::ffff:8.8.4.4",
+            "64:ff9b::8.8.8.8",
+            "2606:4700::1",
+            "64:ff9b::9.9.9.9",
+        ];
         for ip in ips {
             assert_eq!(verdict(&policy, ip), Some(Reason::OwnAddress), "{ip}");
         }
@@ -515,17 +532,35 @@ mod tests {
     #[test]
     fn allow_private_opens_loopback_and_private_only() {
         let policy = ExitPolicy::new([], true);
-        for ip in ["127.0.0.1", "127.255.255.255", "::1", "10.1.2.3", "172.16.0.1", "192.168.0.1", "fd00::1"] {
+        for ip in [
+            "127.0.0.1",
+            "127.255.255.255",
+            "::1",
+            "10.1.2.3",
+            "172.16.0.1",
+            "192.168.0.1",
+            "fd00::1",
+        ] {
             assert_eq!(verdict(&policy, ip), None, "{ip}");
         }
         for (first, bits, reason) in V4_RANGES {
             let opened = matches!(reason, Reason::Loopback | Reason::Private);
-            let last = Ipv4Addr::from_bits(first.to_bits() | (u32::MAX.checked_shr(bits).unwrap_or(0)));
+            let last =
+                Ipv4Addr::from_bits(first.to_bits() | (u32::MAX.checked_shr(bits).unwrap_or(0)));
             for ip in [first, last] {
                 assert_eq!(verdict(&policy, &ip.to_string()).is_none(), opened, "{ip}");
             }
         }
-        for ip in ["::", "::2", "fe80::1", "fec0::1", "ff02::1", "2001::1", "2002:0a00:0001::", "64:ff9b:1::1"] {
+        for ip in [
+            "::",
+            "::2",
+            "fe80::1",
+            "fec0::1",
+            "ff02::1",
+            "2001::1",
+            "2002:0a00:0001::",
+            "64:ff9b:1::1",
+        ] {
             assert!(verdict(&policy, ip).is_some(), "{ip}");
         }
     }

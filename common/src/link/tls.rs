@@ -73,9 +73,10 @@ impl From<rustls::Error> for LinkError {
     /// Finds the reason that one of our verifiers gave inside the error of the handshake.
     fn from(error: rustls::Error) -> Self {
         match &error {
-            rustls::Error::Other(OtherError(inner)) => {
-                inner.downcast_ref::<Self>().cloned().unwrap_or(Self::Tls(error))
-            }
+            rustls::Error::Other(OtherError(inner)) => inner
+                .downcast_ref::<Self>()
+                .cloned()
+                .unwrap_or(Self::Tls(error)),
             // Either the peer takes no raw keys, or it does not show one.
             rustls::Error::NoCertificatesPresented
             | rustls::Error::PeerIncompatible(
@@ -176,11 +177,17 @@ pub fn server_name() -> ServerName<'static> {
 /// # Errors
 /// [`LinkError::WrongProtocol`].
 pub fn check_protocol(connection: &CommonState, alpn: &[u8]) -> Result<(), LinkError> {
-    let exchange = connection.negotiated_key_exchange_group().map(|group| group.name());
+    let exchange = connection
+        .negotiated_key_exchange_group()
+        .map(|group| group.name());
     let agreed = connection.alpn_protocol() == Some(alpn)
         && connection.protocol_version() == Some(ProtocolVersion::TLSv1_3)
         && exchange == Some(NamedGroup::X25519MLKEM768);
-    if agreed { Ok(()) } else { Err(LinkError::WrongProtocol) }
+    if agreed {
+        Ok(())
+    } else {
+        Err(LinkError::WrongProtocol)
+    }
 }
 
 /// Who is at the other end of a finished handshake.
@@ -223,7 +230,9 @@ fn provider() -> Arc<CryptoProvider> {
 }
 
 fn server_key(key: &IdentityKey) -> Result<Arc<AlwaysResolvesServerRawPublicKeys>, LinkError> {
-    Ok(Arc::new(AlwaysResolvesServerRawPublicKeys::new(Arc::new(certified_key(key)?))))
+    Ok(Arc::new(AlwaysResolvesServerRawPublicKeys::new(Arc::new(
+        certified_key(key)?,
+    ))))
 }
 
 fn certified_key(key: &IdentityKey) -> Result<CertifiedKey, LinkError> {
@@ -238,7 +247,9 @@ fn certified_key(key: &IdentityKey) -> Result<CertifiedKey, LinkError> {
 
 /// The identity in a `SubjectPublicKeyInfo`: exactly the one encoding of an Ed25519 key.
 fn parse_spki(spki: &[u8]) -> Result<Identity, LinkError> {
-    let key = spki.strip_prefix(&SPKI_PREFIX).ok_or(LinkError::NoIdentity)?;
+    let key = spki
+        .strip_prefix(&SPKI_PREFIX)
+        .ok_or(LinkError::NoIdentity)?;
     let key = <[u8; KEY_LEN]>::try_from(key).map_err(|_| LinkError::NoIdentity)?;
     Identity::from_bytes(key).map_err(|_| LinkError::NoIdentity)
 }
@@ -267,7 +278,7 @@ fn verify_signature(
 
 /// TLS 1.2 is switched off; no signature of it is good.
 fn no_tls12() -> rustls::Error {
-    rustls::Error::PeerIncompatible(PeerIncompatible::Tls13RequiredForQuic)
+    rustls::Error::PeerIncompatible(PeerIncompatible::Tls12NotOfferedOrEnabled)
 }
 
 /// Accepts one server.
@@ -428,7 +439,11 @@ mod tests {
                 });
             }
             if to_server.is_empty() && to_client.is_empty() {
-                return Outcome { pair, client, server };
+                return Outcome {
+                    pair,
+                    client,
+                    server,
+                };
             }
         }
     }
@@ -461,8 +476,12 @@ mod tests {
         assert_eq!(peer_identity(&client).unwrap(), key(2).identity());
         assert_eq!(peer_identity(&server).unwrap(), key(1).identity());
         let mut exported = [[0u8; 32]; 2];
-        client.export_keying_material(&mut exported[0], b"label", Some(b"context")).unwrap();
-        server.export_keying_material(&mut exported[1], b"label", Some(b"context")).unwrap();
+        client
+            .export_keying_material(&mut exported[0], b"label", Some(b"context"))
+            .unwrap();
+        server
+            .export_keying_material(&mut exported[1], b"label", Some(b"context"))
+            .unwrap();
         assert_eq!(exported[0], exported[1]);
         assert_ne!(exported[0], [0; 32]);
     }
@@ -484,7 +503,10 @@ mod tests {
     fn a_wrong_server_is_refused_and_both_keys_are_named() {
         let (expected, actual) = (key(3).identity(), key(2).identity());
         for outcome in [
-            shake_hands(node_client_config(&key(1), expected).unwrap(), node_server()),
+            shake_hands(
+                node_client_config(&key(1), expected).unwrap(),
+                node_server(),
+            ),
             shake_hands(
                 gateway_client_config(expected).unwrap(),
                 gateway_server_config(&key(2)).unwrap(),
@@ -519,7 +541,11 @@ mod tests {
         let mut client = (*gateway_client_config(key(2).identity()).unwrap()).clone();
         client.alpn_protocols = vec![NODE_ALPN.to_vec()];
         let outcome = shake_hands(Arc::new(client), node_server());
-        assert!(matches!(outcome.server, Err(LinkError::NoIdentity)), "{:?}", outcome.server);
+        assert!(
+            matches!(outcome.server, Err(LinkError::NoIdentity)),
+            "{:?}",
+            outcome.server
+        );
     }
 
     /// Somebody who shows the right key but does not hold it.
@@ -531,7 +557,11 @@ mod tests {
         client.client_auth_cert_resolver =
             Arc::new(AlwaysResolvesClientRawPublicKeys::new(Arc::new(stolen)));
         let outcome = shake_hands(Arc::new(client), node_server());
-        assert!(matches!(outcome.server, Err(LinkError::Tls(_))), "{:?}", outcome.server);
+        assert!(
+            matches!(outcome.server, Err(LinkError::Tls(_))),
+            "{:?}",
+            outcome.server
+        );
 
         let mut stolen = certified_key(&key(5)).unwrap();
         stolen.cert = certified_key(&key(2)).unwrap().cert;
@@ -539,7 +569,11 @@ mod tests {
         server.cert_resolver = Arc::new(AlwaysResolvesServerRawPublicKeys::new(Arc::new(stolen)));
         let client = gateway_client_config(key(2).identity()).unwrap();
         let outcome = shake_hands(client, Arc::new(server));
-        assert!(matches!(outcome.client, Err(LinkError::Tls(_))), "{:?}", outcome.client);
+        assert!(
+            matches!(outcome.client, Err(LinkError::Tls(_))),
+            "{:?}",
+            outcome.client
+        );
     }
 
     #[test]

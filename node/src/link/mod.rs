@@ -1,1 +1,120 @@
-//! link
+//! Links between nodes: [`LinkListener`] takes packets from those that may send here,
+//! [`LinkPool`] brings packets to those that this node may send to.
+//!
+//! A link carries packets one way, from the node that dialled to the one that was dialled. Both
+//! open it with a hello. The dialler sends a pad frame every [`PING_INTERVAL`], and the other end
+//! sends one back; whoever hears nothing for too long closes the link. Anything else that comes is
+//! a breach of the protocol and closes it too.
+
+mod backoff;
+mod connection;
+mod listener;
+mod next_hops;
+mod pool;
+#[cfg(test)]
+pub(crate) mod testnet;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mixsocks_common::keys::{Identity, IdentityKey};
+use mixsocks_common::link::{FrameCodec, FrameError, Hello, HelloError, LinkError};
+use mixsocks_common::topology::Topology;
+
+use crate::counters::Counters;
+
+pub use backoff::Backoff;
+pub use listener::{LinkListener, MAX_HALF_OPEN};
+pub use next_hops::NextHops;
+pub use pool::{LINK_QUEUE_PACKETS, LinkPool};
+
+/// From the first TCP packet to the end of the hellos: a few round trips around the world, and
+/// some for losses.
+pub const SETUP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often the dialler asks for a sign of life. A dead link is noticed after two of them; packets
+/// that were on their way that long are of no use any more.
+pub const PING_INTERVAL: Duration = Duration::from_secs(15);
+/// The end that was dialled gives up after four missing pings.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(60);
+/// A peer that takes no byte for that long is stuck.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(15);
+/// Packets wait in the queue while the next dial is no further away than this, else they go.
+const DIAL_PATIENCE: Duration = Duration::from_secs(1);
+/// A link that lived this long was a good one: its end is news, and the next dial need not wait.
+const STABLE_AFTER: Duration = Duration::from_secs(30);
+
+/// What all links of a node have in common; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct LinkContext {
+    key: Arc<IdentityKey>,
+    me: Identity,
+    topology: Arc<Topology>,
+    counters: Arc<Counters>,
+    codec: FrameCodec,
+    hello: Arc<Hello>,
+    ping_interval: Duration,
+}
+
+impl LinkContext {
+    /// The links of the node with this key on this network.
+    pub fn new(key: Arc<IdentityKey>, topology: Arc<Topology>, counters: Arc<Counters>) -> Self {
+        Self {
+            me: key.identity(),
+            key,
+            codec: FrameCodec::new(topology.packet_bytes()),
+            hello: Arc::new(Hello::new(&topology)),
+            topology,
+            counters,
+            ping_interval: PING_INTERVAL,
+        }
+    }
+}
+
+/// Why a link could not be set up, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkFailure {
+    /// The peer could not be reached.
+    #[error("no connection: {0}")]
+    Connect(#[source] io::Error),
+    /// The peer is not who it should be, or does not speak our TLS.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The peer belongs to another network or version.
+    #[error(transparent)]
+    Hello(#[from] HelloError),
+    /// The peer sent bytes that are no frame.
+    #[error("a malformed frame: {0}")]
+    Frame(#[from] FrameError),
+    /// The peer sent a frame that has no place there.
+    #[error("a frame that has no place on this link")]
+    UnexpectedFrame,
+    /// The peer closed the connection.
+    #[error("the peer closed the link")]
+    Closed,
+    /// The peer was silent for this long.
+    #[error("the peer was silent for {} s", .0.as_secs())]
+    Silent(Duration),
+    /// The connection broke.
+    #[error("the connection broke: {0}")]
+    Io(#[source] io::Error),
+}
+
+impl LinkFailure {
+    /// Whether the peer broke the rules of the link after it had proved its identity.
+    fn is_breach(&self) -> bool {
+        matches!(self, Self::Frame(_) | Self::UnexpectedFrame)
+    }
+}
+
+impl From<io::Error> for LinkFailure {
+    fn from(error: io::Error) -> Self {
+        match LinkError::from_io(&error) {
+            Some(link_error) => Self::Link(link_error),
+            None if error.kind() == io::ErrorKind::UnexpectedEof => Self::Closed,
+            None => Self::Io(error),
+        }
+    }
+}

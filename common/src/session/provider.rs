@@ -1,0 +1,316 @@
+//! The provider's end of a session: it answers on the SURBs it has been given.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use bytes::BufMut;
+use mixsocks_sphinx::{SURB_LEN, Surb};
+
+use super::PacketKind;
+use super::OpenOutcome;
+use super::client::{SESSION_SILENCE, StreamReset};
+use super::flight::Sent;
+use super::frame::{CloseReason, Frame, FrameError, StreamId};
+use super::streams::{Side, StreamEvent, Violation};
+use super::transport::{Fill, Transport, take_number};
+use crate::topology::delay_quantile;
+
+/// SURBs that only control frames may use, so that asking for SURBs never needs one that is not
+/// there: enough for an OPENED, a RESET and several reports, some of which are lost.
+pub const RESERVE_SURBS: usize = 8;
+
+/// Most SURBs that a provider keeps for one session: 1.6 MB.
+pub const MAX_STOCK_SURBS: usize = 4096;
+
+/// How often a provider that waits for SURBs reports so, at most.
+const MAX_REPORT_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Why a packet is not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PacketError {
+    /// Its bytes are no frames.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// It breaks a rule; the session must be closed.
+    #[error(transparent)]
+    Violation(#[from] Violation),
+    /// The same packet came before, or the client gave it up.
+    #[error("a duplicate")]
+    Duplicate,
+}
+
+/// A session, as its provider sees it.
+///
+/// After every call, [`ProviderSession::poll_transmit`] may have something to send, and
+/// [`ProviderSession::poll_timeout`] and [`ProviderSession::poll_event`] something new to say.
+#[derive(Debug)]
+pub struct ProviderSession {
+    began: Instant,
+    max_packet_bytes: usize,
+    transport: Transport,
+    mean_trip: Duration,
+    generation: u64,
+    stock: VecDeque<Surb>,
+    surbs_refused: u64,
+    /// Data waits for SURBs since then, and so many reports said so.
+    starving: Option<Starving>,
+    last_heard: Instant,
+    ended: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Starving {
+    next_report: Instant,
+    interval: Duration,
+}
+
+impl ProviderSession {
+    /// A session whose packets hold `max_packet_bytes`; `mean_delay` is that of each mix.
+    pub fn new(now: Instant, max_packet_bytes: usize, mean_delay: Duration) -> Self {
+        Self {
+            began: now,
+            max_packet_bytes,
+            // The provider chooses no delays: a reply and the packet that acknowledges it pass six
+            // mixes that it knows nothing about.
+            transport: Transport::new(Side::Provider, now, delay_quantile(mean_delay, 6)),
+            mean_trip: mean_delay * 6,
+            generation: 0,
+            stock: VecDeque::new(),
+            surbs_refused: 0,
+            starving: None,
+            last_heard: now,
+            ended: false,
+        }
+    }
+
+    /// Whether the client closed the session, or it has been silent for too long.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// SURBs at hand.
+    pub fn stock_surbs(&self) -> usize {
+        self.stock.len()
+    }
+
+    /// SURBs that were thrown away because there were too many or they did not parse.
+    pub fn surbs_refused(&self) -> u64 {
+        self.surbs_refused
+    }
+
+    /// Bytes that the session's streams hold or may be sent.
+    pub fn committed_bytes(&self) -> u64 {
+        self.transport.streams.committed_bytes()
+    }
+
+    // --- Streams: as in the client's session.
+
+    /// Answers a [`StreamEvent::Open`].
+    pub fn opened(&mut self, stream: StreamId, outcome: OpenOutcome) {
+        self.transport.streams.opened(stream, outcome);
+    }
+
+    /// Takes as many bytes as there is room for; `None` when the stream was reset or finished.
+    pub fn write(&mut self, stream: StreamId, bytes: &[u8]) -> Option<usize> {
+        self.transport.streams.write(stream, bytes)
+    }
+
+    /// Nothing more will be written; the other direction goes on.
+    pub fn finish(&mut self, stream: StreamId) {
+        self.transport.streams.finish(stream);
+    }
+
+    /// Reads: `Ok(Some(0))` is the end, `Ok(None)` nothing yet.
+    ///
+    /// # Errors
+    /// When the stream was reset.
+    pub fn read(&mut self, stream: StreamId, out: &mut [u8]) -> Result<Option<usize>, StreamReset> {
+        self.transport.streams.read(stream, out).map_err(|()| StreamReset)
+    }
+
+    /// The application lets go of the stream. Unless both directions have ended, it is reset.
+    pub fn release(&mut self, stream: StreamId) {
+        self.transport.streams.release(stream);
+    }
+
+    /// What the application must be told.
+    pub fn poll_event(&mut self) -> Option<StreamEvent> {
+        self.transport.streams.poll_event()
+    }
+
+    // --- Packets.
+
+    /// Takes the contents of a packet after its session id.
+    ///
+    /// # Errors
+    /// [`PacketError`]; a frame that does not parse, or a violation, ends the session.
+    pub fn handle_packet(&mut self, now: Instant, contents: &[u8]) -> Result<(), PacketError> {
+        let mut input = contents;
+        let (number, floor) = take_number(&mut input)?;
+        let mut frames = Vec::new();
+        while let Some(frame) = Frame::decode(&mut input)? {
+            frames.push(frame);
+        }
+        if !self.transport.received.on_packet(number, floor, now) {
+            return Err(PacketError::Duplicate);
+        }
+        self.last_heard = now;
+        let mut owes_ack = false;
+        for frame in &frames {
+            match frame {
+                Frame::Open { .. } | Frame::Data { .. } | Frame::Credit { .. } | Frame::Reset { .. } => {
+                    owes_ack = true;
+                    self.transport.streams.handle_frame(frame)?;
+                }
+                Frame::Ping => owes_ack = true,
+                Frame::Ack(ack) => {
+                    let acked = self.transport.handle_ack(ack, now)?;
+                    if let Some(latest) = &acked.latest {
+                        self.on_round_trip(now, latest, Duration::from_micros(ack.delay_us));
+                    }
+                    let cutoff = now.checked_sub(self.transport.loss_wait());
+                    self.transport.lose_by_ack(cutoff, ack);
+                }
+                Frame::Surbs { generation, surbs } => self.take_surbs(*generation, surbs),
+                Frame::Start { .. } => {}
+                Frame::Close(_) => {
+                    owes_ack = true;
+                    self.ended = true;
+                }
+                Frame::Opened { .. } | Frame::Stock { .. } => return Err(Violation::Direction.into()),
+            }
+        }
+        if owes_ack {
+            self.transport.received.owe_ack(now);
+        }
+        Ok(())
+    }
+
+    fn take_surbs(&mut self, generation: u64, surbs: &[[u8; SURB_LEN]]) {
+        if generation > self.generation {
+            self.generation = generation;
+            self.stock.clear();
+        }
+        if generation < self.generation {
+            return;
+        }
+        for bytes in surbs {
+            match Surb::from_bytes(bytes) {
+                Ok(surb) if self.stock.len() < MAX_STOCK_SURBS => self.stock.push_back(surb),
+                _ => self.surbs_refused += 1,
+            }
+        }
+        if self.stock.len() > RESERVE_SURBS {
+            self.starving = None;
+        }
+    }
+
+    fn on_round_trip(&mut self, now: Instant, latest: &Sent, ack_delay: Duration) {
+        let trip = now.saturating_duration_since(latest.at).saturating_sub(ack_delay).as_secs_f64();
+        self.transport.base.update(trip, now);
+        let base = self.transport.base.min().unwrap_or(trip);
+        // What the mixes hold is not queueing, and what varies is mostly theirs.
+        let queueing = trip - base - self.mean_trip.as_secs_f64();
+        self.transport.queueing.update(queueing.max(0.0));
+    }
+
+    /// When [`ProviderSession::handle_timeout`] wants to be called.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        if self.ended {
+            return None;
+        }
+        let usable = !self.stock.is_empty();
+        let ack = self.transport.received.ack_due().filter(|_| usable);
+        let report = self.starving.filter(|_| usable).map(|starving| starving.next_report);
+        let silence = Some(self.last_heard + SESSION_SILENCE);
+        [ack, report, self.transport.loss_deadline(), silence].into_iter().flatten().min()
+    }
+
+    /// Handles what is due at `now`.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        if now >= self.last_heard + SESSION_SILENCE {
+            self.ended = true;
+            return;
+        }
+        self.transport.lose_by_time(now);
+    }
+
+    /// Writes the contents of one reply to `out` and returns the SURB that it must be sent with;
+    /// `None` when there is nothing to send, or no SURB to send it with.
+    pub fn poll_transmit(&mut self, now: Instant, out: &mut Vec<u8>) -> Option<Surb> {
+        let fill = self.next_reply(now)?;
+        let surb = self.stock.pop_front()?;
+        out.clear();
+        out.put_u8(PacketKind::Reply as u8);
+        self.transport.write_number(out);
+        // Wraps after 71 minutes: the client compares neighbours only.
+        let sent_us = now.saturating_duration_since(self.began).as_micros() as u32;
+        out.put_u32(sent_us);
+        let count = self.stock.len() as u64;
+        Frame::Stock { generation: self.generation, count }.encode(out);
+        let cargo = self.transport.write_frames(now, out, self.max_packet_bytes, fill);
+        debug_assert!(out.len() <= self.max_packet_bytes);
+        let eliciting = !cargo.is_empty();
+        self.transport.flight.on_sent(eliciting.then_some(Sent { at: now, arrives: now, cargo, surbs: 0 }));
+        Some(surb)
+    }
+
+    /// What the next reply is for; `None` when there is none to send now.
+    fn next_reply(&mut self, now: Instant) -> Option<Fill> {
+        if self.stock.is_empty() {
+            return None;
+        }
+        let data = self.transport.streams.has_data();
+        let room = self.transport.flight.len() < self.transport.window(usize::MAX);
+        let spare = self.stock.len() > RESERVE_SURBS;
+        let fill = |data| Fill { ack: true, data, reserved_bytes: 0 };
+        if self.ended {
+            // One last reply acknowledges the CLOSE.
+            return self.transport.received.has_news().then_some(fill(false));
+        }
+        if data && spare && room {
+            return Some(fill(true));
+        }
+        let ack_due = self.transport.received.ack_due().is_some_and(|due| due <= now);
+        if ack_due || (room && self.transport.streams.has_control()) {
+            return Some(fill(data && spare && room));
+        }
+        if data && !spare {
+            return self.report_starving(now).then_some(fill(false));
+        }
+        None
+    }
+
+    /// Whether it is time to tell, from the reserve, that data waits for SURBs. The last reply with
+    /// data told the stock already, so the first report waits until that one must have arrived.
+    fn report_starving(&mut self, now: Instant) -> bool {
+        let wait = self.transport.loss_wait();
+        let starving = self.starving.get_or_insert(Starving { next_report: now + wait, interval: wait });
+        if now < starving.next_report {
+            return false;
+        }
+        starving.interval = (starving.interval * 2).min(MAX_REPORT_INTERVAL);
+        starving.next_report = now + starving.interval;
+        true
+    }
+
+    /// The last words to a client whose session is ended by the provider: the contents of a reply
+    /// and the SURB to send it with, when there is one.
+    pub fn refuse(mut self, reason: CloseReason, out: &mut Vec<u8>) -> Option<Surb> {
+        let surb = self.stock.pop_front()?;
+        let number = self.transport.flight.next_number();
+        write_close(number, reason, out);
+        Some(surb)
+    }
+}
+
+/// The contents of a reply that closes a session.
+pub(super) fn write_close(number: u64, reason: CloseReason, out: &mut Vec<u8>) {
+    out.clear();
+    out.put_u8(PacketKind::Reply as u8);
+    super::frame::put_varint(out, number);
+    super::frame::put_varint(out, 0);
+    out.put_u32(0);
+    Frame::Close(reason).encode(out);
+}
+

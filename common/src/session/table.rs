@@ -1,0 +1,195 @@
+//! The sessions of a provider: who may begin one, and what happens to packets of the others.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+use mixsocks_sphinx::Surb;
+
+use super::client::SessionId;
+use super::frame::{CloseReason, Frame};
+use super::provider::{PacketError, ProviderSession, write_close};
+use super::transport::take_number;
+use super::{PacketKind, SESSION_ID_LEN};
+
+/// Sessions that a provider keeps at once. An idle one takes a few KiB.
+pub const MAX_SESSIONS: usize = 4096;
+
+/// A START is taken while the two clocks differ by no more than this.
+pub const MAX_START_AGE: Duration = Duration::from_secs(120);
+
+/// Ended sessions are remembered so long: until no START of theirs can be taken any more.
+const REMEMBER_ENDED: Duration = Duration::from_secs(2 * 120 + 10);
+
+/// Ended sessions that are remembered at most; beyond, no new ones begin.
+pub const MAX_REMEMBERED: usize = 64 * 1024;
+
+/// What became of a packet.
+#[derive(Debug)]
+pub enum Handled {
+    /// It belongs to this session, which has news.
+    Session(SessionId),
+    /// It was refused, and its sender is told so.
+    Refused {
+        /// Why.
+        reason: CloseReason,
+        /// The contents of the reply.
+        contents: Vec<u8>,
+        /// The SURB to send it with.
+        surb: Surb,
+    },
+    /// It was dropped.
+    Dropped(Dropped),
+}
+
+/// Why a packet was dropped without an answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Dropped {
+    /// It is no packet of a session.
+    #[error("not a session packet")]
+    NotASession,
+    /// The session does not take it.
+    #[error(transparent)]
+    Packet(#[from] PacketError),
+    /// It was refused, and has no SURB to say so.
+    #[error("refused without a way to say so: {0}")]
+    Refused(CloseReason),
+}
+
+/// All sessions of a provider.
+#[derive(Debug)]
+pub struct ProviderSessions {
+    sessions: HashMap<SessionId, ProviderSession>,
+    /// When each ended session may be forgotten.
+    ended: HashMap<SessionId, Instant>,
+    ended_order: BTreeMap<(Instant, SessionId), ()>,
+    provider_started_ms: u64,
+    max_packet_bytes: usize,
+    mean_delay: Duration,
+}
+
+impl ProviderSessions {
+    /// No sessions, at a provider that started at `started_ms` (milliseconds since 1970).
+    pub fn new(started_ms: u64, max_packet_bytes: usize, mean_delay: Duration) -> Self {
+        Self {
+            sessions: HashMap::new(),
+            ended: HashMap::new(),
+            ended_order: BTreeMap::new(),
+            provider_started_ms: started_ms,
+            max_packet_bytes,
+            mean_delay,
+        }
+    }
+
+    /// The session with this id.
+    pub fn get_mut(&mut self, id: SessionId) -> Option<&mut ProviderSession> {
+        self.sessions.get_mut(&id)
+    }
+
+    /// How many sessions there are.
+    pub fn len(&self) -> usize {
+        self.sessions.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.sessions.is_empty()
+    }
+
+    /// Bytes that all streams of all sessions hold or may be sent.
+    pub fn committed_bytes(&self) -> u64 {
+        self.sessions.values().map(ProviderSession::committed_bytes).sum()
+    }
+
+    /// Takes the contents of a packet; `wall_ms` is the time in milliseconds since 1970.
+    pub fn handle_packet(&mut self, now: Instant, wall_ms: u64, contents: &[u8]) -> Handled {
+        let mut input = contents;
+        if PacketKind::Session.take(&mut input).is_err() {
+            return Handled::Dropped(Dropped::NotASession);
+        }
+        let Some(id) = input.split_off(..SESSION_ID_LEN) else {
+            return Handled::Dropped(Dropped::NotASession);
+        };
+        let mut bytes = [0u8; SESSION_ID_LEN];
+        bytes.copy_from_slice(id);
+        let id = SessionId(bytes);
+        if !self.sessions.contains_key(&id)
+            && let Err(reason) = self.begin(id, now, wall_ms, input)
+        {
+            return refuse(input, reason);
+        }
+        let session = self.sessions.get_mut(&id).expect("found or begun above");
+        match session.handle_packet(now, input) {
+            Ok(()) => Handled::Session(id),
+            Err(PacketError::Duplicate) => Handled::Dropped(PacketError::Duplicate.into()),
+            Err(error) => {
+                let session = self.remove(id, now);
+                let mut contents = Vec::new();
+                match session.and_then(|session| session.refuse(CloseReason::Protocol, &mut contents)) {
+                    Some(surb) => Handled::Refused { reason: CloseReason::Protocol, contents, surb },
+                    None => Handled::Dropped(error.into()),
+                }
+            }
+        }
+    }
+
+    /// Takes an ended session out and remembers its id, so that a replayed START begins nothing.
+    pub fn remove(&mut self, id: SessionId, now: Instant) -> Option<ProviderSession> {
+        let session = self.sessions.remove(&id)?;
+        let until = now + REMEMBER_ENDED;
+        self.ended.insert(id, until);
+        self.ended_order.insert((until, id), ());
+        Some(session)
+    }
+
+    fn begin(&mut self, id: SessionId, now: Instant, wall_ms: u64, packet: &[u8]) -> Result<(), CloseReason> {
+        while let Some((&(until, ended), ())) = self.ended_order.first_key_value()
+            && until <= now
+        {
+            self.ended_order.pop_first();
+            self.ended.remove(&ended);
+        }
+        let started_ms = start_time(packet).ok_or(CloseReason::Unknown)?;
+        if self.ended.contains_key(&id) {
+            return Err(CloseReason::Unknown);
+        }
+        let max_age_ms = u64::try_from(MAX_START_AGE.as_millis()).unwrap_or(u64::MAX);
+        if started_ms < self.provider_started_ms || started_ms.abs_diff(wall_ms) > max_age_ms {
+            return Err(CloseReason::StaleStart);
+        }
+        if self.sessions.len() >= MAX_SESSIONS || self.ended.len() >= MAX_REMEMBERED {
+            return Err(CloseReason::Full);
+        }
+        self.sessions.insert(id, ProviderSession::new(now, self.max_packet_bytes, self.mean_delay));
+        Ok(())
+    }
+}
+
+/// The time in the START of a packet that has one.
+fn start_time(packet: &[u8]) -> Option<u64> {
+    let mut input = packet;
+    take_number(&mut input).ok()?;
+    match Frame::decode(&mut input) {
+        Ok(Some(Frame::Start { time_ms, .. })) => Some(time_ms),
+        _ => None,
+    }
+}
+
+/// Answers a packet without a session, if it brought a SURB.
+fn refuse(packet: &[u8], reason: CloseReason) -> Handled {
+    let mut input = packet;
+    if take_number(&mut input).is_ok() {
+        while let Ok(Some(frame)) = Frame::decode(&mut input) {
+            if let Frame::Surbs { surbs, .. } = frame
+                && let Some(bytes) = surbs.first()
+                && let Ok(surb) = Surb::from_bytes(bytes)
+            {
+                // A number that no reply of a session reaches, so that it is never a duplicate of
+                // one.
+                let mut contents = Vec::new();
+                write_close(super::flight::MAX_NUMBER_SPAN / 2, reason, &mut contents);
+                return Handled::Refused { reason, contents, surb };
+            }
+        }
+    }
+    Handled::Dropped(Dropped::Refused(reason))
+}

@@ -1,0 +1,255 @@
+//! What both ends of a session share: numbering, acknowledgements, loss and the streams.
+
+use std::time::{Duration, Instant};
+
+use super::flight::{ACK_DELAY, Acked, Cargo, Flight, Received, Sent};
+use super::frame::{Ack, Frame, put_varint, take_varint, FrameError};
+use super::streams::{Side, Streams, Violation};
+
+/// Round trip that is assumed, beyond the mixes' delays, before one was measured.
+const INITIAL_BASE: Duration = Duration::from_millis(500);
+
+/// How long a shortest time counts: the path may have changed after that.
+const MIN_WINDOW: Duration = Duration::from_secs(30);
+
+/// Loss is judged with at least this much room for timers and busy processors.
+const MIN_MARGIN: Duration = Duration::from_millis(20);
+
+/// Timeouts double up to 2^6 times the first one, and so up to about 30 s at the default delays.
+const MAX_BACKOFF: u32 = 6;
+
+/// Packets that may be under way while the peer is silent.
+const PROBE_PACKETS: usize = 2;
+
+/// Most bytes that an ACK takes of a packet that carries other things as well.
+const SHARED_ACK_BYTES: usize = 500;
+
+/// The smallest of recent values.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RecentMin {
+    current: Option<f64>,
+    previous: Option<f64>,
+    since: Instant,
+}
+
+impl RecentMin {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { current: None, previous: None, since: now }
+    }
+
+    pub(super) fn update(&mut self, value: f64, now: Instant) {
+        if now.saturating_duration_since(self.since) >= MIN_WINDOW {
+            self.previous = self.current.take();
+            self.since = now;
+        }
+        self.current = Some(self.current.map_or(value, |current| current.min(value)));
+    }
+
+    pub(super) fn min(&self) -> Option<f64> {
+        match (self.current, self.previous) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
+    }
+}
+
+/// A smoothed value and its mean deviation, in seconds.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Smoothed {
+    value: f64,
+    deviation: f64,
+    samples: u64,
+}
+
+impl Smoothed {
+    pub(super) fn update(&mut self, sample: f64) {
+        if self.samples == 0 {
+            self.value = sample;
+            self.deviation = sample.abs() / 2.0;
+        } else {
+            self.deviation += ((sample - self.value).abs() - self.deviation) / 4.0;
+            self.value += (sample - self.value) / 8.0;
+        }
+        self.samples += 1;
+    }
+
+    pub(super) fn value(&self) -> f64 {
+        self.value
+    }
+
+    /// Room for what is usual, and for four deviations more.
+    fn room(&self) -> f64 {
+        (self.value + 4.0 * self.deviation).max(0.0)
+    }
+}
+
+pub(super) fn seconds(value: f64) -> Duration {
+    // Bounded, so that a wild estimate never overflows a deadline.
+    Duration::from_secs_f64(value.clamp(0.0, 60.0))
+}
+
+/// Numbering, acknowledgements and streams of one end.
+#[derive(Debug)]
+pub(super) struct Transport {
+    pub(super) streams: Streams,
+    pub(super) flight: Flight,
+    pub(super) received: Received,
+    /// The round trip without the mixes' delays and without queues.
+    pub(super) base: RecentMin,
+    /// What is above it.
+    pub(super) queueing: Smoothed,
+    /// Longest time (p99.9) that the mixes hold what the sender did not choose.
+    unknown_delays: Duration,
+    backoff: u32,
+    last_progress: Instant,
+}
+
+/// How a packet is to be filled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Fill {
+    pub(super) ack: bool,
+    pub(super) data: bool,
+    /// Bytes at the packet's end that others need.
+    pub(super) reserved_bytes: usize,
+}
+
+impl Transport {
+    pub(super) fn new(side: Side, now: Instant, unknown_delays: Duration) -> Self {
+        Self {
+            streams: Streams::new(side),
+            flight: Flight::default(),
+            received: Received::default(),
+            base: RecentMin::new(now),
+            queueing: Smoothed::default(),
+            unknown_delays,
+            backoff: 0,
+            last_progress: now,
+        }
+    }
+
+    /// Room that is left for queues and timers when loss is judged.
+    pub(super) fn margin(&self) -> Duration {
+        MIN_MARGIN + seconds(self.queueing.room())
+    }
+
+    pub(super) fn base_or_guess(&self) -> Duration {
+        self.base.min().map_or(INITIAL_BASE, seconds)
+    }
+
+    /// How long after its arrival by the sender's own delays a packet is heard of at the latest.
+    pub(super) fn loss_wait(&self) -> Duration {
+        self.base_or_guess() + self.unknown_delays + ACK_DELAY + self.margin()
+    }
+
+    /// How many packets may be under way, of `window`.
+    pub(super) fn window(&self, window: usize) -> usize {
+        if self.backoff > 0 { window.min(PROBE_PACKETS) } else { window }
+    }
+
+    pub(super) fn is_backing_off(&self) -> bool {
+        self.backoff > 0
+    }
+
+    pub(super) fn handle_ack(&mut self, ack: &Ack, now: Instant) -> Result<Acked, Violation> {
+        let acked = self.flight.on_ack(ack).ok_or(Violation::NeverSent)?;
+        for packet in &acked.packets {
+            for cargo in &packet.cargo {
+                self.streams.on_acked(cargo);
+            }
+        }
+        if !acked.packets.is_empty() {
+            self.backoff = 0;
+            self.last_progress = now;
+        }
+        Ok(acked)
+    }
+
+    /// Repeats what an ACK should have named by now; how many packets that were.
+    pub(super) fn lose_by_ack(&mut self, cutoff: Option<Instant>, ack: &Ack) -> Vec<Sent> {
+        let Some(cutoff) = cutoff else { return Vec::new() };
+        let lost = self.flight.lost_by_ack(cutoff, ack);
+        self.requeue(&lost);
+        lost
+    }
+
+    /// Repeats what was not heard of in time.
+    pub(super) fn lose_by_time(&mut self, now: Instant) -> Vec<Sent> {
+        let wait = self.loss_wait() * (1 << self.backoff);
+        let Some(cutoff) = now.checked_sub(wait) else { return Vec::new() };
+        let lost = self.flight.lost_by_time(cutoff);
+        if !lost.is_empty() && now.saturating_duration_since(self.last_progress) >= wait {
+            self.backoff = (self.backoff + 1).min(MAX_BACKOFF);
+        }
+        self.requeue(&lost);
+        lost
+    }
+
+    pub(super) fn loss_deadline(&self) -> Option<Instant> {
+        Some(self.flight.first_arrival()? + self.loss_wait() * (1 << self.backoff))
+    }
+
+    fn requeue(&mut self, lost: &[Sent]) {
+        for packet in lost {
+            for cargo in &packet.cargo {
+                self.streams.on_lost(cargo);
+            }
+        }
+    }
+
+    /// Appends the packet's number and how far below it the floor is.
+    pub(super) fn write_number(&self, out: &mut Vec<u8>) {
+        let number = self.flight.next_number();
+        put_varint(out, number);
+        put_varint(out, number - self.flight.floor());
+    }
+
+    /// Appends an ACK, control and data frames, as `fill` says and as many as fit.
+    pub(super) fn write_frames(&mut self, now: Instant, out: &mut Vec<u8>, max_bytes: usize, fill: Fill) -> Vec<Cargo> {
+        let mut cargo = Vec::new();
+        let limit = max_bytes - fill.reserved_bytes.min(max_bytes);
+        if fill.ack && self.received.has_news() {
+            let others = self.streams.has_control() || (fill.data && self.streams.has_data());
+            let room = limit.saturating_sub(out.len());
+            let room = if others { room.min(SHARED_ACK_BYTES) } else { room };
+            if let Some(ack) = self.received.ack(now, room) {
+                Frame::Ack(ack).encode(out);
+            }
+        }
+        self.streams.write_control(out, limit, &mut cargo);
+        if fill.data {
+            self.streams.write_data(out, limit, &mut cargo);
+        }
+        cargo
+    }
+}
+
+/// Reads what [`Transport::write_number`] wrote: number and floor.
+pub(super) fn take_number(input: &mut &[u8]) -> Result<(u64, u64), FrameError> {
+    let number = take_varint(input)?;
+    let below = take_varint(input)?;
+    let floor = number.checked_sub(below).ok_or(FrameError::Value("packet number"))?;
+    Ok((number, floor))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_minimum_forgets() {
+        let start = Instant::now();
+        let mut min = RecentMin::new(start);
+        assert_eq!(min.min(), None);
+        min.update(1.0, start);
+        min.update(5.0, start + MIN_WINDOW);
+        assert_eq!(min.min(), Some(1.0));
+        min.update(6.0, start + 2 * MIN_WINDOW);
+        assert_eq!(min.min(), Some(5.0));
+    }
+
+    #[test]
+    fn floors_above_numbers_are_refused() {
+        assert_eq!(take_number(&mut &[5, 2][..]), Ok((5, 3)));
+        assert_eq!(take_number(&mut &[5, 6][..]), Err(FrameError::Value("packet number")));
+    }
+}

@@ -1,0 +1,262 @@
+//! The dialling end: one long-lived connection to each node that this one may send to.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use mixsocks_common::keys::Identity;
+use mixsocks_common::link::LinkError;
+use mixsocks_common::link::tls;
+use mixsocks_common::topology::Node;
+use mixsocks_sphinx::Packet;
+use rustls::ClientConfig;
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tracing::{debug, info, warn};
+
+use super::backoff::Backoff;
+use super::connection::{Connection, Incoming, within};
+use super::{DIAL_PATIENCE, LinkContext, LinkFailure, NextHops, SETUP_TIMEOUT, STABLE_AFTER};
+use crate::counters::DropReason;
+
+/// Packets that may wait for one neighbour: 10 MB at most, and some hundred milliseconds of what
+/// a node can peel. What would wait longer is late anyway.
+pub const LINK_QUEUE_PACKETS: usize = 4096;
+/// Packets per write: 32 of them fill five TLS records; more would bring nothing.
+const WRITE_PACKETS: usize = 32;
+
+/// The links to all neighbours of a node.
+///
+/// They are dialled at once, so that the first packet does not wait and a wrong neighbour shows
+/// early, and again when they end, with back-off. While a neighbour is dialled for the first time
+/// or just after its link ended, packets wait for it in its queue; from the first failure until it
+/// is back they are dropped. What was written to a connection that then broke is lost uncounted.
+/// Dropping the pool closes all links.
+#[derive(Debug)]
+pub struct LinkPool {
+    neighbours: BTreeMap<Identity, Neighbour>,
+    context: LinkContext,
+    tasks: JoinSet<()>,
+}
+
+#[derive(Debug)]
+struct Neighbour {
+    queue: mpsc::Sender<Packet>,
+    is_down: Arc<AtomicBool>,
+}
+
+impl LinkPool {
+    /// Starts to dial all neighbours.
+    ///
+    /// # Errors
+    /// [`LinkError`] when the TLS library refuses the node's key.
+    ///
+    /// # Panics
+    /// Outside of a Tokio runtime.
+    pub fn start(context: LinkContext) -> Result<Self, LinkError> {
+        let mut neighbours = BTreeMap::new();
+        let mut tasks = JoinSet::new();
+        for identity in NextHops::new(&context.topology, &context.me).reachable() {
+            let Some(node) = context.topology.node(identity) else {
+                continue;
+            };
+            let (queue, packets) = mpsc::channel(LINK_QUEUE_PACKETS);
+            let is_down = Arc::new(AtomicBool::new(false));
+            let dialler = Dialler {
+                tls: tls::node_client_config(&context.key, *identity)?,
+                node: node.clone(),
+                context: context.clone(),
+                packets,
+                is_down: is_down.clone(),
+            };
+            neighbours.insert(*identity, Neighbour { queue, is_down });
+            tasks.spawn(dialler.run());
+        }
+        Ok(Self {
+            neighbours,
+            context,
+            tasks,
+        })
+    }
+
+    /// Queues a packet for a neighbour; never waits. A packet that cannot be queued is dropped and
+    /// counted: the neighbour is none, its link is down, or its queue is full.
+    pub fn send(&self, to: &Identity, packet: Packet) {
+        let Err(reason) = self.try_send(to, packet) else {
+            return;
+        };
+        self.context.counters.add_drop(reason);
+    }
+
+    fn try_send(&self, to: &Identity, packet: Packet) -> Result<(), DropReason> {
+        let neighbour = self.neighbours.get(to).ok_or(DropReason::UnknownNextHop)?;
+        if neighbour.is_down.load(Ordering::Relaxed) {
+            return Err(DropReason::LinkDown);
+        }
+        neighbour
+            .queue
+            .try_send(packet)
+            .map_err(|error| match error {
+                mpsc::error::TrySendError::Full(_) => DropReason::QueueFull,
+                mpsc::error::TrySendError::Closed(_) => DropReason::LinkDown,
+            })
+    }
+
+    /// Closes all links, and returns when they are closed. Queued packets are lost.
+    pub async fn shutdown(mut self) {
+        self.tasks.shutdown().await;
+    }
+}
+
+/// The task of one neighbour.
+struct Dialler {
+    tls: Arc<ClientConfig>,
+    node: Node,
+    context: LinkContext,
+    packets: mpsc::Receiver<Packet>,
+    is_down: Arc<AtomicBool>,
+}
+
+pub(super) type Dialled = Connection<TlsStream<TcpStream>>;
+
+impl Dialler {
+    async fn run(mut self) {
+        let peer = self.node.identity;
+        let mut backoff = Backoff::default();
+        // Trouble is said once when it begins, not at each try.
+        let mut is_troubled = false;
+        loop {
+            let (problem, is_reachable) = match self.dial().await {
+                Ok(connection) => {
+                    self.is_down.store(false, Ordering::Relaxed);
+                    if is_troubled {
+                        info!(%peer, "link is up again");
+                    } else {
+                        debug!(%peer, "link is up");
+                    }
+                    let since = Instant::now();
+                    let ControlFlow::Break(end) = self.carry(connection).await else {
+                        return;
+                    };
+                    if since.elapsed() >= STABLE_AFTER {
+                        backoff.reset();
+                        is_troubled = false;
+                    }
+                    (end, true)
+                }
+                Err(error) => (error, false),
+            };
+            if is_troubled {
+                debug!(%peer, "still no lasting link: {problem}");
+            } else {
+                warn!(%peer, "no link: {problem}");
+                is_troubled = true;
+            }
+            let wait = backoff.next_wait(&mut rand::rng());
+            if !is_reachable || wait > DIAL_PATIENCE {
+                self.is_down.store(true, Ordering::Relaxed);
+                self.drop_queued();
+            }
+            sleep(wait).await;
+        }
+    }
+
+    async fn dial(&self) -> Result<Dialled, LinkFailure> {
+        within(
+            SETUP_TIMEOUT,
+            dial(&self.context, &self.node, self.tls.clone()),
+        )
+        .await
+    }
+
+    /// Carries packets until the link ends, or until the pool is gone.
+    async fn carry(&mut self, mut connection: Dialled) -> ControlFlow<LinkFailure> {
+        let mut batch = Vec::with_capacity(WRITE_PACKETS);
+        let mut ping = ping_interval(self.context.ping_interval);
+        let mut awaits_pong = false;
+        loop {
+            let result = tokio::select! {
+                count = self.packets.recv_many(&mut batch, WRITE_PACKETS) => {
+                    if count == 0 {
+                        return ControlFlow::Continue(());
+                    }
+                    self.write(&mut connection, &mut batch).await
+                }
+                frame = connection.next() => match frame {
+                    Ok(Incoming::Pad) if awaits_pong => {
+                        awaits_pong = false;
+                        Ok(())
+                    }
+                    Ok(_) => Err(LinkFailure::UnexpectedFrame),
+                    Err(error) => Err(error),
+                },
+                _ = ping.tick() => {
+                    if awaits_pong {
+                        Err(LinkFailure::Silent(self.context.ping_interval))
+                    } else {
+                        awaits_pong = true;
+                        connection.push_pad();
+                        connection.flush().await
+                    }
+                }
+            };
+            if let Err(end) = result {
+                return ControlFlow::Break(end);
+            }
+        }
+    }
+
+    async fn write(
+        &self,
+        connection: &mut Dialled,
+        batch: &mut Vec<Packet>,
+    ) -> Result<(), LinkFailure> {
+        let count = batch.len() as u64;
+        for packet in batch.drain(..) {
+            connection.push_packet(&self.node.identity, &packet);
+        }
+        let result = connection.flush().await;
+        match result {
+            Ok(()) => self.context.counters.add_out(count),
+            Err(_) => self.context.counters.add_drops(DropReason::LinkDown, count),
+        }
+        result
+    }
+
+    fn drop_queued(&mut self) {
+        let mut count = 0;
+        while self.packets.try_recv().is_ok() {
+            count += 1;
+        }
+        self.context.counters.add_drops(DropReason::LinkDown, count);
+    }
+}
+
+/// Connects to `node`, makes sure that it is that node, and exchanges hellos.
+pub(super) async fn dial(
+    context: &LinkContext,
+    node: &Node,
+    tls: Arc<ClientConfig>,
+) -> Result<Dialled, LinkFailure> {
+    let stream = TcpStream::connect(node.link_address)
+        .await
+        .map_err(LinkFailure::Connect)?;
+    stream.set_nodelay(true)?;
+    let stream = TlsConnector::from(tls)
+        .connect(tls::server_name(), stream)
+        .await?;
+    let (connection, _) = Connection::open(stream, |stream| stream.get_ref().1, context).await?;
+    Ok(connection)
+}
+
+fn ping_interval(period: Duration) -> Interval {
+    let mut interval = interval_at(Instant::now() + period, period);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
+}

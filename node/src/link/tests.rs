@@ -1,0 +1,345 @@
+//! Links over loopback, honest and not.
+
+use std::time::Duration;
+
+use mixsocks_common::link::{FrameCodec, HelloError, LinkError, tls};
+use mixsocks_sphinx::Packet;
+use tokio::io::AsyncReadExt;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio_rustls::TlsAcceptor;
+
+use super::connection::{Connection, Incoming};
+use super::pool::{Dialled, dial};
+use super::testnet::{ENTRY, EXIT, PAYLOAD_LEN, TestNet, soon, topology, until_dropped};
+use super::*;
+use crate::counters::DropReason;
+
+const MIX: usize = 1;
+
+/// Bytes that look like a packet; links do not open them.
+fn packet(fill: u8) -> Packet {
+    let bytes = vec![fill; mixsocks_sphinx::HEADER_LEN + PAYLOAD_LEN];
+    Packet::from_bytes(bytes, PAYLOAD_LEN).unwrap()
+}
+
+fn start_listener(
+    net: &mut TestNet,
+    room: usize,
+) -> (LinkListener, mpsc::Receiver<Packet>, Arc<Counters>) {
+    let (context, counters) = net.context(MIX);
+    let (sender, receiver) = mpsc::channel(room);
+    let listener = LinkListener::start(context, net.listener(MIX), sender).unwrap();
+    (listener, receiver, counters)
+}
+
+async fn dial_from(net: &TestNet, from: usize, to: usize) -> Result<Dialled, LinkFailure> {
+    let (context, _) = net.context(from);
+    let tls = tls::node_client_config(&net.keys[from], net.identity(to)).unwrap();
+    soon(dial(&context, &net.topology.nodes()[to], tls)).await
+}
+
+async fn is_closed(connection: &mut Dialled) -> bool {
+    soon(connection.next()).await.is_err()
+}
+
+#[tokio::test]
+async fn packets_arrive_in_order_and_are_counted() {
+    let mut net = TestNet::new().await;
+    let (_listener, mut packets, counters) = start_listener(&mut net, 8);
+    let (context, sent) = net.context(ENTRY);
+    let pool = LinkPool::start(context).unwrap();
+    for fill in 0..200 {
+        pool.send(&net.identity(MIX), packet(fill));
+    }
+    for fill in 0..200 {
+        assert_eq!(soon(packets.recv()).await.unwrap(), packet(fill));
+    }
+    assert_eq!(counters.snapshot().packets_in, 200);
+    assert_eq!(sent.snapshot().dropped_total(), 0);
+    pool.shutdown().await;
+    assert_eq!(sent.snapshot().packets_out, 200);
+}
+
+#[tokio::test]
+async fn a_node_with_a_wrong_key_is_refused_and_both_keys_are_named() {
+    let mut net = TestNet::new().await;
+    // Somebody else answers where the mix should be.
+    let impostor = net.keys[2].clone();
+    let (sender, _packets) = mpsc::channel(1);
+    let context = LinkContext::new(impostor, net.topology.clone(), Arc::default());
+    let _listener = LinkListener::start(context, net.listener(MIX), sender).unwrap();
+    let error = dial_from(&net, ENTRY, MIX).await.err().unwrap();
+    let (expected, actual) = (net.identity(MIX), net.identity(2));
+    assert!(
+        matches!(&error, LinkFailure::Link(LinkError::WrongIdentity { expected: e, actual: a })
+            if *e == expected && *a == actual),
+        "{error}"
+    );
+    assert!(error.to_string().contains(&expected.to_string()), "{error}");
+
+    let (context, counters) = net.context(ENTRY);
+    let pool = LinkPool::start(context).unwrap();
+    pool.send(&expected, packet(1));
+    until_dropped(&counters, DropReason::LinkDown, 1).await;
+}
+
+#[tokio::test]
+async fn only_nodes_of_the_layer_before_get_in() {
+    let mut net = TestNet::new().await;
+    let (_listener, _packets, _) = start_listener(&mut net, 1);
+    for stranger in [2, 3] {
+        assert!(dial_from(&net, stranger, MIX).await.is_err());
+    }
+    assert!(dial_from(&net, ENTRY, MIX).await.is_ok());
+    assert!(
+        dial_from(&net, EXIT, MIX).await.is_ok(),
+        "every gateway may send to layer 1"
+    );
+}
+
+#[tokio::test]
+async fn a_node_of_another_network_is_refused_by_name() {
+    let mut net = TestNet::new().await;
+    let (_listener, _packets, _) = start_listener(&mut net, 1);
+    net.topology = Arc::new(topology("other", net.topology.nodes().to_vec()));
+    let error = dial_from(&net, ENTRY, MIX).await.err().unwrap();
+    assert!(
+        matches!(&error, LinkFailure::Hello(HelloError::WrongNetwork { ours, theirs })
+            if ours == "other" && theirs == "test"),
+        "{error}"
+    );
+}
+
+/// What a malicious neighbour may try after an honest hello.
+#[tokio::test]
+async fn a_breach_closes_the_link_and_is_counted() {
+    let mut net = TestNet::new().await;
+    let (_listener, mut packets, counters) = start_listener(&mut net, 8);
+    let codec = FrameCodec::new(net.topology.packet_bytes());
+    let me = *net.identity(MIX).as_bytes();
+    let other = *net.identity(2).as_bytes();
+    let good = packet(1);
+    let frame = |counter, next_hop| {
+        let mut frame = Vec::new();
+        codec.encode_packet(counter, next_hop, good.as_bytes(), &mut frame);
+        frame
+    };
+    let mut unknown_kind = frame(0, &me);
+    unknown_kind[0] = 3;
+    let mut reserved = frame(0, &me);
+    reserved[7] = 1;
+    let mut second_hello = Vec::new();
+    codec
+        .encode_control(0, b"hello again", &mut second_hello)
+        .unwrap();
+    let mut full_pad = Vec::new();
+    codec.encode_pad(0, &mut full_pad);
+    *full_pad.last_mut().unwrap() = 1;
+    let breaches = [
+        frame(0, &other),
+        frame(1, &me),
+        unknown_kind,
+        reserved,
+        second_hello,
+        full_pad,
+    ];
+    for (count, breach) in (1..).zip(breaches) {
+        let mut connection = dial_from(&net, ENTRY, MIX).await.unwrap();
+        connection.push_packet(&net.identity(MIX), &good);
+        connection.push_bytes(&breach);
+        connection.push_packet(&net.identity(MIX), &packet(2));
+        connection.flush().await.unwrap();
+        assert_eq!(
+            soon(packets.recv()).await.unwrap(),
+            good,
+            "what came before it counts"
+        );
+        assert!(is_closed(&mut connection).await);
+        until_dropped(&counters, DropReason::MalformedFrame, count).await;
+    }
+    assert!(
+        packets.try_recv().is_err(),
+        "nothing behind a breach is taken"
+    );
+}
+
+#[tokio::test]
+async fn the_newest_link_of_a_neighbour_wins() {
+    let mut net = TestNet::new().await;
+    let (_listener, mut packets, _) = start_listener(&mut net, 8);
+    let mut old = dial_from(&net, ENTRY, MIX).await.unwrap();
+    let mut other = dial_from(&net, EXIT, MIX).await.unwrap();
+    let mut new = dial_from(&net, ENTRY, MIX).await.unwrap();
+    assert!(is_closed(&mut old).await);
+    for connection in [&mut new, &mut other] {
+        connection.push_packet(&net.identity(MIX), &packet(1));
+        connection.flush().await.unwrap();
+        assert_eq!(soon(packets.recv()).await.unwrap(), packet(1));
+    }
+}
+
+#[tokio::test]
+async fn silent_strangers_do_not_lock_neighbours_out() {
+    let mut net = TestNet::new().await;
+    let (listener, _packets, _) = start_listener(&mut net, 8);
+    let mut strangers = Vec::new();
+    for _ in 0..MAX_HALF_OPEN + 20 {
+        strangers.push(TcpStream::connect(listener.address()).await.unwrap());
+    }
+    assert!(dial_from(&net, ENTRY, MIX).await.is_ok());
+    // The oldest ones were put out.
+    let mut byte = [0];
+    let read = soon(strangers[0].read(&mut byte)).await;
+    assert!(matches!(read, Ok(0) | Err(_)));
+}
+
+/// A full inbound queue stops the reading, not the neighbours' share of it.
+#[tokio::test]
+async fn a_flood_leaves_room_for_other_links() {
+    let mut net = TestNet::new().await;
+    let (_listener, mut packets, _) = start_listener(&mut net, 1);
+    let (context, _) = net.context(ENTRY);
+    let flood = LinkPool::start(context).unwrap();
+    for _ in 0..1000 {
+        flood.send(&net.identity(MIX), packet(1));
+    }
+    assert_eq!(soon(packets.recv()).await.unwrap(), packet(1));
+    let mut quiet = dial_from(&net, EXIT, MIX).await.unwrap();
+    quiet.push_packet(&net.identity(MIX), &packet(2));
+    quiet.flush().await.unwrap();
+    let mut taken = 0;
+    while soon(packets.recv()).await.unwrap() != packet(2) {
+        taken += 1;
+        // Taking slowly: the other link has long been waiting for its turn.
+        tokio::task::yield_now().await;
+    }
+    assert!(taken < 900, "{taken} packets of the flood came first");
+}
+
+#[tokio::test]
+async fn a_full_queue_drops_and_counts() {
+    // The listener of the mix accepts TCP by its backlog, but never answers.
+    let net = TestNet::new().await;
+    let (context, counters) = net.context(ENTRY);
+    let pool = LinkPool::start(context).unwrap();
+    for _ in 0..LINK_QUEUE_PACKETS + 10 {
+        pool.send(&net.identity(MIX), packet(1));
+    }
+    assert_eq!(counters.snapshot().dropped(DropReason::QueueFull), 10);
+    pool.send(&net.identity(2), packet(1));
+    assert_eq!(
+        counters.snapshot().dropped(DropReason::UnknownNextHop),
+        1,
+        "no neighbour"
+    );
+}
+
+#[tokio::test]
+async fn a_link_comes_back_with_its_node() {
+    let mut net = TestNet::new().await;
+    let address = net.address(MIX);
+    drop(net.listener(MIX));
+    let (context, counters) = net.context(ENTRY);
+    let pool = LinkPool::start(context).unwrap();
+    pool.send(&net.identity(MIX), packet(1));
+    until_dropped(&counters, DropReason::LinkDown, 1).await;
+
+    for _ in 0..2 {
+        let (context, _) = net.context(MIX);
+        let (sender, mut packets) = mpsc::channel(8);
+        let socket = TcpListener::bind(address).await.unwrap();
+        let listener = LinkListener::start(context, socket, sender).unwrap();
+        let arrived = async {
+            loop {
+                pool.send(&net.identity(MIX), packet(2));
+                let wait = Duration::from_millis(20);
+                if let Ok(Some(arrived)) = tokio::time::timeout(wait, packets.recv()).await {
+                    return arrived;
+                }
+            }
+        };
+        assert_eq!(soon(arrived).await, packet(2));
+        listener.shutdown().await;
+    }
+}
+
+/// The listening side of a link, done by hand.
+async fn accept_by_hand(
+    net: &TestNet,
+    socket: &TcpListener,
+) -> Connection<tokio_rustls::server::TlsStream<TcpStream>> {
+    let tls = tls::node_server_config(&net.keys[MIX], |_| true).unwrap();
+    let (stream, _) = soon(socket.accept()).await.unwrap();
+    let stream = soon(TlsAcceptor::from(tls).accept(stream)).await.unwrap();
+    let (context, _) = net.context(MIX);
+    let opened = Connection::open(stream, |stream| stream.get_ref().1, &context);
+    soon(opened).await.unwrap().0
+}
+
+#[tokio::test]
+async fn a_ping_is_answered() {
+    let mut net = TestNet::new().await;
+    let (_listener, _packets, _) = start_listener(&mut net, 8);
+    let mut connection = dial_from(&net, ENTRY, MIX).await.unwrap();
+    for _ in 0..3 {
+        connection.push_pad();
+        connection.flush().await.unwrap();
+        assert!(matches!(
+            soon(connection.next()).await.unwrap(),
+            Incoming::Pad
+        ));
+    }
+}
+
+#[tokio::test]
+async fn a_peer_that_answers_no_ping_is_dialled_again() {
+    let mut net = TestNet::new().await;
+    let socket = net.listener(MIX);
+    let (mut context, _) = net.context(ENTRY);
+    context.ping_interval = Duration::from_millis(20);
+    let _pool = LinkPool::start(context).unwrap();
+    let mut connection = accept_by_hand(&net, &socket).await;
+    assert!(
+        matches!(soon(connection.next()).await.unwrap(), Incoming::Pad),
+        "the ping"
+    );
+    assert!(
+        soon(connection.next()).await.is_err(),
+        "closed without another ping"
+    );
+    accept_by_hand(&net, &socket).await;
+}
+
+/// The dialled end has nothing to send but answers to pings.
+#[tokio::test]
+async fn packets_against_the_direction_close_the_link() {
+    let mut net = TestNet::new().await;
+    let socket = net.listener(MIX);
+    let (context, counters) = net.context(ENTRY);
+    let _pool = LinkPool::start(context).unwrap();
+    let mut connection = accept_by_hand(&net, &socket).await;
+    connection.push_packet(&net.identity(ENTRY), &packet(1));
+    connection.flush().await.unwrap();
+    assert!(soon(connection.next()).await.is_err());
+    assert_eq!(counters.snapshot().packets_in, 0);
+    accept_by_hand(&net, &socket).await;
+}
+
+#[tokio::test]
+async fn next_hops_are_told_apart() {
+    let net = TestNet::new().await;
+    let hops = NextHops::new(&net.topology, &net.identity(2));
+    assert_eq!(
+        hops.resolve(net.identity(3).as_bytes()),
+        Ok(net.identity(3))
+    );
+    for wrong in [ENTRY, 1, 2, EXIT] {
+        assert_eq!(
+            hops.resolve(net.identity(wrong).as_bytes()),
+            Err(DropReason::WrongLayer)
+        );
+    }
+    assert_eq!(hops.resolve(&[0; 32]), Err(DropReason::UnknownNextHop));
+    assert_eq!(hops.reachable().collect::<Vec<_>>(), [&net.identity(3)]);
+}
