@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, Parser, Subcommand};
+use mixsocks_client::socks;
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::Identity;
 
@@ -187,19 +188,21 @@ impl fmt::Display for Profile {
 /// User name and password of the proxy (RFC 1929): 1 to 255 bytes each.
 #[derive(Clone)]
 pub(crate) struct Credentials {
-    pub(crate) user: String,
-    pub(crate) password: String,
+    user: String,
+    password: String,
 }
 
 impl Credentials {
     fn parse(text: &str) -> Result<Self, String> {
         let (user, password) = text.split_once(':').ok_or("expected USER:PASSWORD")?;
-        for (part, name) in [(user, "user name"), (password, "password")] {
-            if part.is_empty() || part.len() > 255 {
-                return Err(format!("the {name} must have 1 to 255 bytes"));
-            }
-        }
+        socks::Credentials::new(user, password).map_err(|error| error.to_string())?;
         Ok(Self { user: user.to_owned(), password: password.to_owned() })
+    }
+}
+
+impl From<Credentials> for socks::Credentials {
+    fn from(credentials: Credentials) -> Self {
+        Self::new(&credentials.user, &credentials.password).expect("checked by Credentials::parse")
     }
 }
 

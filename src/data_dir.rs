@@ -4,11 +4,11 @@
 //! lock                      held while a process uses the directory
 //! authority.key             up: signs the topology
 //! authority.pub             up: its public key, for `mixsocks client --authority`
-//! topology                  up: the signed topology file, new at each start
+//! topology                  up: the signed file, new at each start; client: the latest one used
 //! mix-1 … mix-3/            up: identity.key, sphinx.key
 //! gateway-1, gateway-2/     up: identity.key, sphinx.key, and the registrations
 //! provider/                 up: identity.key, encryption.key, token
-//! client/                   identity.key, encryption.key, gateway, token-…
+//! client/                   identity.key, encryption.key, token, gateway (the one that was chosen)
 //! ```
 //!
 //! A `.key` file is a 32-byte secret in base58 that only its owner may read. Files are replaced

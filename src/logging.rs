@@ -8,6 +8,7 @@
 
 use std::io::IsTerminal;
 
+use mixsocks_client::socks::QUIET_LOG_TARGET;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::Targets;
@@ -43,7 +44,7 @@ fn filter(verbosity: Verbosity) -> Targets {
         .with_default(own.min(LevelFilter::WARN))
         .with_target("mixsocks", own)
         .with_target("hickory", hickory)
-        .with_target("fast_socks5", LevelFilter::OFF)
+        .with_target(QUIET_LOG_TARGET, LevelFilter::OFF)
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use bytes::Bytes;
 use mixsocks_common::session::OpenOutcome;
 use mixsocks_common::target::Target;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, error, warn};
@@ -47,6 +47,10 @@ pub const MAX_EARLY_BYTES: usize = 1400;
 
 /// Most bytes taken from a program that does not wait for its reply; then it is made to.
 const MAX_PENDING_BYTES: usize = 16 * 1024;
+
+/// Connections that the system holds until they are accepted. With the usual 128, a burst of a few
+/// hundred was seen to end in resets.
+const ACCEPT_BACKLOG: u32 = 1024;
 
 /// Pause after an error that accepting meets again at once, such as a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -82,7 +86,7 @@ pub struct SocksListener {
 }
 
 impl SocksListener {
-    /// A port on a listener that is bound already.
+    /// A port on a listener that is bound already; [`SocksListener::bind`] gives it a longer queue.
     ///
     /// With `credentials`, programs must give them. Without, they may give any user name and
     /// password, or none.
@@ -94,8 +98,19 @@ impl SocksListener {
     ///
     /// # Errors
     /// When the address cannot be bound.
-    pub async fn bind(address: SocketAddr, credentials: Option<Credentials>) -> io::Result<Self> {
-        Ok(Self::new(TcpListener::bind(address).await?, credentials))
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn bind(address: SocketAddr, credentials: Option<Credentials>) -> io::Result<Self> {
+        let socket = match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4()?,
+            SocketAddr::V6(_) => TcpSocket::new_v6()?,
+        };
+        // Elsewhere it would let another program take the port over.
+        #[cfg(unix)]
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        Ok(Self::new(socket.listen(ACCEPT_BACKLOG)?, credentials))
     }
 
     /// The address of the port.

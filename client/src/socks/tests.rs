@@ -647,7 +647,7 @@ impl OpenStream for Echo {
 }
 
 async fn tcp_port<O: OpenStream>(opener: O) -> (SocketAddr, JoinHandle<()>) {
-    let listener = SocksListener::bind(([127, 0, 0, 1], 0).into(), None).await.unwrap();
+    let listener = SocksListener::bind(([127, 0, 0, 1], 0).into(), None).unwrap();
     let address = listener.local_addr().unwrap();
     (address, tokio::spawn(listener.serve(opener, pending())))
 }

@@ -4,9 +4,7 @@ use std::sync::Arc;
 
 use rand::CryptoRng;
 
-use super::message::{
-    ClientMessage, GatewayMessage, Invitation, Refusal, Resume, StreamId,
-};
+use super::message::{ClientMessage, GatewayMessage, Invitation, Refusal, Resume, StreamId};
 use super::token::Token;
 use super::transcript::{Binding, BindingKind, NONCE_LEN, Transcript};
 use crate::keys::{Identity, IdentityKey};
@@ -141,7 +139,11 @@ impl ClientHandshake {
         let mut nonce = [0u8; NONCE_LEN];
         rng.fill_bytes(&mut nonce);
         let network = setup.network.clone();
-        let hello = ClientMessage::Hello { network, identity: setup.key.identity(), nonce };
+        let hello = ClientMessage::Hello {
+            network,
+            identity: setup.key.identity(),
+            nonce,
+        };
         (Self::AwaitChallenge(AwaitChallenge { setup, nonce }), hello)
     }
 
@@ -157,7 +159,11 @@ impl ClientHandshake {
             }
             (
                 Self::AwaitChallenge(state),
-                GatewayMessage::Challenge { nonce, mode: _, binding },
+                GatewayMessage::Challenge {
+                    nonce,
+                    mode: _,
+                    binding,
+                },
             ) => state.challenge(nonce, binding),
             (Self::AwaitRegistered(state), GatewayMessage::Registered { token }) => {
                 Ok(state.registered(token))
@@ -166,8 +172,10 @@ impl ClientHandshake {
                 Ok(state.welcome(stream, received))
             }
             (state, message) => {
-                let error =
-                    ClientError::OutOfOrder { got: message.name(), expected: state.expected() };
+                let error = ClientError::OutOfOrder {
+                    got: message.name(),
+                    expected: state.expected(),
+                };
                 Err(Rejected { state, error })
             }
         }
@@ -187,9 +195,15 @@ impl AwaitChallenge {
         let actual = self.setup.binding.kind();
         if stated != actual {
             let error = ClientError::WrongBinding { stated, actual };
-            return Err(Rejected { state: ClientHandshake::AwaitChallenge(self), error });
+            return Err(Rejected {
+                state: ClientHandshake::AwaitChallenge(self),
+                error,
+            });
         }
-        let Self { setup, nonce: client_nonce } = self;
+        let Self {
+            setup,
+            nonce: client_nonce,
+        } = self;
         let transcript = Transcript {
             gateway: setup.gateway,
             client: setup.key.identity(),
@@ -210,7 +224,10 @@ impl AwaitChallenge {
                 };
                 let resume = setup.resume;
                 let state = AwaitRegistered { transcript, resume };
-                ClientStep::Send { state: ClientHandshake::AwaitRegistered(state), message }
+                ClientStep::Send {
+                    state: ClientHandshake::AwaitRegistered(state),
+                    message,
+                }
             }
         })
     }
@@ -219,14 +236,22 @@ impl AwaitChallenge {
 impl AwaitRegistered {
     fn registered(self, token: Token) -> ClientStep {
         let (state, message) = authenticate(&token, &self.transcript, self.resume);
-        ClientStep::Store { token, state, message }
+        ClientStep::Store {
+            token,
+            state,
+            message,
+        }
     }
 }
 
 impl AwaitWelcome {
     fn welcome(self, stream: StreamId, received: u64) -> ClientStep {
         let resumed = self.resume.is_some_and(|resume| resume.stream == stream);
-        ClientStep::Established(Welcome { stream, resumed, received })
+        ClientStep::Established(Welcome {
+            stream,
+            resumed,
+            received,
+        })
     }
 }
 
@@ -235,6 +260,12 @@ fn authenticate(
     transcript: &Transcript,
     resume: Option<Resume>,
 ) -> (ClientHandshake, ClientMessage) {
-    let message = ClientMessage::Authenticate { token: token.mask(transcript), resume };
-    (ClientHandshake::AwaitWelcome(AwaitWelcome { resume }), message)
+    let message = ClientMessage::Authenticate {
+        token: token.mask(transcript),
+        resume,
+    };
+    (
+        ClientHandshake::AwaitWelcome(AwaitWelcome { resume }),
+        message,
+    )
 }

@@ -347,7 +347,9 @@ impl ClientSession {
         let keepalive = (!self.transport.streams.is_empty() && self.transport.flight.is_empty())
             .then(|| self.last_heard.max(self.last_asked) + KEEPALIVE);
         let silence = (!self.transport.flight.is_empty()).then(|| self.last_heard + SESSION_SILENCE);
-        [self.transport.received.ack_due(), self.transport.loss_deadline(), keepalive, silence]
+        // A session that is being closed owes nothing any more.
+        let ack = self.transport.received.ack_due().filter(|_| self.closing == Closing::No);
+        [ack, self.transport.loss_deadline(), keepalive, silence]
             .into_iter()
             .flatten()
             .min()

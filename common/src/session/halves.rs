@@ -105,7 +105,8 @@ impl SendHalf {
 
     /// Whether [`SendHalf::next_piece`] has something.
     pub(super) fn has_pending(&self) -> bool {
-        !self.lost.is_empty() || self.next < self.end().min(self.credit) || self.fin == Fin::Waiting
+        let end_waits = self.fin == Fin::Waiting && self.next == self.end();
+        !self.lost.is_empty() || self.next < self.end().min(self.credit) || end_waits
     }
 
     /// Where the next piece would begin.
@@ -286,11 +287,6 @@ impl RecvHalf {
         self.end_read
     }
 
-    /// Whether everything has arrived.
-    pub(super) fn is_complete(&self) -> bool {
-        self.end.is_some_and(|end| end == self.read_to + self.readable_bytes() as u64)
-    }
-
     /// Reads into `out`: `Some(0)` is the end of the stream, `None` means nothing yet.
     pub(super) fn read(&mut self, out: &mut [u8]) -> Option<usize> {
         let len = self.readable_bytes().min(out.len());
@@ -381,7 +377,7 @@ mod tests {
             let mut received = Vec::new();
             let mut in_flight: Vec<Piece> = Vec::new();
             let mut rounds = 0;
-            while !(send.is_done() && recv.is_complete()) {
+            while !(send.is_done() && recv.is_at_end()) {
                 rounds += 1;
                 prop_assert!(rounds < 10_000);
                 let chunk = rng.random_range(0..3000).min(len - written);
@@ -423,6 +419,9 @@ mod tests {
         assert_eq!(send.next_piece(100), Some(Piece { range: 0..10, fin: false }));
         assert_eq!(send.next_piece(100), None);
         assert!(!send.has_pending());
+        send.finish();
+        assert!(!send.has_pending(), "the end waits for credit, too");
+        assert_eq!(send.next_piece(100), None);
         send.raise_credit(25);
         send.raise_credit(20);
         assert_eq!(send.next_piece(100), Some(Piece { range: 10..25, fin: false }));

@@ -1,1 +1,500 @@
-//! tests
+//! A client and a provider session joined by a mixnet that delays, reorders and loses packets, under
+//! fake time and one seed.
+
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::cmp::Reverse;
+use std::time::{Duration, Instant};
+
+use mixsocks_sphinx::SURB_LEN;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+use super::frame::StreamId;
+use super::*;
+
+const MAX_PACKET_BYTES: usize = 2031;
+const MEAN_DELAY: Duration = Duration::from_millis(15);
+
+/// What the network does to packets.
+#[derive(Clone, Copy)]
+struct Network {
+    mean_delay: Duration,
+    loss: f64,
+    /// Time of wires and processors, one way.
+    wire: Duration,
+    /// Shortest time between two packets of one direction.
+    spacing: Duration,
+}
+
+impl Network {
+    fn perfect() -> Self {
+        Self { mean_delay: MEAN_DELAY, loss: 0.0, wire: Duration::from_millis(2), spacing: Duration::from_micros(200) }
+    }
+}
+
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+enum Arrival {
+    Packet(Vec<u8>),
+    Reply { surb: u64, contents: Vec<u8> },
+}
+
+struct Surbs<'a> {
+    made: &'a mut HashMap<u64, Duration>,
+    rng: &'a mut StdRng,
+    mean_delay: Duration,
+}
+
+impl SurbSource for Surbs<'_> {
+    fn available(&self) -> usize {
+        10
+    }
+
+    fn write_surb(&mut self, out: &mut Vec<u8>) {
+        let id: u64 = self.rng.random();
+        let mut bytes = [0u8; SURB_LEN];
+        // The base point: a group element that a SURB may begin with.
+        bytes[0] = 9;
+        bytes[348..356].copy_from_slice(&id.to_be_bytes());
+        out.extend_from_slice(&bytes);
+        self.made.insert(id, trip(self.mean_delay, self.rng));
+    }
+}
+
+fn trip(mean: Duration, rng: &mut StdRng) -> Duration {
+    (0..3).map(|_| mean.mul_f64(-(1.0 - rng.random::<f64>()).ln())).sum()
+}
+
+/// Both ends, and what is under way between them.
+struct World {
+    now: Instant,
+    start: Instant,
+    rng: StdRng,
+    network: Network,
+    client: ClientSession,
+    sessions: ProviderSessions,
+    arrivals: BinaryHeap<Reverse<(Instant, u64, Arrival)>>,
+    serial: u64,
+    surbs: HashMap<u64, Duration>,
+    free_at: [Instant; 2],
+    sent: [u64; 2],
+    lost: [u64; 2],
+    client_events: Vec<StreamEvent>,
+    provider_events: Vec<StreamEvent>,
+    /// Nothing gets through.
+    blackout: bool,
+}
+
+impl World {
+    fn new(seed: u64, network: Network) -> Self {
+        let now = Instant::now();
+        let id = client::SessionId([7; SESSION_ID_LEN]);
+        Self {
+            now,
+            start: now,
+            rng: StdRng::seed_from_u64(seed),
+            network,
+            client: ClientSession::new(id, 1_000_000, now, MAX_PACKET_BYTES, network.mean_delay),
+            sessions: ProviderSessions::new(0, MAX_PACKET_BYTES, network.mean_delay),
+            arrivals: BinaryHeap::new(),
+            serial: 0,
+            surbs: HashMap::new(),
+            free_at: [now; 2],
+            sent: [0; 2],
+            lost: [0; 2],
+            client_events: Vec::new(),
+            provider_events: Vec::new(),
+            blackout: false,
+        }
+    }
+
+    fn provider(&mut self) -> &mut ProviderSession {
+        let id = self.client.id();
+        self.sessions.get_mut(id).expect("the session has begun")
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.now - self.start
+    }
+
+    fn dispatch(&mut self, direction: usize, delay: Duration, arrival: Arrival) {
+        self.sent[direction] += 1;
+        if self.blackout || self.rng.random_bool(self.network.loss) {
+            self.lost[direction] += 1;
+            return;
+        }
+        self.serial += 1;
+        let leaves = self.free_at[direction].max(self.now);
+        self.free_at[direction] = leaves + self.network.spacing;
+        let at = leaves + delay + self.network.wire;
+        self.arrivals.push(Reverse((at, self.serial, arrival)));
+    }
+
+    /// Everything that both ends have to send now.
+    fn transmit(&mut self) {
+        let mut out = Vec::new();
+        loop {
+            // The link takes a packet when it is free, as a real one does.
+            if self.free_at[0] > self.now + self.network.spacing * 16 {
+                break;
+            }
+            let delay = trip(self.network.mean_delay, &mut self.rng);
+            let mut surbs = Surbs { made: &mut self.surbs, rng: &mut self.rng, mean_delay: self.network.mean_delay };
+            if !self.client.poll_transmit(self.now, delay, &mut surbs, &mut out) {
+                break;
+            }
+            assert!(out.len() <= MAX_PACKET_BYTES);
+            self.dispatch(0, delay, Arrival::Packet(out.clone()));
+        }
+        let id = self.client.id();
+        loop {
+            if self.free_at[1] > self.now + self.network.spacing * 16 {
+                break;
+            }
+            let Some(session) = self.sessions.get_mut(id) else { break };
+            let Some(surb) = session.poll_transmit(self.now, &mut out) else { break };
+            assert!(out.len() <= MAX_PACKET_BYTES);
+            self.send_reply(&surb, out.clone());
+        }
+    }
+
+    fn send_reply(&mut self, surb: &mixsocks_sphinx::Surb, contents: Vec<u8>) {
+        let mut id = [0u8; 8];
+        id.copy_from_slice(&surb.as_bytes()[348..356]);
+        let surb = u64::from_be_bytes(id);
+        let delay = self.surbs[&surb];
+        self.dispatch(1, delay, Arrival::Reply { surb, contents });
+    }
+
+    /// Goes to the next thing that happens; `false` when nothing ever will.
+    fn step(&mut self) -> bool {
+        self.transmit();
+        let id = self.client.id();
+        let links = self.free_at.into_iter().filter(|at| *at > self.now);
+        let next = [
+            self.arrivals.peek().map(|Reverse((at, _, _))| *at),
+            self.client.poll_timeout(),
+            self.sessions.get_mut(id).and_then(|session| session.poll_timeout()),
+        ];
+        let Some(next) = next.into_iter().flatten().chain(links).min() else { return false };
+        self.now = self.now.max(next);
+        while let Some(Reverse((at, _, _))) = self.arrivals.peek()
+            && *at <= self.now
+        {
+            let Reverse((_, _, arrival)) = self.arrivals.pop().unwrap();
+            self.arrive(arrival);
+        }
+        if self.client.poll_timeout().is_some_and(|at| at <= self.now) {
+            self.client.handle_timeout(self.now);
+        }
+        let now = self.now;
+        if let Some(session) = self.sessions.get_mut(id)
+            && session.poll_timeout().is_some_and(|at| at <= now)
+        {
+            session.handle_timeout(now);
+        }
+        while let Some(event) = self.client.poll_event() {
+            self.client_events.push(event);
+        }
+        if let Some(session) = self.sessions.get_mut(id) {
+            while let Some(event) = session.poll_event() {
+                self.provider_events.push(event);
+            }
+        }
+        true
+    }
+
+    fn arrive(&mut self, arrival: Arrival) {
+        match arrival {
+            Arrival::Packet(contents) => {
+                let wall_ms = 1_000_000 + u64::try_from(self.elapsed().as_millis()).unwrap();
+                match self.sessions.handle_packet(self.now, wall_ms, &contents) {
+                    Handled::Refused { contents, surb, .. } => self.send_reply(&surb, contents),
+                    Handled::Session(_)
+                    | Handled::Dropped(Dropped::Packet(PacketError::Duplicate) | Dropped::Refused(_)) => {}
+                    Handled::Dropped(dropped) => panic!("{dropped}"),
+                }
+            }
+            Arrival::Reply { surb, contents } => {
+                let delay = self.surbs.remove(&surb).unwrap();
+                match self.client.handle_reply(self.now, delay, &contents) {
+                    Ok(()) | Err(ReplyError::Duplicate) => {}
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        }
+    }
+
+    fn run_until(&mut self, limit: Duration, mut done: impl FnMut(&mut Self) -> bool) {
+        while !done(self) {
+            assert!(self.step(), "nothing happens any more");
+            assert!(self.elapsed() < limit, "not done after {limit:?}");
+        }
+    }
+
+    fn open(&mut self) -> StreamId {
+        let stream = self.client.open("example.com:80".parse().unwrap()).unwrap();
+        self.run_until(Duration::from_secs(30), |world| {
+            let mut opened = Vec::new();
+            world.provider_events.retain(|event| match event {
+                StreamEvent::Open { stream, .. } => {
+                    opened.push(*stream);
+                    false
+                }
+                _ => true,
+            });
+            for stream in opened {
+                world.provider().opened(stream, OpenOutcome::Connected);
+            }
+            world.client_events.contains(&StreamEvent::Opened { stream, outcome: OpenOutcome::Connected })
+        });
+        stream
+    }
+}
+
+fn pattern(stream: u64, len: usize) -> Vec<u8> {
+    (0..len as u64).map(|n| ((n * 31 + stream * 7 + (n >> 8)) % 251) as u8).collect()
+}
+
+/// Sends `len` bytes in each of `streams` streams, up or down, and checks them.
+fn transfer(world: &mut World, streams: usize, len: usize, down: bool, limit: Duration) -> Duration {
+    let ids: Vec<StreamId> = (0..streams).map(|_| world.open()).collect();
+    let began = world.now;
+    let mut written: BTreeMap<StreamId, usize> = ids.iter().map(|id| (*id, 0)).collect();
+    let mut read: BTreeMap<StreamId, Vec<u8>> = ids.iter().map(|id| (*id, Vec::new())).collect();
+    let bytes: BTreeMap<StreamId, Vec<u8>> = ids.iter().map(|id| (*id, pattern(*id, len))).collect();
+    let mut chunk = vec![0u8; 65536];
+    let mut ended = 0;
+    world.run_until(limit, |world| {
+        for &id in &ids {
+            let done = written.get_mut(&id).unwrap();
+            if *done <= len {
+                let rest = &bytes[&id][*done..];
+                if !rest.is_empty() {
+                    let taken = if down { world.provider().write(id, rest) } else { world.client.write(id, rest) };
+                    *done += taken.unwrap();
+                }
+                if *done == len {
+                    if down { world.provider().finish(id) } else { world.client.finish(id) }
+                    *done += 1;
+                }
+            }
+            loop {
+                let result = if down { world.client.read(id, &mut chunk) } else { world.provider().read(id, &mut chunk) };
+                match result.unwrap() {
+                    Some(0) => {
+                        if read[&id].len() == len {
+                            read.get_mut(&id).unwrap().push(0);
+                            ended += 1;
+                        }
+                        break;
+                    }
+                    Some(n) => read.get_mut(&id).unwrap().extend_from_slice(&chunk[..n]),
+                    None => break,
+                }
+            }
+        }
+        ended == streams
+    });
+    for id in ids {
+        assert!(read[&id][..len] == bytes[&id][..], "stream {id} has other bytes");
+    }
+    world.now - began
+}
+
+#[test]
+fn a_download_and_an_upload_arrive() {
+    for down in [true, false] {
+        let mut world = World::new(1, Network::perfect());
+        let time = transfer(&mut world, 1, 4 << 20, down, Duration::from_secs(60));
+        let rate = 4.0 / time.as_secs_f64();
+        let packets = (4 << 20) as f64 / 2000.0;
+        let extra = world.sent[usize::from(down)] as f64 / packets;
+        println!("down {down}: {rate:.1} MiB/s, {extra:.2} packets per packet of data, {:?}", world.sent);
+        assert!(rate > 2.0, "{rate} MiB/s of 9.5 that the path carries");
+        assert!(extra < 1.2, "{extra} packets for each that is needed");
+    }
+}
+
+#[test]
+fn bytes_are_right_with_loss() {
+    for (seed, loss) in [(1, 0.01), (2, 0.05), (3, 0.2)] {
+        for down in [true, false] {
+            let mut world = World::new(seed, Network { loss, ..Network::perfect() });
+            let time = transfer(&mut world, 3, 500_000, down, Duration::from_secs(300));
+            println!("loss {loss} down {down}: {time:?}, sent {:?} lost {:?}", world.sent, world.lost);
+        }
+    }
+}
+
+#[test]
+fn thousands_of_packets_overtake_each_other() {
+    let network = Network { mean_delay: Duration::from_millis(400), spacing: Duration::from_micros(50), ..Network::perfect() };
+    for down in [true, false] {
+        let mut world = World::new(5, network);
+        let time = transfer(&mut world, 4, 3 << 20, down, Duration::from_secs(300));
+        println!("down {down}: {time:?}");
+    }
+}
+
+#[test]
+fn an_idle_session_falls_silent() {
+    let mut world = World::new(9, Network::perfect());
+    let stream = world.open();
+    world.client.write(stream, b"request").unwrap();
+    world.run_until(Duration::from_secs(30), |world| {
+        world.provider_events.contains(&StreamEvent::Readable(stream))
+    });
+    let quiet_from = world.elapsed() + Duration::from_secs(5);
+    world.run_until(Duration::from_secs(60), |world| world.client.poll_timeout().is_none_or(|at| at > world.start + quiet_from));
+    let before = world.sent;
+    let until = world.now + KEEPALIVE - Duration::from_secs(10);
+    while world.step() && world.now < until {}
+    assert_eq!(world.sent, before, "an idle session talks");
+    // The keepalive is asked and answered, and then there is silence again.
+    let until = world.now + KEEPALIVE;
+    while world.step() && world.now < until {}
+    assert!((1..=2).contains(&(world.sent[0] - before[0])), "{:?} {before:?}", world.sent);
+    assert!((1..=2).contains(&(world.sent[1] - before[1])), "{:?} {before:?}", world.sent);
+}
+
+#[test]
+fn a_session_survives_a_blackout_in_both_directions() {
+    let mut world = World::new(11, Network::perfect());
+    let stream = world.open();
+    let bytes = pattern(stream, 1 << 20);
+    assert_eq!(world.provider().write(stream, &bytes), Some(bytes.len()));
+    world.provider().finish(stream);
+    let mut read = Vec::new();
+    let mut chunk = [0u8; 65536];
+    let dark = Duration::from_millis(600)..Duration::from_secs(31);
+    let mut ended = false;
+    world.run_until(Duration::from_secs(120), |world| {
+        world.blackout = dark.contains(&world.elapsed());
+        while let Some(n) = world.client.read(stream, &mut chunk).unwrap() {
+            read.extend_from_slice(&chunk[..n]);
+            if n == 0 {
+                ended = true;
+                break;
+            }
+        }
+        ended
+    });
+    assert!(read == bytes);
+    println!("ended {:?} after the light", world.elapsed() - dark.end);
+}
+
+#[test]
+fn a_stalled_reader_stops_its_sender_and_nobody_else() {
+    let mut world = World::new(13, Network::perfect());
+    let stalled = world.open();
+    let bytes = vec![1u8; 8 << 20];
+    let mut written = world.provider().write(stalled, &bytes).unwrap();
+    transfer(&mut world, 1, 1 << 20, true, Duration::from_secs(60));
+    written += world.provider().write(stalled, &bytes).unwrap();
+    assert!(written as u64 <= SEND_BUFFER_BYTES as u64 + INITIAL_WINDOW_BYTES);
+}
+
+#[test]
+fn half_closes_and_resets_carry_through() {
+    let mut world = World::new(17, Network::perfect());
+    let stream = world.open();
+    world.client.write(stream, b"ask").unwrap();
+    world.client.finish(stream);
+    let mut chunk = [0u8; 100];
+    let mut asked = Vec::new();
+    world.run_until(Duration::from_secs(30), |world| {
+        while let Some(n) = world.provider().read(stream, &mut chunk).unwrap() {
+            if n == 0 {
+                return true;
+            }
+            asked.extend_from_slice(&chunk[..n]);
+        }
+        false
+    });
+    assert_eq!(asked, b"ask");
+    // The answer comes long after the client's end.
+    let later = world.now + Duration::from_secs(60);
+    while world.step() && world.now < later {}
+    world.provider().write(stream, b"answer").unwrap();
+    world.provider().release(stream);
+    world.run_until(Duration::from_secs(1000), |world| world.client_events.contains(&StreamEvent::Reset(stream)));
+    assert_eq!(world.client.read(stream, &mut chunk), Err(StreamReset));
+    world.client.release(stream);
+    let later = world.now + Duration::from_secs(5);
+    while world.step() && world.now < later {}
+    assert_eq!(world.client.stream_count(), 0);
+}
+
+#[test]
+fn failed_opens_tell_why() {
+    let mut world = World::new(19, Network { loss: 0.3, ..Network::perfect() });
+    let stream = world.client.open("nowhere.invalid:80".parse().unwrap()).unwrap();
+    world.run_until(Duration::from_secs(60), |world| {
+        if let Some(StreamEvent::Open { stream, .. }) = world.provider_events.pop() {
+            world.provider().opened(stream, OpenOutcome::HostUnreachable);
+            world.provider().release(stream);
+        }
+        world.client_events.contains(&StreamEvent::Opened { stream, outcome: OpenOutcome::HostUnreachable })
+    });
+    world.client.release(stream);
+    assert_eq!(world.client.stream_count(), 0);
+}
+
+#[test]
+fn a_closed_session_is_forgotten_and_not_begun_again() {
+    let mut world = World::new(23, Network::perfect());
+    world.open();
+    world.client.close();
+    world.run_until(Duration::from_secs(30), |world| world.client.closed().is_some());
+    let id = world.client.id();
+    assert!(world.sessions.get_mut(id).unwrap().has_ended());
+    let now = world.now;
+    world.sessions.remove(id, now);
+    // A replay of the first packet must not open the stream again.
+    let mut replay = Vec::new();
+    let mut copy = ClientSession::new(id, 1_000_000, now, MAX_PACKET_BYTES, MEAN_DELAY);
+    copy.open("example.com:80".parse().unwrap()).unwrap();
+    let mut surbs = Surbs { made: &mut world.surbs, rng: &mut world.rng, mean_delay: MEAN_DELAY };
+    assert!(copy.poll_transmit(now, Duration::ZERO, &mut surbs, &mut replay));
+    let handled = world.sessions.handle_packet(now, 1_001_000, &replay);
+    assert!(matches!(handled, Handled::Refused { reason: frame::CloseReason::Unknown, .. }), "{handled:?}");
+}
+
+#[test]
+fn starts_of_another_time_are_refused() {
+    let now = Instant::now();
+    let first_packet = |started_ms, id| {
+        let mut session = ClientSession::new(client::SessionId([id; 16]), started_ms, now, MAX_PACKET_BYTES, MEAN_DELAY);
+        session.open("example.com:80".parse().unwrap()).unwrap();
+        let (mut made, mut rng, mut out) = (HashMap::new(), StdRng::seed_from_u64(1), Vec::new());
+        let mut surbs = Surbs { made: &mut made, rng: &mut rng, mean_delay: MEAN_DELAY };
+        assert!(session.poll_transmit(now, Duration::ZERO, &mut surbs, &mut out));
+        out
+    };
+    let mut sessions = ProviderSessions::new(1_000_000, MAX_PACKET_BYTES, MEAN_DELAY);
+    for (id, started_ms, taken) in [(1, 1_000_000, true), (2, 999_999, false), (3, 1_120_001, false), (4, 1_120_000, true)] {
+        let handled = sessions.handle_packet(now, 1_000_000, &first_packet(started_ms, id));
+        assert_eq!(matches!(handled, Handled::Session(_)), taken, "{started_ms}: {handled:?}");
+    }
+}
+
+#[test]
+fn nonsense_never_panics() {
+    let mut rng = StdRng::seed_from_u64(29);
+    let mut world = World::new(29, Network::perfect());
+    world.open();
+    let id = world.client.id();
+    for _ in 0..20_000 {
+        let mut contents = vec![PacketKind::Session as u8];
+        contents.extend_from_slice(&id.0);
+        let len = rng.random_range(0..60);
+        contents.extend((0..len).map(|_| rng.random_range(0..16u8)));
+        if world.sessions.get_mut(id).is_none() {
+            break;
+        }
+        world.sessions.handle_packet(world.now, 1_000_000, &contents);
+        contents[0] = PacketKind::Reply as u8;
+        contents.drain(1..17);
+        let _ = world.client.handle_reply(world.now, Duration::ZERO, &contents);
+    }
+}

@@ -1,0 +1,527 @@
+//! The task that keeps a link: logs in, carries frames, and starts over after a cut.
+
+use std::ops::ControlFlow;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::stream::{SplitSink, SplitStream};
+use futures_util::{SinkExt, StreamExt};
+use mixsocks_common::gateway::client::{ClientHandshake, ClientSetup, ClientStep, Welcome};
+use mixsocks_common::gateway::delivery::Delivery;
+use mixsocks_common::gateway::keepalive::{Due, Keepalive};
+use mixsocks_common::gateway::message::{ClientMessage, GatewayMessage, Refusal, Resume};
+use mixsocks_common::gateway::token::Token;
+use mixsocks_common::link::{FrameBody, FrameCodec, tls};
+use mixsocks_common::topology::Role;
+use mixsocks_sphinx::{HEADER_LEN, HopAddress, Packet};
+use rand::RngExt;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_tungstenite::tungstenite::Message;
+use tracing::{debug, info, warn};
+
+use super::connection::{Connection, Dialler, Socket, control_frame, next_frame};
+use super::{GatewayLinkConfig, GatewayLinkError, LinkState, token_file};
+
+/// From the first TCP packet to the end of the login: a dozen round trips around the world.
+const LOGIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// A gateway that takes no byte for that long is stuck.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a farewell may take.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Frames per write: 16 of them fill some two TLS records.
+const WRITE_FRAMES: usize = 16;
+const FIRST_WAIT: Duration = Duration::from_millis(100);
+const LONGEST_WAIT: Duration = Duration::from_secs(10);
+/// No gateway keeps a client away for longer.
+const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(60);
+/// A connection that lived this long was a good one: the next dial need not wait.
+const STABLE_AFTER: Duration = Duration::from_secs(10);
+
+type Outgoing = (HopAddress, Packet);
+
+pub(super) struct Session {
+    config: GatewayLinkConfig,
+    dialler: Dialler,
+    token: Option<Token>,
+    /// What the gateway may ask for again, and how much of its stream has arrived; there once a
+    /// login has succeeded.
+    flow: Option<Flow>,
+}
+
+/// What outlives a connection, and the times of the current one.
+struct Flow {
+    delivery: Delivery<Outgoing>,
+    received: u64,
+    keepalive: Keepalive,
+}
+
+/// Why carrying ended.
+enum End {
+    /// The application dropped the receiver.
+    Dropped,
+    Failed(GatewayLinkError),
+}
+
+impl From<GatewayLinkError> for End {
+    fn from(error: GatewayLinkError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl Session {
+    pub(super) fn new(config: GatewayLinkConfig) -> Result<Self, GatewayLinkError> {
+        let gateway = config.gateway;
+        let unknown = GatewayLinkError::UnknownGateway(gateway);
+        let Some(Role::Gateway {
+            client_address: address,
+        }) = config.topology.gateway(&gateway).map(|node| node.role)
+        else {
+            return Err(unknown);
+        };
+        let tls = tls::gateway_client_config(gateway)
+            .map_err(|source| GatewayLinkError::Tls { address, source })?;
+        let codec = FrameCodec::new(config.topology.packet_bytes());
+        let token = token_file::load(&config.token_file, &gateway, &config.identity.identity())
+            .map_err(|source| GatewayLinkError::TokenFile {
+                path: config.token_file.clone(),
+                source,
+            })?;
+        let dialler = Dialler {
+            gateway,
+            address,
+            tls,
+            codec,
+        };
+        Ok(Self {
+            config,
+            dialler,
+            token,
+            flow: None,
+        })
+    }
+
+    /// Dials and logs in; registers when there is no token, or none that the gateway knows.
+    pub(super) async fn log_in(&mut self) -> Result<Connection, GatewayLinkError> {
+        match self.try_log_in().await {
+            Err(GatewayLinkError::Refused(Refusal::UnknownToken)) if self.token.is_some() => {
+                info!("the gateway does not know this client any more; registering again");
+                self.token = None;
+                self.try_log_in().await
+            }
+            result => result,
+        }
+    }
+
+    async fn try_log_in(&mut self) -> Result<Connection, GatewayLinkError> {
+        let address = self.dialler.address;
+        let seconds = LOGIN_TIMEOUT.as_secs();
+        let result = timeout(LOGIN_TIMEOUT, self.shake_hands())
+            .await
+            .unwrap_or(Err(GatewayLinkError::TimedOut { address, seconds }));
+        // When the two disagree about the stream, the next login starts a new one.
+        if let Err(GatewayLinkError::Refused(Refusal::BadCounter) | GatewayLinkError::Counter(_)) =
+            &result
+        {
+            self.flow = None;
+        }
+        result
+    }
+
+    async fn shake_hands(&mut self) -> Result<Connection, GatewayLinkError> {
+        let (mut connection, binding) = self.dialler.dial().await?;
+        let setup = ClientSetup {
+            network: self.config.topology.network.clone(),
+            gateway: self.dialler.gateway,
+            key: self.config.identity.clone(),
+            binding,
+            token: self.token.clone(),
+            invitation: self.config.invitation.clone(),
+            resume: self.flow.as_ref().map(|flow| Resume {
+                stream: flow.delivery.stream(),
+                received: flow.received,
+            }),
+        };
+        let (mut handshake, mut message) = ClientHandshake::start(setup, &mut rand::rng());
+        loop {
+            connection.send(&message).await?;
+            let answer = connection.receive().await?;
+            let step = handshake
+                .handle_message(answer)
+                .map_err(|rejected| rejected.error)?;
+            (handshake, message) = match step {
+                ClientStep::Send { state, message } => (state, message),
+                ClientStep::Store {
+                    token,
+                    state,
+                    message,
+                } => {
+                    self.store(token).await?;
+                    (state, message)
+                }
+                ClientStep::Established(welcome) => {
+                    self.welcome(welcome)?;
+                    return Ok(connection);
+                }
+                ClientStep::Refused(refusal) => return Err(refusal.into()),
+                ClientStep::Ended(GatewayMessage::Evicted) => {
+                    return Err(GatewayLinkError::Evicted);
+                }
+                ClientStep::Ended(_) => return Err(GatewayLinkError::Closed),
+            };
+        }
+    }
+
+    async fn store(&mut self, token: Token) -> Result<(), GatewayLinkError> {
+        // Kept even if the file cannot be written: the old token is worth nothing any more.
+        self.token = Some(token.clone());
+        let path = self.config.token_file.clone();
+        let (gateway, client) = (self.dialler.gateway, self.config.identity.identity());
+        let write =
+            move || token_file::store(&path, &gateway, &client, &token).map_err(|e| (path, e));
+        tokio::task::spawn_blocking(write)
+            .await
+            .expect("writing a file does not panic")
+            .map_err(|(path, source)| GatewayLinkError::TokenFile { path, source })
+    }
+
+    fn welcome(&mut self, welcome: Welcome) -> Result<(), GatewayLinkError> {
+        let keepalive = Keepalive::new(Instant::now().into_std());
+        match &mut self.flow {
+            Some(flow) => {
+                if welcome.resumed {
+                    flow.delivery.resume(welcome.received)?;
+                } else {
+                    flow.delivery.restart(welcome.stream);
+                    flow.received = 0;
+                }
+                flow.keepalive = keepalive;
+                let lost = flow.delivery.take_lost();
+                if lost > 0 {
+                    debug!("{lost} packets may have been lost with the last connection");
+                }
+            }
+            None => {
+                let packet_bytes = self.dialler.codec.packet_bytes();
+                let delivery = Delivery::new(welcome.stream, packet_bytes);
+                self.flow = Some(Flow {
+                    delivery,
+                    received: 0,
+                    keepalive,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Carries frames until the link is evicted or its receiver is dropped.
+    pub(super) async fn run(
+        mut self,
+        mut connection: Connection,
+        mut uplink: mpsc::Receiver<Outgoing>,
+        downlink: mpsc::Sender<Packet>,
+        states: watch::Sender<LinkState>,
+    ) {
+        let mut backoff = Backoff(FIRST_WAIT);
+        loop {
+            let since = Instant::now();
+            let error = match self.carry(connection, &mut uplink, &downlink).await {
+                End::Dropped => break,
+                End::Failed(error) => error,
+            };
+            if since.elapsed() >= STABLE_AFTER {
+                backoff = Backoff(FIRST_WAIT);
+            }
+            warn!("the gateway link was cut: {error}");
+            match self
+                .reconnect(error, &mut backoff, &downlink, &states)
+                .await
+            {
+                ControlFlow::Continue(next) => connection = next,
+                ControlFlow::Break(last) => {
+                    states.send_replace(last);
+                    return;
+                }
+            }
+            info!("the gateway link is up again");
+            states.send_replace(LinkState::Connected);
+        }
+        states.send_replace(LinkState::Closed);
+    }
+
+    async fn reconnect(
+        &mut self,
+        mut error: GatewayLinkError,
+        backoff: &mut Backoff,
+        downlink: &mpsc::Sender<Packet>,
+        states: &watch::Sender<LinkState>,
+    ) -> ControlFlow<LinkState, Connection> {
+        for attempts in 0u32.. {
+            if let GatewayLinkError::Evicted = error {
+                return ControlFlow::Break(LinkState::Evicted);
+            }
+            let wait = backoff.next_wait(&error);
+            states.send_replace(LinkState::Reconnecting {
+                attempts,
+                error: Arc::new(error),
+            });
+            let next = async {
+                sleep(wait).await;
+                Box::pin(self.log_in()).await
+            };
+            let result = tokio::select! {
+                result = next => result,
+                () = downlink.closed() => return ControlFlow::Break(LinkState::Closed),
+            };
+            match result {
+                Ok(connection) => return ControlFlow::Continue(connection),
+                Err(failed) => {
+                    debug!("the gateway link is still down: {failed}");
+                    error = failed;
+                }
+            }
+        }
+        ControlFlow::Break(LinkState::Closed)
+    }
+
+    async fn carry(
+        &mut self,
+        connection: Connection,
+        uplink: &mut mpsc::Receiver<Outgoing>,
+        downlink: &mpsc::Sender<Packet>,
+    ) -> End {
+        let codec = self.dialler.codec;
+        let me = *self.config.identity.identity().as_bytes();
+        let Some(flow) = self.flow.as_mut() else {
+            return End::Failed(GatewayLinkError::Closed);
+        };
+        let flow = Mutex::new(flow);
+        let carrier = Carrier {
+            codec,
+            me,
+            flow: &flow,
+            wake: Notify::new(),
+        };
+        let (mut sink, mut stream) = connection.socket.split();
+        // Both halves run side by side: were one to wait for the other, two ends that both write
+        // could wait for each other for ever.
+        let end = tokio::select! {
+            end = carrier.read(&mut stream, downlink) => end,
+            error = carrier.write(&mut sink, uplink, downlink) => End::Failed(error),
+            () = downlink.closed() => End::Dropped,
+        };
+        let received = {
+            let mut flow = carrier.flow();
+            flow.delivery.detach(Instant::now().into_std());
+            flow.received
+        };
+        if let End::Dropped = end
+            && let Ok(frame) = control_frame(&codec, received, &ClientMessage::Goodbye)
+        {
+            let farewell = async {
+                sink.send(frame).await?;
+                sink.close().await
+            };
+            // The gateway notices the closed connection in any case.
+            let _ = timeout(GOODBYE_TIMEOUT, farewell).await;
+        }
+        end
+    }
+}
+
+/// One connection after its handshake.
+struct Carrier<'a> {
+    codec: FrameCodec,
+    me: HopAddress,
+    /// Held for a few frames, never across an await.
+    flow: &'a Mutex<&'a mut Flow>,
+    /// Asks the writing half to look at the keepalive.
+    wake: Notify,
+}
+
+impl<'a> Carrier<'a> {
+    fn flow(&self) -> MutexGuard<'_, &'a mut Flow> {
+        self.flow.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn read(&self, stream: &mut SplitStream<Socket>, downlink: &mpsc::Sender<Packet>) -> End {
+        loop {
+            // Nothing is read that there is no room for: then the gateway waits.
+            let Ok(room) = downlink.reserve().await else {
+                return End::Dropped;
+            };
+            let frame = match next_frame(stream).await {
+                Ok(frame) => frame,
+                Err(error) => return error.into(),
+            };
+            match self.handle_frame(&frame) {
+                Ok(Some(packet)) => room.send(packet),
+                Ok(None) => {}
+                Err(error) => return error.into(),
+            }
+        }
+    }
+
+    fn handle_frame(&self, bytes: &[u8]) -> Result<Option<Packet>, GatewayLinkError> {
+        let frame = self.codec.decode(bytes)?;
+        let now = Instant::now().into_std();
+        let mut flow = self.flow();
+        flow.delivery.confirm(frame.counter)?;
+        flow.keepalive.heard(now);
+        if flow.keepalive.due(now).is_some() {
+            self.wake.notify_one();
+        }
+        match frame.body {
+            FrameBody::Pad => Ok(None),
+            FrameBody::Packet { next_hop, packet } => {
+                if *next_hop != self.me {
+                    return Err(GatewayLinkError::Unexpected("packet for somebody else"));
+                }
+                let payload_len = packet.len().saturating_sub(HEADER_LEN);
+                let packet = Packet::from_bytes(packet, payload_len)
+                    .map_err(|_| GatewayLinkError::Unexpected("packet size"))?;
+                flow.received += 1;
+                Ok(Some(packet))
+            }
+            FrameBody::Control(body) => match GatewayMessage::decode(body)? {
+                GatewayMessage::Evicted => Err(GatewayLinkError::Evicted),
+                GatewayMessage::Goodbye => Err(GatewayLinkError::Closed),
+                message => Err(GatewayLinkError::Unexpected(message.name())),
+            },
+        }
+    }
+
+    async fn write(
+        &self,
+        sink: &mut SplitSink<Socket, Message>,
+        uplink: &mut mpsc::Receiver<Outgoing>,
+        downlink: &mpsc::Sender<Packet>,
+    ) -> GatewayLinkError {
+        let mut batch = Vec::with_capacity(WRITE_FRAMES);
+        let mut senders_are_gone = false;
+        loop {
+            let is_stuck = downlink.capacity() == 0;
+            let frames = match self.gather(&mut batch, is_stuck) {
+                Ok(frames) => frames,
+                Err(error) => return error,
+            };
+            if frames.is_empty() {
+                let due = self.flow().keepalive.poll_timeout();
+                tokio::select! {
+                    count = uplink.recv_many(&mut batch, WRITE_FRAMES), if !senders_are_gone => {
+                        senders_are_gone = count == 0;
+                    }
+                    () = self.wake.notified() => {}
+                    () = sleep_until(due.into()) => {}
+                }
+                continue;
+            }
+            let write = async {
+                for frame in frames {
+                    sink.feed(frame).await?;
+                }
+                sink.flush().await
+            };
+            match timeout(WRITE_TIMEOUT, write).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => return error.into(),
+                Err(_) => return GatewayLinkError::Stalled,
+            }
+        }
+    }
+
+    /// The next frames to write, at most [`WRITE_FRAMES`]; none when there is nothing to do.
+    fn gather(
+        &self,
+        batch: &mut Vec<Outgoing>,
+        is_stuck: bool,
+    ) -> Result<Vec<Message>, GatewayLinkError> {
+        let now = Instant::now().into_std();
+        let mut flow = self.flow();
+        let Flow {
+            delivery,
+            received,
+            keepalive,
+        } = &mut **flow;
+        delivery.handle_timeout(now);
+        for outgoing in batch.drain(..) {
+            // There is room: what was sent before is forgotten for it.
+            if let Err(error) = delivery.push(outgoing, now) {
+                debug!("a packet was dropped: {error}");
+            }
+        }
+        let mut frames = Vec::new();
+        while frames.len() < WRITE_FRAMES
+            && let Some((first_hop, packet)) = delivery.poll_transmit()
+        {
+            let mut frame = Vec::with_capacity(self.codec.frame_bytes());
+            self.codec
+                .encode_packet(*received, first_hop, packet.as_bytes(), &mut frame);
+            frames.push(Message::Binary(frame.into()));
+        }
+        if is_stuck && keepalive.due(now) == Some(Due::Close) {
+            // It is the application that does not read, not the gateway that does not write.
+            keepalive.heard(now);
+        }
+        match keepalive.due(now) {
+            Some(Due::Close) => return Err(GatewayLinkError::Silent),
+            Some(Due::Pad) if frames.is_empty() => {
+                let mut frame = Vec::with_capacity(self.codec.frame_bytes());
+                self.codec.encode_pad(*received, &mut frame);
+                frames.push(Message::Binary(frame.into()));
+            }
+            Some(Due::Pad) | None => {}
+        }
+        if !frames.is_empty() {
+            keepalive.sent(now);
+        }
+        Ok(frames)
+    }
+}
+
+/// The longest next wait.
+struct Backoff(Duration);
+
+impl Backoff {
+    /// Waits double from 100 ms to 10 s, each cut by up to a half at random, so that the clients of
+    /// a gateway that comes back do not all dial at once. A gateway that asks for more time gets it.
+    fn next_wait(&mut self, error: &GatewayLinkError) -> Duration {
+        let longest = self.0;
+        self.0 = (longest * 2).min(LONGEST_WAIT);
+        let asked = match error {
+            GatewayLinkError::Refused(Refusal::RateLimited { retry_after_s }) => {
+                Duration::from_secs((*retry_after_s).into()).min(LONGEST_RETRY_AFTER)
+            }
+            _ => Duration::ZERO,
+        };
+        asked + rand::rng().random_range(longest / 2..=longest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_double_up_to_the_longest_and_keep_to_what_the_gateway_asks() {
+        let mut backoff = Backoff(FIRST_WAIT);
+        for doublings in 0..20u32 {
+            let longest = (FIRST_WAIT * 2u32.pow(doublings.min(10))).min(LONGEST_WAIT);
+            let wait = backoff.next_wait(&GatewayLinkError::Closed);
+            assert!(
+                (longest / 2..=longest).contains(&wait),
+                "{doublings}: {wait:?}"
+            );
+        }
+        let limited = GatewayLinkError::Refused(Refusal::RateLimited { retry_after_s: 40 });
+        let wait = Backoff(FIRST_WAIT).next_wait(&limited);
+        assert!(
+            wait > Duration::from_secs(40) && wait <= Duration::from_secs(41),
+            "{wait:?}"
+        );
+        let limited = GatewayLinkError::Refused(Refusal::RateLimited {
+            retry_after_s: u16::MAX,
+        });
+        assert!(Backoff(FIRST_WAIT).next_wait(&limited) <= Duration::from_secs(61));
+    }
+}

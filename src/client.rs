@@ -1,0 +1,135 @@
+//! `mixsocks client`: a proxy to the network of a signed topology file.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use mixsocks_client::Client;
+use mixsocks_common::address::Address;
+use mixsocks_common::keys::Identity;
+use mixsocks_common::topology::{self, Topology};
+use rand::seq::IteratorRandom;
+
+use crate::cli::{ClientArgs, ProviderChoice};
+use crate::data_dir::DataDir;
+use crate::nearest::nearest;
+use crate::proxy::{self, Way};
+use crate::signals::Signals;
+use crate::topology_file;
+use crate::up::{proxy_line, weakness};
+
+/// Where the gateway that was chosen is remembered.
+const GATEWAY_FILE: &str = "client/gateway";
+
+/// Runs until Ctrl-C or SIGTERM.
+pub(crate) async fn run(args: ClientArgs, quiet: bool) -> Result<()> {
+    let mut signals = Signals::new()?;
+    let listener = proxy::bind(&args.listen)?;
+    let address = listener.local_addr()?;
+    let (client, provider) = tokio::select! {
+        started = Box::pin(start(&args)) => started?,
+        () = signals.next() => return Ok(()),
+    };
+    let proxy = proxy_line(address);
+    if quiet {
+        crate::say(&proxy);
+    } else {
+        let client = client.address();
+        let weakness = weakness(args.traffic.profile);
+        crate::say(&format!(
+            "provider  {provider}\n\
+             client    {client}\n\
+             {proxy}\n\
+             \n\
+             {weakness}\n\
+             \n\
+             Try it:   curl --socks5-hostname {address} https://example.com\n\
+             Ctrl-C stops."
+        ));
+    }
+    proxy::serve(listener, client, &mut signals, std::future::ready(())).await;
+    Ok(())
+}
+
+async fn start(args: &ClientArgs) -> Result<(Client, Address)> {
+    let topology = topology_file::read(&args.topology, args.authority)?;
+    let max_delay = topology.parameters.max_delay;
+    if args.traffic.mean_delay.is_some_and(|mean| mean > max_delay) {
+        let max_delay = humantime::format_duration(max_delay);
+        bail!("--mean-delay is too long: the mixes of this network hold a packet {max_delay} at most");
+    }
+    let provider = choose_provider(&topology, args.provider.as_ref())?;
+    let path = match &args.data_dir {
+        Some(path) => path.clone(),
+        None => DataDir::default_path("client")?,
+    };
+    let dir = DataDir::open(&path)?;
+    topology_file::accept(&dir, &args.topology, &topology, args.authority)?;
+    let gateway = gateway(&dir, &topology, &provider.gateway)?;
+    let way = Way {
+        topology: Arc::new(topology),
+        gateway,
+        provider,
+        mean_delay: args.traffic.mean_delay,
+    };
+    Ok((proxy::connect(&dir, way).await?, provider))
+}
+
+fn choose_provider(topology: &Topology, choice: Option<&ProviderChoice>) -> Result<Address> {
+    let names = || {
+        let names: Vec<_> = topology.providers().iter().map(|p| &*p.name).collect();
+        names.join(", ")
+    };
+    match choice {
+        Some(ProviderChoice::Address(address)) => {
+            if topology.gateway(&address.gateway).is_none() {
+                bail!(
+                    "the provider's gateway {} is not in this topology: the address belongs to \
+                     another network, or the gateway has left",
+                    address.gateway
+                );
+            }
+            Ok(*address)
+        }
+        Some(ProviderChoice::Name(name)) => match topology.provider(name) {
+            Some(provider) => Ok(provider.address),
+            None if topology.providers().is_empty() => bail!(
+                "there is no provider {name:?}: this network advertises none; give the address of \
+                 one with --provider"
+            ),
+            None => {
+                let near = nearest(name, topology.providers().iter().map(|p| &*p.name));
+                let meant = near.map_or(String::new(), |near| format!("; did you mean {near:?}?"));
+                bail!("there is no provider {name:?}{meant} (this network has: {})", names())
+            }
+        },
+        None => match topology.providers() {
+            [topology::Provider { address, .. }] => Ok(*address),
+            [] => bail!("this network advertises no provider; give the address of one with --provider"),
+            _ => bail!("this network has several providers; choose one with --provider: {}", names()),
+        },
+    }
+}
+
+/// The gateway that was chosen earlier, or else a random one; never the provider's, which could
+/// then see both ends.
+fn gateway(dir: &DataDir, topology: &Topology, providers: &Identity) -> Result<Identity> {
+    if let Some(text) = dir.read_text(GATEWAY_FILE)? {
+        let chosen: Identity = text.trim().parse().with_context(|| {
+            let path = dir.path().join(GATEWAY_FILE);
+            format!("the file {} is damaged; delete it to choose a new gateway", path.display())
+        })?;
+        if chosen != *providers && topology.gateway(&chosen).is_some() {
+            return Ok(chosen);
+        }
+        tracing::warn!("the gateway used before cannot be used any more; choosing a new one");
+    }
+    let others = topology.gateways().map(|node| node.identity).filter(|id| id != providers);
+    let Some(chosen) = others.choose(&mut rand::rng()) else {
+        bail!(
+            "this network has no gateway but the provider's own, which would see both ends; choose \
+             a provider at another gateway with --provider"
+        );
+    };
+    dir.write(GATEWAY_FILE, format!("{chosen}\n").as_bytes())?;
+    Ok(chosen)
+}

@@ -1,0 +1,97 @@
+//! The part that `up` and `client` share: a mixnet client and the port through which programs use
+//! it.
+
+use std::io::ErrorKind;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use mixsocks_client::socks::SocksListener;
+use mixsocks_client::{Client, ClientConfig};
+use mixsocks_common::address::Address;
+use mixsocks_common::keys::Identity;
+use mixsocks_common::topology::Topology;
+
+use crate::cli::ListenArgs;
+use crate::data_dir::DataDir;
+use crate::signals::Signals;
+
+/// Folder of the client in a data directory.
+pub(crate) const FOLDER: &str = "client";
+
+/// Stopping waits no longer for what is still under way.
+const STOP_TIME: Duration = Duration::from_secs(2);
+
+/// Takes the port, so that nothing else is done when it cannot be had.
+pub(crate) fn bind(listen: &ListenArgs) -> Result<SocksListener> {
+    let address = listen.socks;
+    let credentials = listen.socks_user.clone().map(Into::into);
+    let listener = SocksListener::bind(address, credentials).map_err(|error| {
+        let other = "choose another with --socks ADDR:PORT";
+        match error.kind() {
+            ErrorKind::AddrInUse => anyhow!(
+                "another program listens on {address}; stop it, or {other} (port 0 takes any free \
+                 one)"
+            ),
+            ErrorKind::AddrNotAvailable => {
+                anyhow!("{address} is not an address of this machine; {other}")
+            }
+            ErrorKind::PermissionDenied => {
+                anyhow!("this user may not listen on {address}; {other}, with a port from 1024 on")
+            }
+            _ => anyhow!("cannot listen on {address}: {error}; {other}"),
+        }
+    })?;
+    if !address.ip().is_loopback() {
+        let open = if listen.socks_user.is_none() { ", without a password" } else { "" };
+        tracing::warn!("other machines that reach {address} can use this proxy{open}");
+    }
+    Ok(listener)
+}
+
+/// The way of a client through a network.
+pub(crate) struct Way {
+    pub(crate) topology: Arc<Topology>,
+    /// The client's own gateway.
+    pub(crate) gateway: Identity,
+    pub(crate) provider: Address,
+    /// The topology's, unless given.
+    pub(crate) mean_delay: Option<Duration>,
+}
+
+/// Connects the client whose keys the data directory holds.
+pub(crate) async fn connect(dir: &DataDir, way: Way) -> Result<Client> {
+    let config = ClientConfig {
+        topology: way.topology,
+        identity: Arc::new(dir.identity_key(&format!("{FOLDER}/identity.key"))?),
+        encryption: dir.sphinx_key(&format!("{FOLDER}/encryption.key"))?,
+        gateway: way.gateway,
+        token_file: dir.folder(FOLDER)?.join("token"),
+        provider: way.provider,
+        mean_delay: way.mean_delay,
+    };
+    Client::connect(config).await.context("the client cannot connect")
+}
+
+/// Serves programs until a signal comes; then `stop` has [`STOP_TIME`], unless another signal comes.
+pub(crate) async fn serve(
+    listener: SocksListener,
+    client: Client,
+    signals: &mut Signals,
+    stop: impl Future<Output = ()>,
+) {
+    let opener = client.clone();
+    listener.serve(opener, signals.next()).await;
+    let stopped = async {
+        client.shutdown().await;
+        stop.await;
+    };
+    tokio::select! {
+        result = tokio::time::timeout(STOP_TIME, stopped) => {
+            if result.is_err() {
+                tracing::info!("stopped without waiting for what was still under way");
+            }
+        }
+        () = signals.next() => {}
+    }
+}

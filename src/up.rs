@@ -1,0 +1,97 @@
+//! `mixsocks up`: a whole network on this machine, and a proxy to it.
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use anyhow::Result;
+use mixsocks_client::Client;
+
+use crate::cli::{Profile, UpArgs};
+use crate::data_dir::DataDir;
+use crate::network::{Network, NetworkOptions};
+use crate::proxy::{self, Way};
+use crate::signals::Signals;
+
+/// Runs until Ctrl-C or SIGTERM.
+pub(crate) async fn run(args: UpArgs, quiet: bool) -> Result<()> {
+    let mut signals = Signals::new()?;
+    let listener = proxy::bind(&args.listen)?;
+    let address = listener.local_addr()?;
+    let path = match &args.data_dir {
+        Some(path) => path.clone(),
+        None => DataDir::default_path("up")?,
+    };
+    let dir = DataDir::open(&path)?;
+    let (network, client) = tokio::select! {
+        started = Box::pin(start(&dir, &args)) => started?,
+        () = signals.next() => return Ok(()),
+    };
+    if quiet {
+        crate::say(&proxy_line(address));
+    } else {
+        crate::say(&greeting(&network, &client, &path, address, args.traffic.profile));
+    }
+    proxy::serve(listener, client, &mut signals, network.shutdown()).await;
+    Ok(())
+}
+
+async fn start(dir: &DataDir, args: &UpArgs) -> Result<(Network, Client)> {
+    let options = NetworkOptions {
+        mean_delay: args.traffic.mean_delay,
+        allow_private: args.allow_private,
+        dns: args.dns,
+    };
+    let network = Network::start(dir, options).await?;
+    let way = Way {
+        topology: network.topology().clone(),
+        gateway: network.client_gateway(),
+        provider: network.provider_address(),
+        mean_delay: None,
+    };
+    let client = proxy::connect(dir, way).await?;
+    Ok((network, client))
+}
+
+/// The line that says where the proxy listens; programs that start this one read it.
+pub(crate) fn proxy_line(address: SocketAddr) -> String {
+    format!("proxy     socks5h://{address}")
+}
+
+fn greeting(
+    network: &Network,
+    client: &Client,
+    data_dir: &Path,
+    address: SocketAddr,
+    profile: Profile,
+) -> String {
+    let mean_delay = humantime::format_duration(network.topology().parameters.mean_delay);
+    let provider = network.provider_address();
+    let client = client.address();
+    let data_dir = data_dir.display();
+    let proxy = proxy_line(address);
+    format!(
+        "A mixnet runs on this machine: 3 mixes, 2 gateways, a provider and a client.\n\
+         \n\
+         provider  {provider}\n\
+         client    {client}\n\
+         data      {data_dir}\n\
+         mixing    {mean_delay} in each mix on average, profile {profile}\n\
+         {proxy}\n\
+         \n\
+         {}\n\
+         All nodes are on this machine, so this shows how it works, but hides you from nobody.\n\
+         \n\
+         Try it:   curl --socks5-hostname {address} https://example.com\n\
+         Ctrl-C stops.",
+        weakness(profile)
+    )
+}
+
+/// What a profile does not hide.
+pub(crate) fn weakness(profile: Profile) -> &'static str {
+    match profile {
+        Profile::Fast => {
+            "Profile fast only mixes: who watches both ends can match when, and how much, you send."
+        }
+    }
+}
