@@ -55,7 +55,9 @@ async fn start(args: &ClientArgs) -> Result<(Client, Address)> {
     let max_delay = topology.parameters.max_delay;
     if args.traffic.mean_delay.is_some_and(|mean| mean > max_delay) {
         let max_delay = humantime::format_duration(max_delay);
-        bail!("--mean-delay is too long: the mixes of this network hold a packet {max_delay} at most");
+        bail!(
+            "--mean-delay is too long: the mixes of this network hold a packet {max_delay} at most"
+        );
     }
     let provider = choose_provider(&topology, args.provider.as_ref())?;
     let path = match &args.data_dir {
@@ -104,8 +106,12 @@ fn choose_provider(topology: &Topology, choice: Option<&ProviderChoice>) -> Resu
         },
         None => match topology.providers() {
             [topology::Provider { address, .. }] => Ok(*address),
-            [] => bail!("this network advertises no provider; give the address of one with --provider"),
-            _ => bail!("this network has several providers; choose one with --provider: {}", names()),
+            [] => bail!(
+                "this network advertises no provider; give the address of one with --provider"
+            ),
+            _ => {
+                bail!("this network has several providers; choose one with --provider: {}", names())
+            }
         },
     }
 }

@@ -100,9 +100,6 @@ mod tests {
             .context("cannot read x: disk is on fire")
             .context("the client does not start")
             .unwrap_err();
-        assert_eq!(
-            describe(&error),
-            "the client does not start: cannot read x: disk is on fire"
-        );
+        assert_eq!(describe(&error), "the client does not start: cannot read x: disk is on fire");
     }
 }

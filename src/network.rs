@@ -23,7 +23,7 @@ use crate::data_dir::DataDir;
 use crate::topology_file;
 
 /// What a network without other wishes uses.
-const DEFAULT_MEAN_DELAY: Duration = Duration::from_millis(15);
+pub(crate) const DEFAULT_MEAN_DELAY: Duration = Duration::from_millis(15);
 const PAYLOAD_BYTES: usize = 2048;
 /// Longer than anybody leaves it running without a restart, which writes a new topology.
 const VALIDITY_SECONDS: u64 = 30 * 24 * 60 * 60;

@@ -43,6 +43,7 @@ pub(crate) fn bind(listen: &ListenArgs) -> Result<SocksListener> {
         }
     })?;
     if !address.ip().is_loopback() {
+        let address = listener.local_addr().unwrap_or(address);
         let open = if listen.socks_user.is_none() { ", without a password" } else { "" };
         tracing::warn!("other machines that reach {address} can use this proxy{open}");
     }

@@ -12,7 +12,11 @@ pub(crate) const EXIT_CODE: u8 = 2;
 /// Describes `error` in one line. `words` is the command line that caused it.
 pub(crate) fn describe(error: &clap::Error, words: &[String]) -> String {
     let root = Cli::command();
-    let command = words.iter().skip(1).find_map(|word| root.find_subcommand(word));
+    let wrong = error.get(ContextKind::InvalidArg).map(ToString::to_string).unwrap_or_default();
+    // What stands before the command does not belong to it.
+    let mut before =
+        words.iter().skip(1).take_while(|word| wrong.is_empty() || !word.starts_with(&wrong));
+    let command = before.find_map(|word| root.find_subcommand(word));
     let called = command.map_or("mixsocks".to_owned(), |c| format!("mixsocks {}", c.get_name()));
     let problem = problem(error, &root, command);
     format!("{problem} (see `{called} --help`)")
@@ -34,6 +38,9 @@ fn problem(error: &clap::Error, root: &Command, command: Option<&Command>) -> St
         ErrorKind::InvalidValue if value.is_empty() => format!("{argument} needs a value"),
         ErrorKind::InvalidValue | ErrorKind::ValueValidation => {
             match std::error::Error::source(error) {
+                Some(reason) if reason.to_string().contains(&value) => {
+                    format!("{argument} is wrong: {reason}")
+                }
                 Some(reason) => format!("{argument}: {value:?} is wrong: {reason}"),
                 None => format!("{argument}: {value:?} is wrong"),
             }
@@ -66,7 +73,9 @@ fn unknown_command(word: &str, root: &Command) -> String {
 fn unknown_option(argument: &str, root: &Command, command: Option<&Command>) -> String {
     let word = argument.split('=').next().unwrap_or_default();
     let Some(command) = command else {
-        if word.starts_with('-') && root.get_subcommands().any(|c| options(c, root).contains(&word.into())) {
+        if word.starts_with('-')
+            && root.get_subcommands().any(|c| options(c, root).contains(&word.into()))
+        {
             return format!("{word} goes after the command, as in `mixsocks up {word} …`");
         }
         return unknown_word(word, &options(root, root));

@@ -1,8 +1,18 @@
-//! The mixnet client.
+//! The mixnet client: a connection to a gateway, sessions with a provider, streams for programs.
+//!
+//! [`Client`] opens streams through a provider; [`Endpoint`] is what it stands on, and what a service
+//! of one's own would. Behind the feature `socks`, [`socks`] is a SOCKS5 listener on top.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
 
+mod client;
+mod endpoint;
 pub mod gateway;
 #[cfg(feature = "socks")]
 pub mod socks;
 pub mod stream;
+mod surbs;
+
+pub use client::{Client, ClientConfig, ClientError};
+pub use endpoint::{Arrivals, Endpoint, EndpointConfig, worker_count};
+pub use stream::{MixStream, OpenError};

@@ -1,6 +1,17 @@
-//! Streams through the mixnet.
+//! Streams through the mixnet, as the application sees them.
 
-use mixsocks_common::session::OpenOutcome;
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+use mixsocks_common::session::frame::StreamId;
+use mixsocks_common::session::{
+    ClientSession, OpenOutcome, ProviderSession, SessionId, StreamReset,
+};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Why a stream was not opened.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -31,4 +42,180 @@ impl OpenError {
             Self::NoGateway | Self::TooManyStreams | Self::Closed => OpenOutcome::Failed,
         }
     }
+}
+
+/// Names a stream among all of a client or provider.
+pub type StreamKey = (SessionId, StreamId);
+
+/// Whoever drives the session of a stream.
+pub trait StreamHost: Send + Sync {
+    /// Reads into `out`; 0 bytes are the end.
+    fn poll_read(&self, key: StreamKey, cx: &mut Context<'_>, out: &mut [u8]) -> Poll<io::Result<usize>>;
+
+    /// Writes as much of `bytes` as there is room for.
+    fn poll_write(&self, key: StreamKey, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>>;
+
+    /// Ends the outgoing direction.
+    fn finish(&self, key: StreamKey);
+
+    /// The application's handle is gone.
+    fn release(&self, key: StreamKey);
+}
+
+/// A stream through the mixnet.
+///
+/// Shutting it down ends its outgoing direction; the other one goes on. Dropping it before both
+/// directions have ended resets it at the other side. A read or write error of the kind
+/// [`io::ErrorKind::ConnectionReset`] means that the other side, or the session, reset it.
+pub struct MixStream {
+    host: Arc<dyn StreamHost>,
+    key: StreamKey,
+}
+
+impl MixStream {
+    /// The handle of a stream of `host`; there must be one only.
+    pub fn new(host: Arc<dyn StreamHost>, key: StreamKey) -> Self {
+        Self { host, key }
+    }
+}
+
+impl fmt::Debug for MixStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MixStream({})", self.key.1)
+    }
+}
+
+impl AsyncRead for MixStream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if buf.remaining() == 0 {
+            return Poll::Ready(Ok(()));
+        }
+        self.host.poll_read(self.key, cx, buf.initialize_unfilled()).map_ok(|read| buf.advance(read))
+    }
+}
+
+impl AsyncWrite for MixStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if bytes.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        self.host.poll_write(self.key, cx, bytes)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.host.finish(self.key);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for MixStream {
+    fn drop(&mut self) {
+        self.host.release(self.key);
+    }
+}
+
+/// What the sessions of clients and providers have in common.
+pub trait StreamSession {
+    /// See [`ClientSession::read`].
+    ///
+    /// # Errors
+    /// When the stream was reset.
+    fn read(&mut self, stream: StreamId, out: &mut [u8]) -> Result<Option<usize>, StreamReset>;
+
+    /// See [`ClientSession::write`].
+    fn write(&mut self, stream: StreamId, bytes: &[u8]) -> Option<usize>;
+}
+
+impl StreamSession for ClientSession {
+    fn read(&mut self, stream: StreamId, out: &mut [u8]) -> Result<Option<usize>, StreamReset> {
+        if self.closed().is_some() { Err(StreamReset) } else { Self::read(self, stream, out) }
+    }
+
+    fn write(&mut self, stream: StreamId, bytes: &[u8]) -> Option<usize> {
+        if self.closed().is_some() { None } else { Self::write(self, stream, bytes) }
+    }
+}
+
+impl StreamSession for ProviderSession {
+    fn read(&mut self, stream: StreamId, out: &mut [u8]) -> Result<Option<usize>, StreamReset> {
+        Self::read(self, stream, out)
+    }
+
+    fn write(&mut self, stream: StreamId, bytes: &[u8]) -> Option<usize> {
+        Self::write(self, stream, bytes)
+    }
+}
+
+/// The tasks that wait for streams of one host.
+#[derive(Debug, Default)]
+pub struct Waiting {
+    readers: HashMap<StreamKey, Waker>,
+    writers: HashMap<StreamKey, Waker>,
+}
+
+impl Waiting {
+    /// Reads, or notes that the task waits.
+    pub fn poll_read(&mut self, session: Option<&mut impl StreamSession>, key: StreamKey, cx: &Context<'_>, out: &mut [u8]) -> Poll<io::Result<usize>> {
+        match session.map(|session| session.read(key.1, out)) {
+            Some(Ok(Some(read))) => Poll::Ready(Ok(read)),
+            Some(Ok(None)) => {
+                self.readers.insert(key, cx.waker().clone());
+                Poll::Pending
+            }
+            Some(Err(StreamReset)) | None => Poll::Ready(Err(reset())),
+        }
+    }
+
+    /// Writes, or notes that the task waits.
+    pub fn poll_write(&mut self, session: Option<&mut impl StreamSession>, key: StreamKey, cx: &Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match session.and_then(|session| session.write(key.1, bytes)) {
+            Some(0) => {
+                self.writers.insert(key, cx.waker().clone());
+                Poll::Pending
+            }
+            Some(written) => Poll::Ready(Ok(written)),
+            None => Poll::Ready(Err(reset())),
+        }
+    }
+
+    /// Wakes whoever reads the stream.
+    pub fn wake_reader(&mut self, key: StreamKey) {
+        if let Some(waker) = self.readers.remove(&key) {
+            waker.wake();
+        }
+    }
+
+    /// Wakes whoever writes to the stream.
+    pub fn wake_writer(&mut self, key: StreamKey) {
+        if let Some(waker) = self.writers.remove(&key) {
+            waker.wake();
+        }
+    }
+
+    /// Wakes whoever waits for a stream of `session`.
+    pub fn wake_session(&mut self, session: SessionId) {
+        for waiting in [&mut self.readers, &mut self.writers] {
+            waiting.retain(|key, waker| {
+                let keep = key.0 != session;
+                if !keep {
+                    waker.wake_by_ref();
+                }
+                keep
+            });
+        }
+    }
+
+    /// Nobody waits for the stream any more.
+    pub fn forget(&mut self, key: StreamKey) {
+        self.readers.remove(&key);
+        self.writers.remove(&key);
+    }
+}
+
+fn reset() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionReset, "the stream was reset")
 }

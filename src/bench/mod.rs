@@ -19,6 +19,7 @@ use self::origin::Origin;
 use self::report::{FirstByte, Report, Throughput};
 use self::transfer::{Direction, Transfer};
 use crate::cli::BenchArgs;
+use crate::network::DEFAULT_MEAN_DELAY;
 use crate::signals::Signals;
 
 /// Tiny requests; enough for a 95th percentile.
@@ -77,7 +78,8 @@ async fn measure(args: &BenchArgs) -> Result<Report> {
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
         profile: traffic.map(|traffic| traffic.profile.to_string()),
-        mean_delay_ms: traffic.and_then(|t| t.mean_delay).map(|d| d.as_secs_f64() * 1e3),
+        mean_delay_ms: traffic
+            .map(|traffic| traffic.mean_delay.unwrap_or(DEFAULT_MEAN_DELAY).as_secs_f64() * 1e3),
         start_seconds,
         first_byte,
         down,

@@ -162,8 +162,8 @@ impl Verdict {
     }
 
     pub(super) fn from_bytes(bytes: [u8; Self::LEN]) -> Self {
-        let [count, first_wrong] =
-            [0, 8].map(|at| bytes[at..at + 8].iter().fold(0, |n, byte| (n << 8) | u64::from(*byte)));
+        let [count, first_wrong] = [0, 8]
+            .map(|at| bytes[at..at + 8].iter().fold(0, |n, byte| (n << 8) | u64::from(*byte)));
         Self { count, first_wrong: (first_wrong != u64::MAX).then_some(first_wrong) }
     }
 }

@@ -14,7 +14,6 @@ const MIB: f64 = 1024.0 * 1024.0;
 pub(super) struct Report {
     pub(super) version: &'static str,
     pub(super) profile: Option<String>,
-    /// Null: the network's own.
     pub(super) mean_delay_ms: Option<f64>,
     /// From the start of the process to its proxy.
     pub(super) start_seconds: Option<f64>,

@@ -168,6 +168,11 @@ impl ClientSession {
         self.transport.streams.len()
     }
 
+    /// When the provider was heard of last; before that, when the session began.
+    pub fn last_heard(&self) -> Instant {
+        self.last_heard
+    }
+
     /// Whether the provider has answered at all.
     pub fn is_confirmed(&self) -> bool {
         self.confirmed

@@ -1,1 +1,221 @@
-//! gateway
+//! A gateway: entry and inbox of its clients.
+//!
+//! Up: a client's packet goes to the mix of layer 1 that the client names, and to nobody else.
+//! Down: a packet from layer 3 is peeled, and goes to the client that the packet names, and to
+//! nobody else: links → bounded queue → crypto workers ([`Peeler`]) → the client's delivery. A
+//! gateway holds no packet back.
+//!
+//! - `registrations`: which tokens are good, on the disk.
+//! - `limits`: how often anybody may register.
+//! - `clients`: who is connected, and what is held for whom.
+//! - `login`: a connection up to WELCOME; `carrier`: from there on; `acceptor`: all of them.
+//!
+//! Nothing is logged or counted that tells a client from another.
+
+mod acceptor;
+mod carrier;
+mod clients;
+mod limits;
+mod login;
+mod registrations;
+#[cfg(test)]
+mod tests;
+
+use std::net::SocketAddr;
+use std::num::NonZero;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mixsocks_common::keys::{Identity, IdentityKey};
+use mixsocks_common::link::{LinkError, tls};
+use mixsocks_common::topology::Topology;
+use mixsocks_sphinx::{Packet, Peeled, SecretKey};
+use tokio::net::TcpListener;
+use tokio::sync::{Mutex, mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+
+use self::acceptor::Acceptor;
+use self::clients::Clients;
+use self::login::Doorkeeper;
+use self::registrations::Registrations;
+use crate::counters::{Counters, DropReason};
+use crate::link::{LinkContext, LinkFailure, LinkListener, LinkPool, NextHops};
+use crate::peel::{MAX_REPLAY_TAGS, Peeler};
+
+pub use self::acceptor::{MAX_HALF_OPEN, MAX_HALF_OPEN_PER_SOURCE};
+pub use self::clients::{MAX_CLIENTS, MAX_HELD_BYTES_TOTAL};
+pub use self::registrations::{FILE_NAME, MAX_REGISTRATIONS, RegistrationsError};
+
+/// Packets between the links and the workers: what a core peels in some 100 ms. More would only
+/// delay what the sender's clock has already judged lost.
+const INBOUND_QUEUE_PACKETS: usize = 1024;
+/// Packets that a worker peels before it lets other tasks run: under 2 ms.
+const PEEL_BATCH_PACKETS: usize = 16;
+/// How often expired packets and absent clients are looked for.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// How long clients have to take their farewell.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What a gateway needs.
+#[derive(Debug)]
+pub struct GatewayConfig {
+    /// Who it is.
+    pub identity: Arc<IdentityKey>,
+    /// The key of its layer of packets.
+    pub sphinx_key: SecretKey,
+    /// The network.
+    pub topology: Arc<Topology>,
+    /// Where it takes links from mixes of layer 3, already bound.
+    pub link_listener: TcpListener,
+    /// Where it takes clients, already bound.
+    pub client_listener: TcpListener,
+    /// Where it keeps [`FILE_NAME`]; the directory must exist.
+    pub data_dir: PathBuf,
+}
+
+/// Why a gateway does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// The topology says that this identity is something else, or does not have it.
+    #[error("the topology has no gateway {0}: is this the right identity, or the right network?")]
+    NotAGateway(Identity),
+    /// The topology has another Sphinx key for this gateway, so that no packet could be opened.
+    #[error("the topology has another Sphinx key for gateway {0}")]
+    WrongSphinxKey(Identity),
+    /// The registrations cannot be opened.
+    #[error(transparent)]
+    Registrations(#[from] RegistrationsError),
+    /// The links to other nodes cannot be set up.
+    #[error("links cannot be set up: {0}")]
+    Link(#[from] LinkFailure),
+    /// The listener for clients has no address.
+    #[error("the listener for clients does not work: {0}")]
+    Listener(#[source] std::io::Error),
+}
+
+impl From<LinkError> for GatewayError {
+    fn from(error: LinkError) -> Self {
+        Self::Link(error.into())
+    }
+}
+
+/// A running gateway; dropping it stops it at once.
+#[derive(Debug)]
+pub struct Gateway {
+    counters: Arc<Counters>,
+    client_address: SocketAddr,
+    links: LinkListener,
+    tasks: JoinSet<()>,
+    acceptor: JoinSet<()>,
+    pool: Arc<LinkPool>,
+    stop: watch::Sender<bool>,
+}
+
+impl Gateway {
+    /// Starts a gateway.
+    ///
+    /// # Errors
+    /// [`GatewayError`].
+    ///
+    /// # Panics
+    /// Outside of a Tokio runtime.
+    pub fn start(config: GatewayConfig) -> Result<Self, GatewayError> {
+        let me = config.identity.identity();
+        let GatewayConfig { identity, sphinx_key, topology, .. } = config;
+        let node = topology.gateway(&me).ok_or(GatewayError::NotAGateway(me))?;
+        if node.sphinx_key.public_key() != sphinx_key.public_key() {
+            return Err(GatewayError::WrongSphinxKey(me));
+        }
+        let registrations = Registrations::open(&config.data_dir)?;
+        let client_address = config.client_listener.local_addr().map_err(GatewayError::Listener)?;
+        let counters = Arc::new(Counters::default());
+        let peeler = Peeler::new(sphinx_key, MAX_REPLAY_TAGS, counters.clone(), &mut rand::rng());
+        let clients = Arc::new(Clients::new(topology.packet_bytes(), counters.clone()));
+        let context = LinkContext::new(identity.clone(), topology.clone(), counters.clone());
+        let pool = Arc::new(LinkPool::start(context.clone())?);
+        let (inbound, packets) = mpsc::channel(INBOUND_QUEUE_PACKETS);
+        let links = LinkListener::start(context, config.link_listener, inbound)?;
+        let tls = tls::gateway_server_config(&identity)?;
+        let doorkeeper =
+            Doorkeeper::new(me, &topology, tls, registrations, clients.clone(), counters.clone());
+        let next_hops = NextHops::new(&topology, &me);
+        let (stop, stopped) = watch::channel(false);
+
+        let mut tasks = JoinSet::new();
+        let packets = Arc::new(Mutex::new(packets));
+        let peeler = Arc::new(peeler);
+        let workers = std::thread::available_parallelism().map_or(1, NonZero::get);
+        for _ in 0..workers {
+            let work = peel(packets.clone(), peeler.clone(), clients.clone(), counters.clone());
+            tasks.spawn(work);
+        }
+        tasks.spawn(sweep(clients));
+        let mut acceptor = JoinSet::new();
+        let uplink = carrier::Uplink { pool: pool.clone(), next_hops, counters: counters.clone() };
+        acceptor.spawn(Acceptor::new(doorkeeper, uplink, stopped).run(config.client_listener));
+        Ok(Self { counters, client_address, links, tasks, acceptor, pool, stop })
+    }
+
+    /// What it has counted since its start.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
+    /// Where it takes clients.
+    pub fn client_address(&self) -> SocketAddr {
+        self.client_address
+    }
+
+    /// Says goodbye to the clients and stops; returns when all connections and files are closed.
+    /// What is held for clients is lost.
+    pub async fn shutdown(mut self) {
+        self.stop.send_replace(true);
+        // Stragglers are cut off below.
+        let _ = timeout(SHUTDOWN_TIMEOUT, self.acceptor.join_next()).await;
+        self.acceptor.shutdown().await;
+        self.links.shutdown().await;
+        self.tasks.shutdown().await;
+        if let Some(pool) = Arc::into_inner(self.pool) {
+            pool.shutdown().await;
+        }
+    }
+}
+
+/// One crypto worker.
+async fn peel(
+    packets: Arc<Mutex<mpsc::Receiver<Packet>>>,
+    peeler: Arc<Peeler>,
+    clients: Arc<Clients>,
+    counters: Arc<Counters>,
+) {
+    loop {
+        let mut batch = Vec::with_capacity(PEEL_BATCH_PACKETS);
+        let count = packets.lock().await.recv_many(&mut batch, PEEL_BATCH_PACKETS).await;
+        if count == 0 {
+            return;
+        }
+        let peeled = peeler.peel(batch);
+        let now = Instant::now().into_std();
+        for peeled in peeled {
+            let result = match peeled {
+                Peeled::Forward { next_hop, packet, .. } => clients.deliver(&next_hop, packet, now),
+                Peeled::Final { .. } => Err(DropReason::FinalHopHere),
+            };
+            if let Err(reason) = result {
+                counters.add_drop(reason);
+            }
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+async fn sweep(clients: Arc<Clients>) {
+    let mut ticks = interval(SWEEP_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        clients.handle_timeout(Instant::now().into_std());
+    }
+}

@@ -1,0 +1,133 @@
+//! How often anybody may register.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+/// Registrations that a source may make at once; then one per [`SOURCE_INTERVAL`]. Many people may
+/// share an address.
+const SOURCE_BURST: u32 = 64;
+const SOURCE_INTERVAL: Duration = Duration::from_secs(10);
+/// Registrations at this gateway at once; then one per [`GATEWAY_INTERVAL`]: what a disk stores
+/// without effort.
+const GATEWAY_BURST: u32 = 1024;
+const GATEWAY_INTERVAL: Duration = Duration::from_millis(100);
+/// Sources that are remembered. No more than 1,124 can have registered within their interval, as
+/// the gateway's limit holds for all of them together.
+const MAX_SOURCES: usize = 2048;
+
+/// Where a connection comes from, as finely as addresses are handed out: an IPv4 address, or the
+/// first 64 bits of an IPv6 address.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Source(Prefix);
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Prefix {
+    V4([u8; 4]),
+    V6([u16; 4]),
+}
+
+impl From<IpAddr> for Source {
+    fn from(address: IpAddr) -> Self {
+        Self(match address.to_canonical() {
+            IpAddr::V4(address) => Prefix::V4(address.octets()),
+            IpAddr::V6(address) => {
+                let [a, b, c, d, ..] = address.segments();
+                Prefix::V6([a, b, c, d])
+            }
+        })
+    }
+}
+
+/// Token buckets of the gateway and of each source.
+pub(super) struct RegistrationLimit {
+    gateway: Bucket,
+    sources: BTreeMap<Source, Bucket>,
+}
+
+/// A token bucket, told by the time at which it will be full again.
+#[derive(Clone, Copy)]
+struct Bucket {
+    full_at: Instant,
+}
+
+impl Bucket {
+    /// The bucket after one more, or how long to wait for it.
+    fn take(self, burst: u32, interval: Duration, now: Instant) -> Result<Self, Duration> {
+        let full_at = self.full_at.max(now) + interval;
+        let excess = (full_at - now).saturating_sub(interval * burst);
+        if excess.is_zero() { Ok(Self { full_at }) } else { Err(excess) }
+    }
+}
+
+impl RegistrationLimit {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { gateway: Bucket { full_at: now }, sources: BTreeMap::new() }
+    }
+
+    /// Counts a registration; if there were too many, how long to wait.
+    pub(super) fn take(&mut self, source: Source, now: Instant) -> Result<(), Duration> {
+        let bucket = self.sources.get(&source).copied().unwrap_or(Bucket { full_at: now });
+        // A source that is refused takes nothing from the others.
+        let bucket = bucket.take(SOURCE_BURST, SOURCE_INTERVAL, now)?;
+        let gateway = self.gateway.take(GATEWAY_BURST, GATEWAY_INTERVAL, now)?;
+        if self.sources.len() >= MAX_SOURCES {
+            self.sources.retain(|_, bucket| bucket.full_at > now);
+        }
+        if self.sources.len() >= MAX_SOURCES && !self.sources.contains_key(&source) {
+            return Err(SOURCE_INTERVAL);
+        }
+        self.gateway = gateway;
+        self.sources.insert(source, bucket);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(address: &str) -> Source {
+        address.parse::<IpAddr>().unwrap().into()
+    }
+
+    #[test]
+    fn sources_are_as_fine_as_addresses_are_handed_out() {
+        assert!(source("192.0.2.1") != source("192.0.2.2"));
+        assert!(source("::ffff:192.0.2.1") == source("192.0.2.1"));
+        assert!(source("2001:db8:0:1::1") == source("2001:db8:0:1:ffff::2"));
+        assert!(source("2001:db8:0:1::1") != source("2001:db8:0:2::1"));
+    }
+
+    #[test]
+    fn a_source_that_floods_waits_and_others_do_not() {
+        let start = Instant::now();
+        let mut limit = RegistrationLimit::new(start);
+        let (flooder, other) = (source("192.0.2.1"), source("192.0.2.2"));
+        let taken = (0..1000).filter(|_| limit.take(flooder, start).is_ok()).count();
+        assert_eq!(taken, SOURCE_BURST as usize);
+        assert_eq!(limit.take(flooder, start), Err(SOURCE_INTERVAL));
+        assert_eq!(limit.take(other, start), Ok(()));
+        let later = start + SOURCE_INTERVAL;
+        assert_eq!(
+            limit.take(flooder, later - Duration::from_millis(1)).unwrap_err().as_millis(),
+            1
+        );
+        assert_eq!(limit.take(flooder, later), Ok(()));
+        assert!(limit.take(flooder, later).is_err());
+    }
+
+    #[test]
+    fn many_sources_together_are_limited_too_and_fill_no_memory() {
+        let start = Instant::now();
+        let mut limit = RegistrationLimit::new(start);
+        let mut taken = 0;
+        for n in 0..100_000u32 {
+            let now = start + Duration::from_millis(n.into());
+            let source = Source::from(IpAddr::from(n.to_be_bytes()));
+            taken += usize::from(limit.take(source, now).is_ok());
+            assert!(limit.sources.len() <= MAX_SOURCES);
+        }
+        assert_eq!(taken, GATEWAY_BURST as usize + 999);
+    }
+}

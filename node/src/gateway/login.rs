@@ -1,0 +1,323 @@
+//! A connection from its first byte to WELCOME.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::{SinkExt, StreamExt};
+use mixsocks_common::gateway::message::{
+    ClientMessage, GatewayMessage, MessageError, Refusal, RegistrationMode,
+};
+use mixsocks_common::gateway::server::{
+    Authenticating, GatewayHandshake, GatewaySetup, GatewayStep, Login, OutOfOrder, Registering,
+};
+use mixsocks_common::gateway::transcript::{Binding, EXPORTER_LABEL, EXPORTER_LEN};
+use mixsocks_common::keys::Identity;
+use mixsocks_common::link::tls::{self, CLIENT_ALPN};
+use mixsocks_common::link::{FrameBody, FrameCodec, FrameError, LinkError};
+use mixsocks_common::topology::{NetworkName, Topology};
+use rustls::ServerConfig;
+use tokio::net::TcpStream;
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, timeout};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::{self, Message, protocol::WebSocketConfig};
+use tracing::warn;
+
+use super::clients::{Attached, Clients};
+use super::limits::{RegistrationLimit, Source};
+use super::registrations::{Registrations, RegistrationsError, Stored};
+use crate::counters::{Counters, DropReason};
+
+/// From the first TCP packet to WELCOME.
+pub(super) const LOGIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a refusal may take to be taken.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// What a TLS record carries at most.
+const READ_BUFFER_BYTES: usize = 16 * 1024;
+
+pub(super) type Socket = WebSocketStream<TlsStream<TcpStream>>;
+
+/// Why a connection ended. Shows nothing of who was at its other end.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ConnectionError {
+    #[error("the login took too long")]
+    TimedOut,
+    #[error("TCP: {0}")]
+    Tcp(#[source] std::io::Error),
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error("websocket: {0}")]
+    WebSocket(#[from] tungstenite::Error),
+    #[error("a malformed frame: {0}")]
+    Frame(#[from] FrameError),
+    #[error("a malformed message: {0}")]
+    Message(#[from] MessageError),
+    #[error(transparent)]
+    OutOfOrder(#[from] OutOfOrder),
+    #[error("an unexpected {0}")]
+    Unexpected(&'static str),
+    #[error(transparent)]
+    Counter(#[from] mixsocks_common::gateway::delivery::CounterError),
+    #[error("refused: {0}")]
+    Refused(Refusal),
+    #[error("the client closed the connection")]
+    Closed,
+    #[error("nothing was heard for too long")]
+    Silent,
+    #[error("the client has taken nothing for too long")]
+    Stalled,
+}
+
+impl ConnectionError {
+    /// Whether the client broke the protocol.
+    pub(super) fn is_breach(&self) -> bool {
+        match self {
+            Self::Frame(_)
+            | Self::Message(_)
+            | Self::OutOfOrder(_)
+            | Self::Unexpected(_)
+            | Self::Counter(_) => true,
+            // A message that is longer than a frame is a frame that is too long.
+            Self::WebSocket(error) => {
+                matches!(error, tungstenite::Error::Capacity(_) | tungstenite::Error::Protocol(_))
+                    && !is_cut(error)
+            }
+            _ => false,
+        }
+    }
+}
+
+/// A connection that breaks without a farewell is no breach.
+fn is_cut(error: &tungstenite::Error) -> bool {
+    use tungstenite::error::ProtocolError;
+    matches!(error, tungstenite::Error::Protocol(ProtocolError::ResetWithoutClosingHandshake))
+}
+
+/// Lets clients in.
+pub(super) struct Doorkeeper {
+    me: Identity,
+    network: NetworkName,
+    codec: FrameCodec,
+    tls: Arc<ServerConfig>,
+    registrations: Arc<Registrations>,
+    limit: Mutex<RegistrationLimit>,
+    clients: Arc<Clients>,
+    counters: Arc<Counters>,
+}
+
+/// A client that has logged in.
+pub(super) struct LoggedIn {
+    pub(super) socket: Socket,
+    pub(super) attached: Attached,
+    pub(super) identity: Identity,
+}
+
+impl Doorkeeper {
+    pub(super) fn new(
+        me: Identity,
+        topology: &Topology,
+        tls: Arc<ServerConfig>,
+        registrations: Registrations,
+        clients: Arc<Clients>,
+        counters: Arc<Counters>,
+    ) -> Self {
+        Self {
+            me,
+            network: topology.network.clone(),
+            codec: FrameCodec::new(topology.packet_bytes()),
+            tls,
+            registrations: Arc::new(registrations),
+            limit: Mutex::new(RegistrationLimit::new(Instant::now().into_std())),
+            clients,
+            counters,
+        }
+    }
+
+    pub(super) fn codec(&self) -> FrameCodec {
+        self.codec
+    }
+
+    /// Takes a connection up to WELCOME.
+    pub(super) async fn let_in(
+        &self,
+        stream: TcpStream,
+        source: Source,
+    ) -> Result<LoggedIn, ConnectionError> {
+        let result = timeout(LOGIN_TIMEOUT, self.log_in(stream, source))
+            .await
+            .unwrap_or(Err(ConnectionError::TimedOut));
+        if result.as_ref().is_err_and(ConnectionError::is_breach) {
+            self.counters.add_drop(DropReason::MalformedFrame);
+        }
+        result
+    }
+
+    async fn log_in(&self, stream: TcpStream, source: Source) -> Result<LoggedIn, ConnectionError> {
+        let (mut socket, binding) = self.open(stream).await?;
+        match self.shake_hands(&mut socket, binding, source).await {
+            Ok((login, attached, welcome)) => {
+                send(&mut socket, &self.codec, &welcome).await?;
+                Ok(LoggedIn { socket, attached, identity: login.identity })
+            }
+            Err(error) => {
+                let refusal = match &error {
+                    ConnectionError::Refused(refusal) => *refusal,
+                    error if error.is_breach() => Refusal::Protocol,
+                    _ => return Err(error),
+                };
+                let farewell = async {
+                    send(&mut socket, &self.codec, &GatewayMessage::Refused(refusal)).await?;
+                    Ok::<_, ConnectionError>(socket.close(None).await?)
+                };
+                // What ended the connection is what counts.
+                let _ = timeout(REFUSAL_TIMEOUT, farewell).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn open(&self, stream: TcpStream) -> Result<(Socket, Binding), ConnectionError> {
+        stream.set_nodelay(true).map_err(ConnectionError::Tcp)?;
+        let stream = TlsAcceptor::from(self.tls.clone())
+            .accept(stream)
+            .await
+            .map_err(ConnectionError::Tcp)?;
+        let session = stream.get_ref().1;
+        tls::check_protocol(session, CLIENT_ALPN)?;
+        let exporter = session
+            .export_keying_material([0u8; EXPORTER_LEN], EXPORTER_LABEL, None)
+            .map_err(LinkError::Tls)?;
+        let frame_bytes = self.codec.frame_bytes();
+        let config = WebSocketConfig::default()
+            .read_buffer_size(READ_BUFFER_BYTES)
+            .max_message_size(Some(frame_bytes))
+            .max_frame_size(Some(frame_bytes));
+        let socket = tokio_tungstenite::accept_async_with_config(stream, Some(config)).await?;
+        Ok((socket, Binding::Session(exporter)))
+    }
+
+    async fn shake_hands(
+        &self,
+        socket: &mut Socket,
+        binding: Binding,
+        source: Source,
+    ) -> Result<(Login, Attached, GatewayMessage), ConnectionError> {
+        let mut handshake = GatewayHandshake::new(GatewaySetup {
+            network: self.network.clone(),
+            gateway: self.me,
+            binding,
+            mode: RegistrationMode::Open,
+        });
+        loop {
+            let message = receive(socket, &self.codec).await?;
+            let step = handshake
+                .handle_message(message, &mut rand::rng())
+                .map_err(|rejected| rejected.error)?;
+            let answer;
+            (handshake, answer) = match step {
+                GatewayStep::Send { state, message } => (state, message),
+                GatewayStep::Register(registering) => self.register(registering, source).await?,
+                GatewayStep::Authenticate(authenticating) => {
+                    let login = self.authenticate(authenticating).await?;
+                    let (attached, welcome) = self
+                        .clients
+                        .attach(login, Instant::now().into_std())
+                        .map_err(ConnectionError::Refused)?;
+                    return Ok((login, attached, welcome));
+                }
+                GatewayStep::Refuse(refusal) => return Err(ConnectionError::Refused(refusal)),
+                GatewayStep::Ended => return Err(ConnectionError::Closed),
+            };
+            send(socket, &self.codec, &answer).await?;
+        }
+    }
+
+    /// Stores a new token; only then it is handed out.
+    async fn register(
+        &self,
+        registering: Registering,
+        source: Source,
+    ) -> Result<(GatewayHandshake, GatewayMessage), ConnectionError> {
+        let now = Instant::now().into_std();
+        let taken = self.limit.lock().unwrap_or_else(PoisonError::into_inner).take(source, now);
+        if let Err(wait) = taken {
+            let retry_after_s = u16::try_from(wait.as_secs() + 1).unwrap_or(u16::MAX);
+            return Err(ConnectionError::Refused(Refusal::RateLimited { retry_after_s }));
+        }
+        let issued = registering.issue(&mut rand::rng());
+        let (client, hash) = (issued.identity(), issued.hash());
+        match self.ask_store(move |registrations| registrations.store(&client, &hash)).await? {
+            Stored::Durably => Ok(issued.stored()),
+            Stored::Full => Err(ConnectionError::Refused(Refusal::TooManyClients)),
+        }
+    }
+
+    async fn authenticate(&self, authenticating: Authenticating) -> Result<Login, ConnectionError> {
+        let client = authenticating.identity();
+        let stored = self.ask_store(move |registrations| registrations.token_hash(&client)).await?;
+        authenticating.check(stored.as_ref()).map_err(ConnectionError::Refused)
+    }
+
+    async fn ask_store<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Registrations) -> Result<T, RegistrationsError> + Send + 'static,
+    ) -> Result<T, ConnectionError> {
+        let registrations = self.registrations.clone();
+        let result = spawn_blocking(move || work(&registrations)).await;
+        result.expect("the store does not panic").map_err(|error| {
+            warn!("{error}");
+            ConnectionError::Refused(Refusal::Internal)
+        })
+    }
+}
+
+/// Waits for the bytes of a frame. Can be cancelled without loss.
+pub(super) async fn next_frame(
+    stream: &mut (impl StreamExt<Item = Result<Message, tungstenite::Error>> + Unpin),
+) -> Result<bytes::Bytes, ConnectionError> {
+    loop {
+        match stream.next().await {
+            Some(Ok(Message::Binary(bytes))) => return Ok(bytes),
+            // The websocket answers pings by itself.
+            Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+            Some(Ok(Message::Text(_) | Message::Frame(_))) => {
+                return Err(ConnectionError::Unexpected("text message"));
+            }
+            Some(Ok(Message::Close(_))) | None => return Err(ConnectionError::Closed),
+            Some(Err(error)) => return Err(error.into()),
+        }
+    }
+}
+
+async fn receive(
+    socket: &mut Socket,
+    codec: &FrameCodec,
+) -> Result<ClientMessage, ConnectionError> {
+    let bytes = next_frame(socket).await?;
+    match codec.decode(&bytes)?.body {
+        FrameBody::Control(body) => Ok(ClientMessage::decode(body)?),
+        FrameBody::Packet { .. } => Err(ConnectionError::Unexpected("packet")),
+        FrameBody::Pad => Err(ConnectionError::Unexpected("pad")),
+    }
+}
+
+async fn send(
+    socket: &mut Socket,
+    codec: &FrameCodec,
+    message: &GatewayMessage,
+) -> Result<(), ConnectionError> {
+    Ok(socket.send(control_frame(codec, 0, message)?).await?)
+}
+
+/// A websocket message with one CONTROL frame.
+pub(super) fn control_frame(
+    codec: &FrameCodec,
+    counter: u64,
+    message: &GatewayMessage,
+) -> Result<Message, FrameError> {
+    let mut frame = Vec::with_capacity(codec.frame_bytes());
+    codec.encode_control(counter, &message.encode(), &mut frame)?;
+    Ok(Message::Binary(frame.into()))
+}

@@ -1,0 +1,282 @@
+//! Whatever is wrong has an error of its own that says what to do, in one line.
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use mixsocks_common::address::Address;
+use mixsocks_common::keys::IdentityKey;
+use mixsocks_common::topology::{
+    NetworkName, Node, Parameters, Provider, Role, Topology, UnixTime, sign,
+};
+use mixsocks_sphinx::SecretKey;
+use tempfile::TempDir;
+
+use crate::process::{mixsocks, run};
+
+/// Runs to the end, which must come soon and be an error of one line with these words.
+fn fails(command: &mut Command, code: i32, words: &[&str]) {
+    let ended = run(command);
+    assert_eq!(ended.status.code(), Some(code), "{command:?}: {ended:?}");
+    assert!(ended.stderr.starts_with("error: "), "{command:?}: {ended:?}");
+    assert_eq!(ended.stderr.lines().count(), 1, "{command:?}: {ended:?}");
+    for word in words {
+        assert!(ended.stderr.contains(word), "{word:?} of {command:?}: {ended:?}");
+    }
+}
+
+#[test]
+fn wrong_command_lines() {
+    for (arguments, word) in [
+        (&["up", "--sock", "127.0.0.1:0"][..], "did you mean --socks?"),
+        (&["up", "--mean-deley", "1ms"], "did you mean --mean-delay?"),
+        (&["up", "--mean-delay", "1m"], "no packet longer than 10s"),
+        (&["up", "--profile", "private"], "only the profile \"fast\""),
+        (&["up", "--socks", "localhost"], "127.0.0.1:1080"),
+        (&["bnech"], "did you mean \"bench\"?"),
+        (&["client", "--authority", "x", "--topology", "y"], "base58"),
+        (&["client", "--provider", "abc@def", "--topology", "y"], "<identity>.<encryption>@"),
+    ] {
+        fails(mixsocks().args(arguments), 2, &[word, "--help"]);
+    }
+    fails(mixsocks().arg("up").env("MIXSOCKS_MEAN_DELAY", "soon"), 2, &["--mean-delay", "15ms"]);
+}
+
+/// A network that exists on paper only: nobody listens at its addresses.
+struct PaperNetwork {
+    folder: TempDir,
+    authority: IdentityKey,
+    nodes: Vec<Node>,
+    provider: Address,
+}
+
+impl PaperNetwork {
+    fn new(gateways: usize) -> Self {
+        let mut rng = rand::rng();
+        let nobody = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let nobody: SocketAddr = nobody.local_addr().unwrap();
+        let mut roles: Vec<_> = (1..=3).map(|layer| Role::Mix { layer }).collect();
+        roles.extend((0..gateways).map(|_| Role::Gateway { client_address: nobody }));
+        let mut key = || IdentityKey::generate(&mut rand::rng()).identity();
+        let nodes: Vec<_> = roles
+            .into_iter()
+            .map(|role| Node {
+                identity: key(),
+                sphinx_key: SecretKey::generate(&mut rng).public_key().into(),
+                link_address: nobody,
+                role,
+            })
+            .collect();
+        let provider = Address {
+            identity: key(),
+            encryption: nodes[0].sphinx_key,
+            gateway: nodes.last().unwrap().identity,
+        };
+        let authority = IdentityKey::generate(&mut rand::rng());
+        let folder = tempfile::tempdir().unwrap();
+        Self { folder, authority, nodes, provider }
+    }
+
+    /// A document in force from one time to another, in seconds from now.
+    fn document(&self, epoch: u64, from: i64, until: i64) -> String {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let at = |seconds| UnixTime(now.checked_add_signed(seconds).unwrap());
+        let parameters = Parameters {
+            payload_bytes: 2048,
+            mean_delay: Duration::ZERO,
+            max_delay: Duration::from_secs(1),
+        };
+        let provider =
+            Provider { name: "paper".to_owned(), address: self.provider, policy: String::new() };
+        let name = NetworkName::new("paper").unwrap();
+        let topology = Topology::new(
+            name,
+            epoch,
+            at(from)..at(until),
+            parameters,
+            self.nodes.clone(),
+            vec![provider],
+        );
+        sign(&topology.unwrap(), &[&self.authority])
+    }
+
+    fn file(&self, document: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.folder.path().join("topology");
+        std::fs::write(&path, document).unwrap();
+        path
+    }
+
+    fn client(&self, topology: &Path) -> Command {
+        let mut command = mixsocks();
+        command.args(["client", "--socks", "127.0.0.1:0"]).arg("--topology").arg(topology);
+        command.arg("--authority").arg(self.authority.identity().to_string());
+        command.arg("--data-dir").arg(self.folder.path().join("data"));
+        command
+    }
+}
+
+#[test]
+fn unusable_topologies() {
+    let network = PaperNetwork::new(2);
+    let good = network.document(1, -10, 1000);
+    let changed = good.replace("payload_bytes = 2048", "payload_bytes = 2049");
+    assert_ne!(good, changed);
+    for (document, words) in [
+        (&b"\x00\xff\xfe binary"[..], &["not a topology"][..]),
+        (b"", &["not a topology"]),
+        (b"[some]\ntoml = 1\n", &["not a topology", "first line"]),
+        (&good.as_bytes()[..good.len() / 2], &["the file was changed"]),
+        (changed.as_bytes(), &["the file was changed"]),
+        (network.document(1, -1000, -100).as_bytes(), &["expired", "newer"]),
+        (network.document(1, 100, 1000).as_bytes(), &["becomes valid in", "clock"]),
+    ] {
+        let file = network.file(document);
+        fails(&mut network.client(&file), 1, &[words, &[file.to_str().unwrap()]].concat());
+    }
+    let stranger = PaperNetwork::new(2);
+    let file = network.file(stranger.document(1, -10, 1000));
+    fails(&mut network.client(&file), 1, &["other authorities"]);
+    fails(&mut network.client(Path::new("/nowhere/topology")), 1, &["/nowhere/topology"]);
+}
+
+#[test]
+fn an_older_topology() {
+    let network = PaperNetwork::new(2);
+    let file = network.file(network.document(8, -10, 1000));
+    fails(&mut network.client(&file), 1, &["gateway"]);
+    let file = network.file(network.document(7, -10, 1000));
+    fails(&mut network.client(&file), 1, &["epoch 7", "epoch 8", "newest"]);
+}
+
+#[test]
+fn an_unreachable_gateway() {
+    let network = PaperNetwork::new(2);
+    let file = network.file(network.document(1, -10, 1000));
+    fails(&mut network.client(&file), 1, &["gateway", "127.0.0.1:", "refused"]);
+}
+
+#[test]
+fn providers_that_cannot_be_used() {
+    let network = PaperNetwork::new(2);
+    let file = network.file(network.document(1, -10, 1000));
+    let with = |provider: &str| {
+        let mut command = network.client(&file);
+        command.args(["--provider", provider]);
+        command
+    };
+    fails(&mut with("papr"), 1, &["no provider \"papr\"", "did you mean \"paper\"?"]);
+    fails(&mut with("exit"), 1, &["no provider \"exit\"", "has: paper"]);
+    let elsewhere = PaperNetwork::new(1).provider.to_string();
+    fails(&mut with(&elsewhere), 1, &["not in this topology"]);
+    let truncated = &elsewhere[..elsewhere.len() - 3];
+    fails(&mut with(truncated), 2, &["the gateway of the address is wrong"]);
+
+    let lonely = PaperNetwork::new(1);
+    let file = lonely.file(lonely.document(1, -10, 1000));
+    fails(&mut lonely.client(&file), 1, &["no gateway but the provider's own"]);
+}
+
+fn up(data_dir: &Path) -> Command {
+    let mut command = mixsocks();
+    command.args(["up", "--socks", "127.0.0.1:0"]).arg("--data-dir").arg(data_dir);
+    command
+}
+
+#[test]
+fn damaged_files_in_the_data_directory() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let proxy = crate::process::Proxy::up(dir, &[]);
+    drop(proxy);
+    for (file, words) in [
+        ("topology", &["topology", "delete it"][..]),
+        ("provider/identity.key", &["provider/identity.key is damaged", "backup"]),
+        ("client/token", &["client/token", "delete it"]),
+    ] {
+        let path = dir.join(file);
+        let good = std::fs::read(&path).unwrap();
+        std::fs::write(&path, "scribble").unwrap();
+        fails(&mut up(dir), 1, words);
+        std::fs::write(&path, good).unwrap();
+    }
+    crate::process::Proxy::up(dir, &[]);
+}
+
+#[cfg(unix)]
+#[test]
+fn keys_that_others_may_read() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    drop(crate::process::Proxy::up(folder.path(), &[]));
+    let key = folder.path().join("authority.key");
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
+    fails(&mut up(folder.path()), 1, &[&format!("chmod 600 {}", key.display())]);
+}
+
+#[test]
+fn a_file_in_place_of_the_data_directory() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fails(&mut up(file.path()), 1, &["a file is in its place", "--data-dir"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_data_directory_without_permission() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    use std::os::unix::process::CommandExt;
+    const NOBODY: u32 = 65534;
+    let folder = tempfile::tempdir().unwrap();
+    let is_root = folder.path().metadata().unwrap().uid() == 0;
+    let mode = std::fs::Permissions::from_mode(if is_root { 0o755 } else { 0o555 });
+    std::fs::set_permissions(folder.path(), mode).unwrap();
+    let mut command = up(&folder.path().join("data"));
+    if is_root {
+        // Nothing is forbidden to root.
+        command.uid(NOBODY).gid(NOBODY);
+        if command.get_program().to_str().is_some_and(|path| !open_to_all(Path::new(path))) {
+            return println!("skipped: other users cannot run the program where it was built");
+        }
+    }
+    fails(&mut command, 1, &["no permission", "--data-dir"]);
+}
+
+/// Whether every folder above a file lets every user through.
+#[cfg(unix)]
+fn open_to_all(file: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    let passable = |path: &Path| path.metadata().is_ok_and(|m| m.permissions().mode() & 1 != 0);
+    file.ancestors().filter(|path| !path.as_os_str().is_empty()).all(passable)
+}
+
+/// A file system of a given size; unmounted when dropped.
+struct SmallDisk(TempDir);
+
+impl SmallDisk {
+    /// `None` when this user may not mount.
+    fn mount(kib: u32) -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let size = format!("size={kib}k");
+        let mut command = Command::new("mount");
+        command.args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(folder.path());
+        let mounted = command.output().is_ok_and(|output| output.status.success());
+        mounted.then(|| Self(folder))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn a_full_data_directory() {
+    // Full at the first key, at a later one, and at what gateways store.
+    for kib in [4, 32, 128, 1024] {
+        let Some(disk) = SmallDisk::mount(kib) else {
+            return println!("skipped: mounting a small disk is not permitted here");
+        };
+        fails(&mut up(disk.0.path()), 1, &["space", "--data-dir"]);
+    }
+}

@@ -1,0 +1,139 @@
+//! Starting, stopping and starting again.
+
+use std::net::TcpListener;
+use std::process::Stdio;
+
+use crate::process::{Proxy, mixsocks, run, shared_network};
+use crate::servers::{http, serve};
+use crate::socks;
+
+use std::io::{Read, Write};
+use std::time::{Duration, Instant};
+
+/// Stopping is promised within two seconds; a busy machine gets more.
+const STOP_TIME: Duration = Duration::from_secs(10);
+
+fn stops_cleanly(proxy: Proxy, signal: &str) {
+    let asked = Instant::now();
+    proxy.process.signal(signal);
+    let ended = proxy.process.wait();
+    assert!(asked.elapsed() < STOP_TIME, "it took {:?} to stop", asked.elapsed());
+    assert_eq!(ended.status.code(), Some(0), "{}", ended.stderr);
+    assert!(
+        !ended.stderr.contains("panic") && !ended.stderr.contains("error:"),
+        "{}",
+        ended.stderr
+    );
+}
+
+#[test]
+fn ctrl_c_during_a_transfer() {
+    let data_dir = tempfile::tempdir().unwrap();
+    let proxy = Proxy::up(data_dir.path(), &["--allow-private"]);
+    // A download, an upload and a request without an answer, all in full swing.
+    let mut download = socks::connect(proxy.address, http());
+    download.write_all(b"GET /endless HTTP/1.1\r\n\r\n").unwrap();
+    let mut bytes = vec![0; 256 * 1024];
+    download.read_exact(&mut bytes).unwrap();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let sink = serve(move |mut stream| {
+        let mut bytes = vec![0; 256 * 1024];
+        stream.read_exact(&mut bytes).unwrap();
+        sender.send(()).unwrap();
+        let _ = std::io::copy(&mut stream, &mut std::io::sink());
+    });
+    let mut upload = socks::connect(proxy.address, sink);
+    let uploading = std::thread::spawn(move || while upload.write_all(&[0; 16 * 1024]).is_ok() {});
+    receiver.recv_timeout(crate::process::DEADLINE).unwrap();
+    let silent = serve(|mut stream| drop(stream.read_to_end(&mut Vec::new())));
+    let waiting = socks::connect(proxy.address, silent);
+    stops_cleanly(proxy, "INT");
+    uploading.join().unwrap();
+    drop(waiting);
+    // The download ends in an error, so that nobody takes half a file for a whole one.
+    assert!(std::io::copy(&mut download, &mut std::io::sink()).is_err());
+}
+
+#[test]
+fn sigterm_while_idle() {
+    let data_dir = tempfile::tempdir().unwrap();
+    stops_cleanly(Proxy::up(data_dir.path(), &[]), "TERM");
+}
+
+#[test]
+fn a_second_start_has_the_same_addresses_and_a_new_topology() {
+    let data_dir = tempfile::tempdir().unwrap();
+    let epoch = || {
+        let topology = std::fs::read_to_string(data_dir.path().join("topology")).unwrap();
+        let (_, rest) = topology.split_once("\nepoch = ").unwrap();
+        rest.lines().next().unwrap().parse::<u64>().unwrap()
+    };
+    let first = Proxy::up(data_dir.path(), &["--allow-private"]);
+    let addresses = (first.provider.clone(), first.client.clone());
+    let first_epoch = epoch();
+    stops_cleanly(first, "INT");
+    // The second time nobody says goodbye: what counts is on the disk already.
+    let second = Proxy::up(data_dir.path(), &["--allow-private"]);
+    assert_eq!((second.provider.clone(), second.client.clone()), addresses);
+    assert_eq!(epoch(), first_epoch + 1);
+    drop(second);
+    let third = Proxy::up(data_dir.path(), &["--allow-private"]);
+    assert_eq!((third.provider.clone(), third.client.clone()), addresses);
+    assert_eq!(socks::reply_code(third.address, &socks::ip(http())), 0);
+}
+
+#[test]
+fn a_taken_port_is_named_with_the_option_that_changes_it() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let data_dir = tempfile::tempdir().unwrap();
+    let below = data_dir.path().join("below");
+    let ended = run(mixsocks().args(["up", "--socks", &address]).arg("--data-dir").arg(&below));
+    assert_eq!(ended.status.code(), Some(1));
+    assert!(ended.stderr.contains(&address) && ended.stderr.contains("--socks"), "{ended:?}");
+    assert_eq!(ended.stderr.lines().count(), 1, "{ended:?}");
+    assert!(!below.exists(), "nothing was begun");
+}
+
+#[test]
+fn two_never_share_a_data_directory() {
+    let network = shared_network();
+    let mut command = mixsocks();
+    command.args(["up", "--socks", "127.0.0.1:0", "--data-dir"]).arg(network.data_dir.path());
+    let ended = run(&mut command);
+    assert_eq!(ended.status.code(), Some(1));
+    assert!(ended.stderr.contains("another mixsocks process"), "{ended:?}");
+    assert!(ended.stderr.contains("--data-dir"), "{ended:?}");
+}
+
+#[test]
+fn quiet_says_only_where_the_proxy_is() {
+    let data_dir = tempfile::tempdir().unwrap();
+    let mut command = mixsocks();
+    command.args(["-q", "up", "--socks", "127.0.0.1:0", "--data-dir"]).arg(data_dir.path());
+    let process = crate::process::Process::start(&mut command);
+    process.wait_for("socks5h://");
+    process.signal("INT");
+    let ended = process.wait();
+    assert_eq!((ended.stdout.lines().count(), &*ended.stderr), (1, ""), "{ended:?}");
+}
+
+#[test]
+fn a_closed_stdout_is_no_reason_to_panic() {
+    let data_dir = tempfile::tempdir().unwrap();
+    let mut command = mixsocks();
+    command.args(["up", "--socks", "127.0.0.1:0", "--data-dir"]).arg(data_dir.path());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    // The topology is written shortly before the greeting, and the lock is held until the end.
+    let deadline = Instant::now() + crate::process::DEADLINE;
+    while !data_dir.path().join("client/token").exists() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let id = child.id().to_string();
+    std::process::Command::new("kill").args(["-s", "INT", &id]).status().unwrap();
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    assert!(!stderr.contains("panic"), "{stderr}");
+}
