@@ -32,9 +32,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
 
     // A provider that the topology advertises, and a gateway that is not the provider's.
     let provider = topology.providers().first().ok_or("no provider is advertised")?.address;
-    let mut gateways = topology.gateways().map(|gateway| gateway.identity);
-    let gateway =
-        gateways.find(|id| *id != provider.gateway).ok_or("there is no second gateway")?;
+    let others = |gateway: &Identity| *gateway != provider.gateway;
+    let gateway = topology.gateways().map(|node| node.identity).find(others);
+    let gateway = gateway.ok_or("there is no gateway but the provider's")?;
 
     // A client for this one request; a lasting one keeps its keys and its token file.
     let folder = tempfile::tempdir()?;

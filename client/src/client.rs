@@ -122,12 +122,21 @@ impl Client {
     /// # Errors
     /// [`ClientError`] says what is wrong. Whether the provider lives shows with the first stream.
     pub async fn connect(config: ClientConfig) -> Result<Self, ClientError> {
-        let ClientConfig { topology, identity, encryption, gateway, token_file, provider, mean_delay } = config;
+        let ClientConfig {
+            topology,
+            identity,
+            encryption,
+            gateway,
+            token_file,
+            provider,
+            mean_delay,
+        } = config;
         if provider.gateway == gateway {
             return Err(ClientError::SameGateway);
         }
         topology.gateway(&provider.gateway).ok_or(NoRoute::UnknownGateway)?;
-        let config = EndpointConfig { topology, identity, encryption, gateway, token_file, mean_delay };
+        let config =
+            EndpointConfig { topology, identity, encryption, gateway, token_file, mean_delay };
         let (endpoint, receiver) = Endpoint::connect(config).await?;
         let shared = Arc::new(Shared {
             endpoint: endpoint.clone(),
@@ -163,11 +172,17 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::open_stream`].
-    pub async fn open_stream_with(&self, target: Target, early: &[u8]) -> Result<MixStream, OpenError> {
+    pub async fn open_stream_with(
+        &self,
+        target: Target,
+        early: &[u8],
+    ) -> Result<MixStream, OpenError> {
         // A provider that was restarted does not know the session, and says so: the second try is in
         // a new one. The first did nothing there.
         match self.try_open(target.clone(), early).await {
-            Err(Attempt::SessionGone) => self.try_open(target, early).await.map_err(Attempt::into_error),
+            Err(Attempt::SessionGone) => {
+                self.try_open(target, early).await.map_err(Attempt::into_error)
+            }
             result => result.map_err(Attempt::into_error),
         }
     }
@@ -211,7 +226,13 @@ impl Client {
         self.shared.wake_senders.notify_one();
         // The CLOSEs are sent by then, or never: the provider forgets silent sessions by itself.
         let _ = timeout(FAREWELL, async {
-            while self.shared.lock().sessions.iter().any(|session| session.wants_transmit(Instant::now(), 0)) {
+            while self
+                .shared
+                .lock()
+                .sessions
+                .iter()
+                .any(|session| session.wants_transmit(Instant::now(), 0))
+            {
                 tokio::time::sleep(FAREWELL / 20).await;
             }
         })
@@ -245,7 +266,13 @@ impl crate::socks::OpenStream for Client {
 }
 
 impl State {
-    fn open(&mut self, endpoint: &Endpoint, target: Target, early: &[u8], answer: oneshot::Sender<Result<(), OpenError>>) -> Result<StreamKey, Attempt> {
+    fn open(
+        &mut self,
+        endpoint: &Endpoint,
+        target: Target,
+        early: &[u8],
+        answer: oneshot::Sender<Result<(), OpenError>>,
+    ) -> Result<StreamKey, Attempt> {
         if self.closed {
             return Err(Attempt::Failed(OpenError::Closed));
         }
@@ -261,11 +288,18 @@ impl State {
     /// The newest session, unless it is too old or has ended.
     fn current_session(&mut self, endpoint: &Endpoint) -> &mut ClientSession {
         let now = Instant::now();
-        let usable = |session: &ClientSession| session.closed().is_none() && session.age(now) < SESSION_AGE;
+        let usable =
+            |session: &ClientSession| session.closed().is_none() && session.age(now) < SESSION_AGE;
         if !self.sessions.last().is_some_and(usable) {
             let id = SessionId(rand::rng().random());
             let contents = endpoint.max_contents_bytes();
-            self.sessions.push(ClientSession::new(id, wall_ms(), now, contents, endpoint.mean_delay()));
+            self.sessions.push(ClientSession::new(
+                id,
+                wall_ms(),
+                now,
+                contents,
+                endpoint.mean_delay(),
+            ));
         }
         self.sessions.last_mut().expect("one was pushed if there was none")
     }
@@ -470,7 +504,12 @@ impl Arrivals for Shared {
 }
 
 impl StreamHost for Shared {
-    fn poll_read(&self, key: StreamKey, cx: &mut Context<'_>, out: &mut [u8]) -> Poll<io::Result<usize>> {
+    fn poll_read(
+        &self,
+        key: StreamKey,
+        cx: &mut Context<'_>,
+        out: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
         let mut state = self.lock();
         let State { sessions, waiting, .. } = &mut *state;
         let session = sessions.iter_mut().find(|session| session.id() == key.0);
@@ -482,7 +521,12 @@ impl StreamHost for Shared {
         result
     }
 
-    fn poll_write(&self, key: StreamKey, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        &self,
+        key: StreamKey,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let mut state = self.lock();
         let State { sessions, waiting, .. } = &mut *state;
         let session = sessions.iter_mut().find(|session| session.id() == key.0);

@@ -74,10 +74,23 @@ impl Endpoint {
     ///
     /// # Errors
     /// See [`gateway::connect`].
-    pub async fn connect(config: EndpointConfig) -> Result<(Arc<Self>, GatewayReceiver), GatewayLinkError> {
-        let EndpointConfig { topology, identity, encryption, gateway, token_file, mean_delay } = config;
-        let address = Address { identity: identity.identity(), encryption: encryption.public_key().into(), gateway };
-        let link = GatewayLinkConfig { topology: topology.clone(), gateway, identity, token_file, invitation: None };
+    pub async fn connect(
+        config: EndpointConfig,
+    ) -> Result<(Arc<Self>, GatewayReceiver), GatewayLinkError> {
+        let EndpointConfig { topology, identity, encryption, gateway, token_file, mean_delay } =
+            config;
+        let address = Address {
+            identity: identity.identity(),
+            encryption: encryption.public_key().into(),
+            gateway,
+        };
+        let link = GatewayLinkConfig {
+            topology: topology.clone(),
+            gateway,
+            identity,
+            token_file,
+            invitation: None,
+        };
         let (sender, receiver, state) = gateway::connect(link).await?;
         let endpoint = Self {
             mean_delay: mean_delay.unwrap_or(topology.parameters.mean_delay),
@@ -131,7 +144,13 @@ impl Endpoint {
     /// # Errors
     /// When its gateway is not in the topology.
     pub fn route_to(&self, recipient: &Address) -> Result<Route, NoRoute> {
-        random_route(&self.topology, recipient, self.mean_delay, Identifier::default(), &mut rand::rng())
+        random_route(
+            &self.topology,
+            recipient,
+            self.mean_delay,
+            Identifier::default(),
+            &mut rand::rng(),
+        )
     }
 
     /// Draws a route for a reply to this endpoint.
@@ -166,7 +185,11 @@ impl Endpoint {
         workers.join_all().await;
     }
 
-    async fn work(self: Arc<Self>, receiver: Arc<tokio::sync::Mutex<GatewayReceiver>>, arrivals: Arc<impl Arrivals>) {
+    async fn work(
+        self: Arc<Self>,
+        receiver: Arc<tokio::sync::Mutex<GatewayReceiver>>,
+        arrivals: Arc<impl Arrivals>,
+    ) {
         let mut batch = Vec::new();
         loop {
             let received = receiver.lock().await.recv_many(&mut batch, BATCH_PACKETS).await;
@@ -175,8 +198,12 @@ impl Endpoint {
             }
             for peeled in finish(self.admit(open_headers(&self.key, std::mem::take(&mut batch)))) {
                 match peeled {
-                    Ok(Peeled::Final { identifier, payload, .. }) => arrivals.arrived(identifier, payload),
-                    Ok(Peeled::Forward { .. }) | Err(_) => tracing::trace!("a packet is not for us"),
+                    Ok(Peeled::Final { identifier, payload, .. }) => {
+                        arrivals.arrived(identifier, payload)
+                    }
+                    Ok(Peeled::Forward { .. }) | Err(_) => {
+                        tracing::trace!("a packet is not for us")
+                    }
                 }
             }
             tokio::task::yield_now().await;

@@ -50,10 +50,20 @@ pub type StreamKey = (SessionId, StreamId);
 /// Whoever drives the session of a stream.
 pub trait StreamHost: Send + Sync {
     /// Reads into `out`; 0 bytes are the end.
-    fn poll_read(&self, key: StreamKey, cx: &mut Context<'_>, out: &mut [u8]) -> Poll<io::Result<usize>>;
+    fn poll_read(
+        &self,
+        key: StreamKey,
+        cx: &mut Context<'_>,
+        out: &mut [u8],
+    ) -> Poll<io::Result<usize>>;
 
     /// Writes as much of `bytes` as there is room for.
-    fn poll_write(&self, key: StreamKey, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>>;
+    fn poll_write(
+        &self,
+        key: StreamKey,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>>;
 
     /// Ends the outgoing direction.
     fn finish(&self, key: StreamKey);
@@ -86,16 +96,26 @@ impl fmt::Debug for MixStream {
 }
 
 impl AsyncRead for MixStream {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         if buf.remaining() == 0 {
             return Poll::Ready(Ok(()));
         }
-        self.host.poll_read(self.key, cx, buf.initialize_unfilled()).map_ok(|read| buf.advance(read))
+        self.host
+            .poll_read(self.key, cx, buf.initialize_unfilled())
+            .map_ok(|read| buf.advance(read))
     }
 }
 
 impl AsyncWrite for MixStream {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         if bytes.is_empty() {
             return Poll::Ready(Ok(0));
         }
@@ -159,7 +179,13 @@ pub struct Waiting {
 
 impl Waiting {
     /// Reads, or notes that the task waits.
-    pub fn poll_read(&mut self, session: Option<&mut impl StreamSession>, key: StreamKey, cx: &Context<'_>, out: &mut [u8]) -> Poll<io::Result<usize>> {
+    pub fn poll_read(
+        &mut self,
+        session: Option<&mut impl StreamSession>,
+        key: StreamKey,
+        cx: &Context<'_>,
+        out: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
         match session.map(|session| session.read(key.1, out)) {
             Some(Ok(Some(read))) => Poll::Ready(Ok(read)),
             Some(Ok(None)) => {
@@ -171,7 +197,13 @@ impl Waiting {
     }
 
     /// Writes, or notes that the task waits.
-    pub fn poll_write(&mut self, session: Option<&mut impl StreamSession>, key: StreamKey, cx: &Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    pub fn poll_write(
+        &mut self,
+        session: Option<&mut impl StreamSession>,
+        key: StreamKey,
+        cx: &Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         match session.and_then(|session| session.write(key.1, bytes)) {
             Some(0) => {
                 self.writers.insert(key, cx.waker().clone());

@@ -52,9 +52,11 @@ fn decode_base58<const N: usize>(text: &str) -> Result<[u8; N], KeyError> {
     match bs58::decode(text).onto(&mut bytes[..]) {
         Ok(len) if len == N => Ok(bytes),
         Ok(actual) => Err(KeyError::WrongLength { text: shorten(text), actual, expected: N }),
-        Err(bs58::decode::Error::BufferTooSmall) => {
-            Err(KeyError::WrongLength { text: shorten(text), actual: text.len() * 3 / 4, expected: N })
-        }
+        Err(bs58::decode::Error::BufferTooSmall) => Err(KeyError::WrongLength {
+            text: shorten(text),
+            actual: text.len() * 3 / 4,
+            expected: N,
+        }),
         Err(_) => Err(KeyError::NotBase58 { text: shorten(text) }),
     }
 }

@@ -61,9 +61,7 @@ impl ReplayFilter {
     pub fn new(max_tags: usize, rng: &mut impl Rng) -> Self {
         let shards = max_tags.div_ceil(SHARD_TAGS).max(2).next_power_of_two();
         Self {
-            shards: std::iter::repeat_with(Shard::default)
-                .take(shards)
-                .collect(),
+            shards: std::iter::repeat_with(Shard::default).take(shards).collect(),
             shard_shift: u64::BITS - shards.trailing_zeros(),
             key: [rng.random(), rng.random()],
             has_empty_prefix: false,
@@ -178,11 +176,7 @@ impl Shard {
     }
 
     fn next(&self, slot: usize) -> usize {
-        if slot + 1 == self.slots.len() {
-            0
-        } else {
-            slot + 1
-        }
+        if slot + 1 == self.slots.len() { 0 } else { slot + 1 }
     }
 
     fn is_loaded(&self) -> bool {
@@ -274,10 +268,7 @@ mod tests {
             assert_eq!(filter.insert_prefix(rng.random()), Admission::Fresh);
             if n >= 200_000 && n.is_multiple_of(10_000) {
                 let bytes_per_tag = filter.memory_bytes() as f64 / n as f64;
-                assert!(
-                    (9.0..11.6).contains(&bytes_per_tag),
-                    "{n} tags: {bytes_per_tag} bytes"
-                );
+                assert!((9.0..11.6).contains(&bytes_per_tag), "{n} tags: {bytes_per_tag} bytes");
             }
         }
     }
@@ -285,21 +276,14 @@ mod tests {
     /// Tags that a sender has searched for, with the same leading or trailing bits.
     #[test]
     fn chosen_tags_spread_like_others() {
-        for chosen in [
-            |n: u64| n + 1,
-            |n: u64| (n + 1) << 40,
-            |n: u64| 0xabcd << 48 | n,
-        ] {
+        for chosen in [|n: u64| n + 1, |n: u64| (n + 1) << 40, |n: u64| 0xabcd << 48 | n] {
             let mut filter = filter(64 * SHARD_TAGS);
             for n in 0..100_000 {
                 assert_eq!(filter.insert_prefix(chosen(n)), Admission::Fresh);
             }
             let mean = 100_000 / filter.shards.len();
             let largest = filter.shards.iter().map(|shard| shard.len).max().unwrap();
-            assert!(
-                largest < mean + mean / 4,
-                "{largest} tags where {mean} are even"
-            );
+            assert!(largest < mean + mean / 4, "{largest} tags where {mean} are even");
         }
     }
 

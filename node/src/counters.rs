@@ -159,11 +159,7 @@ impl Snapshot {
 
 impl fmt::Display for Snapshot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} packets in, {} out",
-            self.packets_in, self.packets_out
-        )?;
+        write!(f, "{} packets in, {} out", self.packets_in, self.packets_out)?;
         let mut separator = "; dropped: ";
         for reason in DropReason::ALL {
             let count = self.dropped(reason);
@@ -198,10 +194,7 @@ mod tests {
         counters.add_drop(DropReason::BadMac);
         counters.add_drops(DropReason::Replayed, 2);
         let snapshot = counters.snapshot();
-        assert_eq!(
-            snapshot.to_string(),
-            "5 packets in, 2 out; dropped: 1 bad MAC, 2 replayed"
-        );
+        assert_eq!(snapshot.to_string(), "5 packets in, 2 out; dropped: 1 bad MAC, 2 replayed");
         assert_eq!(snapshot.dropped_total(), 3);
     }
 }

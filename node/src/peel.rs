@@ -30,11 +30,7 @@ impl Peeler {
         rng: &mut impl Rng,
     ) -> Self {
         let replay = Mutex::new(ReplayFilter::new(max_tags, rng));
-        Self {
-            key,
-            replay,
-            counters,
-        }
+        Self { key, replay, counters }
     }
 
     /// Takes one layer off each packet, in their order. Packets that are forged, malformed,
@@ -47,10 +43,7 @@ impl Peeler {
             .filter_map(|opened| self.count_error(opened))
             .collect();
         let fresh = self.admit(opened);
-        finish(fresh)
-            .into_iter()
-            .filter_map(|peeled| self.count_error(peeled))
-            .collect()
+        finish(fresh).into_iter().filter_map(|peeled| self.count_error(peeled)).collect()
     }
 
     fn admit(&self, opened: Vec<OpenedPacket>) -> Vec<OpenedPacket> {
@@ -80,9 +73,7 @@ impl Peeler {
     }
 
     fn count_error<T>(&self, result: Result<T, PeelError>) -> Option<T> {
-        result
-            .map_err(|error| self.counters.add_drop(drop_reason(error)))
-            .ok()
+        result.map_err(|error| self.counters.add_drop(drop_reason(error))).ok()
     }
 }
 
@@ -104,11 +95,7 @@ mod tests {
     const PAYLOAD_LEN: usize = 1024;
 
     fn packets(key: &SecretKey, count: usize) -> Vec<Packet> {
-        let hop = Hop {
-            address: [1; 32],
-            key: key.public_key(),
-            delay: Duration::ZERO,
-        };
+        let hop = Hop { address: [1; 32], key: key.public_key(), delay: Duration::ZERO };
         let route = Route::new(&[hop], [2; 32], [3; 16]).unwrap();
         let requests = vec![(route, &b"text"[..]); count];
         let built = build_packets(&mut rand::rng(), PAYLOAD_LEN, &requests);
@@ -117,10 +104,7 @@ mod tests {
 
     fn peeler(key: SecretKey, max_tags: usize) -> (Peeler, Arc<Counters>) {
         let counters = Arc::new(Counters::default());
-        (
-            Peeler::new(key, max_tags, counters.clone(), &mut rand::rng()),
-            counters,
-        )
+        (Peeler::new(key, max_tags, counters.clone(), &mut rand::rng()), counters)
     }
 
     #[test]

@@ -101,9 +101,17 @@ impl Provider {
         }?;
         let policy = ExitPolicy::new(own_addresses(), config.allow_private);
         let ProviderConfig { topology, identity, encryption, gateway, token_file, .. } = config;
-        let config = EndpointConfig { topology, identity, encryption, gateway, token_file, mean_delay: None };
+        let config = EndpointConfig {
+            topology,
+            identity,
+            encryption,
+            gateway,
+            token_file,
+            mean_delay: None,
+        };
         let (endpoint, receiver) = Endpoint::connect(config).await?;
-        let sessions = ProviderSessions::new(wall_ms(), endpoint.max_contents_bytes(), endpoint.mean_delay());
+        let sessions =
+            ProviderSessions::new(wall_ms(), endpoint.max_contents_bytes(), endpoint.mean_delay());
         let shared = Arc::new_cyclic(|this| Shared {
             this: this.clone(),
             endpoint: endpoint.clone(),
@@ -246,7 +254,11 @@ impl Shared {
     }
 
     /// Does something with a session, and sees to what follows from it.
-    fn with_session<T>(&self, id: SessionId, act: impl FnOnce(&mut ProviderSession) -> T) -> Option<T> {
+    fn with_session<T>(
+        &self,
+        id: SessionId,
+        act: impl FnOnce(&mut ProviderSession) -> T,
+    ) -> Option<T> {
         let mut state = self.lock();
         let result = act(state.sessions.get_mut(id)?);
         self.settle(state, id);
@@ -286,7 +298,13 @@ impl Shared {
         match self.dialer.connect(&target).await {
             Ok(mut connection) => {
                 self.answer(key, OpenOutcome::Connected);
-                let result = copy_bidirectional_with_sizes(&mut stream, &mut connection, RELAY_BYTES, RELAY_BYTES).await;
+                let result = copy_bidirectional_with_sizes(
+                    &mut stream,
+                    &mut connection,
+                    RELAY_BYTES,
+                    RELAY_BYTES,
+                )
+                .await;
                 if result.is_err() {
                     reset(&connection);
                 }
@@ -378,7 +396,12 @@ impl Arrivals for Shared {
 }
 
 impl StreamHost for Shared {
-    fn poll_read(&self, key: StreamKey, cx: &mut Context<'_>, out: &mut [u8]) -> Poll<io::Result<usize>> {
+    fn poll_read(
+        &self,
+        key: StreamKey,
+        cx: &mut Context<'_>,
+        out: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
         let mut state = self.lock();
         let State { sessions, waiting, .. } = &mut *state;
         let result = waiting.poll_read(sessions.get_mut(key.0), key, cx, out);
@@ -388,7 +411,12 @@ impl StreamHost for Shared {
         result
     }
 
-    fn poll_write(&self, key: StreamKey, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        &self,
+        key: StreamKey,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let mut state = self.lock();
         let State { sessions, waiting, .. } = &mut *state;
         let result = waiting.poll_write(sessions.get_mut(key.0), key, cx, bytes);

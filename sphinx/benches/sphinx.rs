@@ -58,9 +58,7 @@ impl Bench {
     }
 
     fn surb(&mut self) -> (Surb, ReplyRecovery) {
-        build_surbs(&mut self.rng, std::slice::from_ref(&self.route))
-            .remove(0)
-            .unwrap()
+        build_surbs(&mut self.rng, std::slice::from_ref(&self.route)).remove(0).unwrap()
     }
 
     /// A reply as it arrives at its creator.
@@ -79,10 +77,7 @@ impl Bench {
 }
 
 fn peel(key: &SecretKey, packets: Vec<Packet>) -> Vec<Peeled> {
-    let opened = open_headers(key, packets)
-        .into_iter()
-        .map(Result::unwrap)
-        .collect();
+    let opened = open_headers(key, packets).into_iter().map(Result::unwrap).collect();
     finish(opened).into_iter().map(Result::unwrap).collect()
 }
 
@@ -105,11 +100,7 @@ fn bench_packets(criterion: &mut Criterion, bench: &Bench) {
             );
         });
         group.bench_function("peel_packet", |b| {
-            b.iter_batched(
-                || packets.clone(),
-                |packets| peel(key, packets),
-                BatchSize::SmallInput,
-            );
+            b.iter_batched(|| packets.clone(), |packets| peel(key, packets), BatchSize::SmallInput);
         });
         group.finish();
     }

@@ -59,21 +59,13 @@ fn build_packet<R: CryptoRng + ?Sized>(
     }
     let max = max_plaintext(payload_len);
     if plaintext.len() > max {
-        return Err(BuildError::PlaintextTooLong {
-            len: plaintext.len(),
-            max,
-        });
+        return Err(BuildError::PlaintextTooLong { len: plaintext.len(), max });
     }
     let packet = SphinxPacketBuilder::new()
         .with_version(VERSION)
         .with_payload_size(payload_len)
         .with_initial_secret(&draw_secret(rng))
-        .build_packet(
-            plaintext,
-            route.nodes(),
-            route.destination(),
-            route.delays(),
-        )
+        .build_packet(plaintext, route.nodes(), route.destination(), route.delays())
         .expect("the route and both lengths are checked");
     Ok(Packet::join(&packet.header, packet.payload.as_bytes()))
 }
@@ -105,10 +97,7 @@ mod tests {
             [(route(), &[1; 47]), (route(), &[1; 48]), (route(), &[])];
         let [first, second, third] = build_packets(&mut rng, 64, &requests).try_into().unwrap();
         assert_eq!(first.unwrap().as_bytes().len(), HEADER_LEN + 64);
-        assert_eq!(
-            second.unwrap_err(),
-            BuildError::PlaintextTooLong { len: 48, max: 47 }
-        );
+        assert_eq!(second.unwrap_err(), BuildError::PlaintextTooLong { len: 48, max: 47 });
         assert_eq!(third.unwrap().as_bytes().len(), HEADER_LEN + 64);
     }
 

@@ -185,10 +185,7 @@ mod tests {
             for encoding in [point, with_top_bit(point)] {
                 let secret = SecretKey::generate(&mut rng).to_bytes();
                 assert_eq!(x25519_dalek::x25519(*secret, encoding), [0; 32]);
-                assert_eq!(
-                    PublicKey::from_bytes(encoding),
-                    Err(KeyError::LowOrderPoint)
-                );
+                assert_eq!(PublicKey::from_bytes(encoding), Err(KeyError::LowOrderPoint));
             }
         }
     }
@@ -220,15 +217,9 @@ mod tests {
     fn other_encodings_of_a_key_are_refused() {
         let mut rng = StdRng::seed_from_u64(3);
         let key = *SecretKey::generate(&mut rng).public_key().as_bytes();
-        assert_eq!(
-            PublicKey::from_bytes(with_top_bit(key)),
-            Err(KeyError::NonCanonical)
-        );
+        assert_eq!(PublicKey::from_bytes(with_top_bit(key)), Err(KeyError::NonCanonical));
         for low in 0xef..=0xff {
-            assert_eq!(
-                PublicKey::from_bytes(near_p(low)),
-                Err(KeyError::NonCanonical)
-            );
+            assert_eq!(PublicKey::from_bytes(near_p(low)), Err(KeyError::NonCanonical));
         }
         assert!(PublicKey::from_bytes(near_p(0xeb)).is_ok());
     }
@@ -238,10 +229,7 @@ mod tests {
         let mut rng = StdRng::seed_from_u64(4);
         let secret = SecretKey::generate(&mut rng);
         let public = secret.public_key();
-        assert_eq!(
-            SecretKey::from_bytes(*secret.to_bytes()).public_key(),
-            public
-        );
+        assert_eq!(SecretKey::from_bytes(*secret.to_bytes()).public_key(), public);
         assert_eq!(PublicKey::from_bytes(*public.as_bytes()).unwrap(), public);
     }
 
@@ -260,9 +248,6 @@ mod tests {
 
     #[test]
     fn a_secret_key_shows_nothing() {
-        assert_eq!(
-            format!("{:?}", SecretKey::from_bytes([0xab; 32])),
-            "SecretKey { .. }"
-        );
+        assert_eq!(format!("{:?}", SecretKey::from_bytes([0xab; 32])), "SecretKey { .. }");
     }
 }

@@ -54,10 +54,7 @@ impl Packet {
         let bytes = bytes.into();
         let expected = HEADER_LEN.saturating_add(payload_len);
         if bytes.len() != expected {
-            return Err(PacketError::WrongLength {
-                len: bytes.len(),
-                expected,
-            });
+            return Err(PacketError::WrongLength { len: bytes.len(), expected });
         }
         Ok(Self(bytes))
     }
@@ -102,9 +99,7 @@ impl Packet {
     }
 
     pub(crate) fn header(&self) -> &[u8; HEADER_LEN] {
-        self.0
-            .first_chunk()
-            .expect("a packet is longer than a header")
+        self.0.first_chunk().expect("a packet is longer than a header")
     }
 
     pub(crate) fn payload(&self) -> &[u8] {
@@ -115,9 +110,7 @@ impl Packet {
 /// Shows the length only.
 impl fmt::Debug for Packet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Packet")
-            .field("len", &self.0.len())
-            .finish_non_exhaustive()
+        f.debug_struct("Packet").field("len", &self.0.len()).finish_non_exhaustive()
     }
 }
 
@@ -168,16 +161,13 @@ impl Payload {
     /// See [`PayloadError`].
     pub fn into_plaintext(self) -> Result<Vec<u8>, PayloadError> {
         let mut bytes = self.0.into_bytes();
-        let (zeros, padded) = bytes
-            .split_at_checked(LEADING_ZEROS)
-            .ok_or(PayloadError::LeadingZeros)?;
+        let (zeros, padded) =
+            bytes.split_at_checked(LEADING_ZEROS).ok_or(PayloadError::LeadingZeros)?;
         if zeros.iter().any(|byte| *byte != 0) {
             return Err(PayloadError::LeadingZeros);
         }
         let end = padded.iter().rposition(|byte| *byte != 0);
-        let len = end
-            .filter(|end| padded[*end] == 1)
-            .ok_or(PayloadError::Padding)?;
+        let len = end.filter(|end| padded[*end] == 1).ok_or(PayloadError::Padding)?;
         bytes.truncate(LEADING_ZEROS + len);
         bytes.drain(..LEADING_ZEROS);
         Ok(bytes)
@@ -187,9 +177,7 @@ impl Payload {
 /// Shows the length only.
 impl fmt::Debug for Payload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Payload")
-            .field("len", &self.len())
-            .finish_non_exhaustive()
+        f.debug_struct("Payload").field("len", &self.len()).finish_non_exhaustive()
     }
 }
 

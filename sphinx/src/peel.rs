@@ -106,10 +106,7 @@ pub enum PeelError {
 ///
 /// Per packet: [`PeelError::LowOrderPoint`], [`PeelError::BadMac`].
 pub fn open_headers(key: &SecretKey, packets: Vec<Packet>) -> Vec<Result<OpenedPacket, PeelError>> {
-    packets
-        .into_iter()
-        .map(|packet| open_header(key, packet))
-        .collect()
+    packets.into_iter().map(|packet| open_header(key, packet)).collect()
 }
 
 fn open_header(key: &SecretKey, packet: Packet) -> Result<OpenedPacket, PeelError> {
@@ -118,14 +115,8 @@ fn open_header(key: &SecretKey, packet: Packet) -> Result<OpenedPacket, PeelErro
         return Err(PeelError::LowOrderPoint);
     }
     let secret = header.compute_expanded_shared_secret(key.secret());
-    header
-        .ensure_header_integrity(&secret)
-        .map_err(|_| PeelError::BadMac)?;
-    Ok(OpenedPacket {
-        packet,
-        header,
-        secret,
-    })
+    header.ensure_header_integrity(&secret).map_err(|_| PeelError::BadMac)?;
+    Ok(OpenedPacket { packet, header, secret })
 }
 
 /// Phase 2: reads the routing information, blinds the group element and takes one layer off the
@@ -141,36 +132,28 @@ pub fn finish(opened: Vec<OpenedPacket>) -> Vec<Result<Peeled, PeelError>> {
 fn finish_one(opened: OpenedPacket) -> Result<Peeled, PeelError> {
     let payload = sphinx_packet::payload::Payload::from_bytes(opened.packet.payload())
         .expect("a packet's payload has at least the shortest length");
-    let packet = SphinxPacket {
-        header: opened.header,
-        payload,
-    };
-    let processed = packet
-        .process_with_expanded_secret(&opened.secret)
-        .map_err(|error| match error.kind() {
-            ErrorKind::InvalidHeader => PeelError::BadMac,
-            _ => PeelError::BadRouting,
+    let packet = SphinxPacket { header: opened.header, payload };
+    let processed =
+        packet.process_with_expanded_secret(&opened.secret).map_err(|error| {
+            match error.kind() {
+                ErrorKind::InvalidHeader => PeelError::BadMac,
+                _ => PeelError::BadRouting,
+            }
         })?;
     if processed.version != VERSION {
         return Err(PeelError::UnknownVersion(processed.version.value()));
     }
     Ok(match processed.data {
-        ProcessedPacketData::ForwardHop {
-            next_hop_packet,
-            next_hop_address,
-            delay,
-        } => Peeled::Forward {
-            next_hop: next_hop_address.to_bytes(),
-            delay: delay.to_duration(),
-            packet: opened
-                .packet
-                .overwrite(&next_hop_packet.header, next_hop_packet.payload.as_bytes()),
-        },
-        ProcessedPacketData::FinalHop {
-            destination,
-            identifier,
-            payload,
-        } => Peeled::Final {
+        ProcessedPacketData::ForwardHop { next_hop_packet, next_hop_address, delay } => {
+            Peeled::Forward {
+                next_hop: next_hop_address.to_bytes(),
+                delay: delay.to_duration(),
+                packet: opened
+                    .packet
+                    .overwrite(&next_hop_packet.header, next_hop_packet.payload.as_bytes()),
+            }
+        }
+        ProcessedPacketData::FinalHop { destination, identifier, payload } => Peeled::Final {
             destination: destination.as_bytes(),
             identifier,
             payload: Payload::new(payload),

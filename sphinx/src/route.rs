@@ -121,9 +121,7 @@ impl Route {
 /// Shows the number of hops only: a route in a log would undo the mixing.
 impl fmt::Debug for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Route")
-            .field("hops", &self.nodes.len())
-            .finish_non_exhaustive()
+        f.debug_struct("Route").field("hops", &self.nodes.len()).finish_non_exhaustive()
     }
 }
 
@@ -142,11 +140,7 @@ mod tests {
 
     fn hops(delays: &[Duration]) -> Vec<Hop> {
         let key = SecretKey::from_bytes([7; 32]).public_key();
-        let hop = |delay| Hop {
-            address: [0xcd; 32],
-            key,
-            delay,
-        };
+        let hop = |delay| Hop { address: [0xcd; 32], key, delay };
         delays.iter().copied().map(hop).collect()
     }
 
@@ -160,10 +154,7 @@ mod tests {
         for hops in 1..=MAX_HOPS {
             assert!(route(&vec![Duration::ZERO; hops]).is_ok());
         }
-        assert_eq!(
-            route(&[Duration::ZERO; 6]).err(),
-            Some(RouteError::TooManyHops { hops: 6 })
-        );
+        assert_eq!(route(&[Duration::ZERO; 6]).err(), Some(RouteError::TooManyHops { hops: 6 }));
     }
 
     #[test]
@@ -179,10 +170,7 @@ mod tests {
     #[test]
     fn the_last_hop_holds_nothing() {
         let ms = Duration::from_millis;
-        assert_eq!(
-            route(&[ms(1), ms(20), ms(300)]).unwrap().total_delay(),
-            ms(21)
-        );
+        assert_eq!(route(&[ms(1), ms(20), ms(300)]).unwrap().total_delay(), ms(21));
         assert_eq!(route(&[ms(1)]).unwrap().total_delay(), Duration::ZERO);
         let longest = Duration::from_nanos(u64::MAX);
         assert_eq!(route(&[longest; 5]).unwrap().total_delay(), longest * 4);

@@ -184,10 +184,7 @@ pub fn use_surbs(
     payload_len: usize,
     requests: Vec<(Surb, &[u8])>,
 ) -> Vec<Result<(HopAddress, Packet), UseSurbError>> {
-    requests
-        .into_iter()
-        .map(|(surb, plaintext)| use_surb(payload_len, &surb, plaintext))
-        .collect()
+    requests.into_iter().map(|(surb, plaintext)| use_surb(payload_len, &surb, plaintext)).collect()
 }
 
 fn use_surb(
@@ -200,10 +197,7 @@ fn use_surb(
     }
     let max = max_plaintext(payload_len);
     if plaintext.len() > max {
-        return Err(UseSurbError::PlaintextTooLong {
-            len: plaintext.len(),
-            max,
-        });
+        return Err(UseSurbError::PlaintextTooLong { len: plaintext.len(), max });
     }
     // As `SURB::use_surb` does, without parsing and writing the header.
     let payload = sphinx_packet::payload::Payload::encapsulate_message(
@@ -289,10 +283,8 @@ mod tests {
         let mut rng = StdRng::seed_from_u64(3);
         let surbs = build_surbs(&mut rng, &[route([1; 16])]);
         let (surb, _) = surbs.into_iter().next().unwrap().unwrap();
-        let (expected, _) = SURB::from_bytes(surb.as_bytes())
-            .unwrap()
-            .use_surb(b"a reply", 64)
-            .unwrap();
+        let (expected, _) =
+            SURB::from_bytes(surb.as_bytes()).unwrap().use_surb(b"a reply", 64).unwrap();
         let (_, packet) = use_surbs(64, vec![(surb, b"a reply")]).remove(0).unwrap();
         assert_eq!(packet.into_bytes(), expected.to_bytes());
     }
@@ -300,15 +292,9 @@ mod tests {
     #[test]
     fn a_group_element_of_low_order_is_refused() {
         let mut bytes = [0; SURB_LEN];
-        assert_eq!(
-            Surb::from_bytes(&bytes).unwrap_err(),
-            SurbError::LowOrderPoint
-        );
+        assert_eq!(Surb::from_bytes(&bytes).unwrap_err(), SurbError::LowOrderPoint);
         bytes[31] = 0x80;
-        assert_eq!(
-            Surb::from_bytes(&bytes).unwrap_err(),
-            SurbError::LowOrderPoint
-        );
+        assert_eq!(Surb::from_bytes(&bytes).unwrap_err(), SurbError::LowOrderPoint);
         bytes[0] = 9;
         assert!(Surb::from_bytes(&bytes).is_ok());
     }

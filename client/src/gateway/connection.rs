@@ -44,13 +44,8 @@ pub(super) struct Connection {
 impl Dialler {
     /// Connects, and makes sure that it is the right gateway. Without a time limit of its own.
     pub(super) async fn dial(&self) -> Result<(Connection, Binding), GatewayLinkError> {
-        let unreachable = |source| GatewayLinkError::Unreachable {
-            address: self.address,
-            source,
-        };
-        let stream = TcpStream::connect(self.address)
-            .await
-            .map_err(unreachable)?;
+        let unreachable = |source| GatewayLinkError::Unreachable { address: self.address, source };
+        let stream = TcpStream::connect(self.address).await.map_err(unreachable)?;
         stream.set_nodelay(true).map_err(unreachable)?;
         let stream = TlsConnector::from(self.tls.clone())
             .connect(tls::server_name(), stream)
@@ -68,33 +63,22 @@ impl Dialler {
             .max_frame_size(Some(frame_bytes));
         let (socket, _) =
             tokio_tungstenite::client_async_with_config(URL, stream, Some(config)).await?;
-        Ok((
-            Connection {
-                socket,
-                codec: self.codec,
-            },
-            Binding::Session(exporter),
-        ))
+        Ok((Connection { socket, codec: self.codec }, Binding::Session(exporter)))
     }
 
     fn tls_error(&self, error: io::Error) -> GatewayLinkError {
         match LinkError::from_io(&error) {
             Some(source) => self.link_error(source),
-            None => GatewayLinkError::Unreachable {
-                address: self.address,
-                source: error,
-            },
+            None => GatewayLinkError::Unreachable { address: self.address, source: error },
         }
     }
 
     fn link_error(&self, source: LinkError) -> GatewayLinkError {
         let address = self.address;
         match source {
-            LinkError::WrongIdentity { expected, actual } => GatewayLinkError::WrongKey {
-                address,
-                expected,
-                actual,
-            },
+            LinkError::WrongIdentity { expected, actual } => {
+                GatewayLinkError::WrongKey { address, expected, actual }
+            }
             source => GatewayLinkError::Tls { address, source },
         }
     }
@@ -119,9 +103,10 @@ impl Connection {
 }
 
 /// Waits for the bytes of a frame. Can be cancelled without loss.
-pub(super) async fn next_frame(
-    stream: &mut (impl StreamExt<Item = Result<Message, tokio_tungstenite::tungstenite::Error>> + Unpin),
-) -> Result<bytes::Bytes, GatewayLinkError> {
+pub(super) async fn next_frame<S>(stream: &mut S) -> Result<bytes::Bytes, GatewayLinkError>
+where
+    S: StreamExt<Item = Result<Message, tokio_tungstenite::tungstenite::Error>> + Unpin,
+{
     loop {
         match stream.next().await {
             Some(Ok(Message::Binary(bytes))) => return Ok(bytes),

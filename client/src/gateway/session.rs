@@ -73,32 +73,20 @@ impl Session {
     pub(super) fn new(config: GatewayLinkConfig) -> Result<Self, GatewayLinkError> {
         let gateway = config.gateway;
         let unknown = GatewayLinkError::UnknownGateway(gateway);
-        let Some(Role::Gateway {
-            client_address: address,
-        }) = config.topology.gateway(&gateway).map(|node| node.role)
+        let Some(Role::Gateway { client_address: address }) =
+            config.topology.gateway(&gateway).map(|node| node.role)
         else {
             return Err(unknown);
         };
         let tls = tls::gateway_client_config(gateway)
             .map_err(|source| GatewayLinkError::Tls { address, source })?;
         let codec = FrameCodec::new(config.topology.packet_bytes());
-        let token = token_file::load(&config.token_file, &gateway, &config.identity.identity())
-            .map_err(|source| GatewayLinkError::TokenFile {
-                path: config.token_file.clone(),
-                source,
-            })?;
-        let dialler = Dialler {
-            gateway,
-            address,
-            tls,
-            codec,
-        };
-        Ok(Self {
-            config,
-            dialler,
-            token,
-            flow: None,
-        })
+        let token =
+            token_file::load(&config.token_file, &gateway, &config.identity.identity()).map_err(
+                |source| GatewayLinkError::TokenFile { path: config.token_file.clone(), source },
+            )?;
+        let dialler = Dialler { gateway, address, tls, codec };
+        Ok(Self { config, dialler, token, flow: None })
     }
 
     /// Dials and logs in; registers when there is no token, or none that the gateway knows.
@@ -137,25 +125,19 @@ impl Session {
             binding,
             token: self.token.clone(),
             invitation: self.config.invitation.clone(),
-            resume: self.flow.as_ref().map(|flow| Resume {
-                stream: flow.delivery.stream(),
-                received: flow.received,
-            }),
+            resume: self
+                .flow
+                .as_ref()
+                .map(|flow| Resume { stream: flow.delivery.stream(), received: flow.received }),
         };
         let (mut handshake, mut message) = ClientHandshake::start(setup, &mut rand::rng());
         loop {
             connection.send(&message).await?;
             let answer = connection.receive().await?;
-            let step = handshake
-                .handle_message(answer)
-                .map_err(|rejected| rejected.error)?;
+            let step = handshake.handle_message(answer).map_err(|rejected| rejected.error)?;
             (handshake, message) = match step {
                 ClientStep::Send { state, message } => (state, message),
-                ClientStep::Store {
-                    token,
-                    state,
-                    message,
-                } => {
+                ClientStep::Store { token, state, message } => {
                     self.store(token).await?;
                     (state, message)
                 }
@@ -204,11 +186,7 @@ impl Session {
             None => {
                 let packet_bytes = self.dialler.codec.packet_bytes();
                 let delivery = Delivery::new(welcome.stream, packet_bytes);
-                self.flow = Some(Flow {
-                    delivery,
-                    received: 0,
-                    keepalive,
-                });
+                self.flow = Some(Flow { delivery, received: 0, keepalive });
             }
         }
         Ok(())
@@ -233,10 +211,7 @@ impl Session {
                 backoff = Backoff(FIRST_WAIT);
             }
             warn!("the gateway link was cut: {error}");
-            match self
-                .reconnect(error, &mut backoff, &downlink, &states)
-                .await
-            {
+            match self.reconnect(error, &mut backoff, &downlink, &states).await {
                 ControlFlow::Continue(next) => connection = next,
                 ControlFlow::Break(last) => {
                     states.send_replace(last);
@@ -261,10 +236,7 @@ impl Session {
                 return ControlFlow::Break(LinkState::Evicted);
             }
             let wait = backoff.next_wait(&error);
-            states.send_replace(LinkState::Reconnecting {
-                attempts,
-                error: Arc::new(error),
-            });
+            states.send_replace(LinkState::Reconnecting { attempts, error: Arc::new(error) });
             let next = async {
                 sleep(wait).await;
                 Box::pin(self.log_in()).await
@@ -296,12 +268,7 @@ impl Session {
             return End::Failed(GatewayLinkError::Closed);
         };
         let flow = Mutex::new(flow);
-        let carrier = Carrier {
-            codec,
-            me,
-            flow: &flow,
-            wake: Notify::new(),
-        };
+        let carrier = Carrier { codec, me, flow: &flow, wake: Notify::new() };
         let (mut sink, mut stream) = connection.socket.split();
         // Both halves run side by side: were one to wait for the other, two ends that both write
         // could wait for each other for ever.
@@ -438,11 +405,7 @@ impl<'a> Carrier<'a> {
     ) -> Result<Vec<Message>, GatewayLinkError> {
         let now = Instant::now().into_std();
         let mut flow = self.flow();
-        let Flow {
-            delivery,
-            received,
-            keepalive,
-        } = &mut **flow;
+        let Flow { delivery, received, keepalive } = &mut **flow;
         delivery.handle_timeout(now);
         for outgoing in batch.drain(..) {
             // There is room: what was sent before is forgotten for it.
@@ -455,8 +418,7 @@ impl<'a> Carrier<'a> {
             && let Some((first_hop, packet)) = delivery.poll_transmit()
         {
             let mut frame = Vec::with_capacity(self.codec.frame_bytes());
-            self.codec
-                .encode_packet(*received, first_hop, packet.as_bytes(), &mut frame);
+            self.codec.encode_packet(*received, first_hop, packet.as_bytes(), &mut frame);
             frames.push(Message::Binary(frame.into()));
         }
         if is_stuck && keepalive.due(now) == Some(Due::Close) {
@@ -508,20 +470,12 @@ mod tests {
         for doublings in 0..20u32 {
             let longest = (FIRST_WAIT * 2u32.pow(doublings.min(10))).min(LONGEST_WAIT);
             let wait = backoff.next_wait(&GatewayLinkError::Closed);
-            assert!(
-                (longest / 2..=longest).contains(&wait),
-                "{doublings}: {wait:?}"
-            );
+            assert!((longest / 2..=longest).contains(&wait), "{doublings}: {wait:?}");
         }
         let limited = GatewayLinkError::Refused(Refusal::RateLimited { retry_after_s: 40 });
         let wait = Backoff(FIRST_WAIT).next_wait(&limited);
-        assert!(
-            wait > Duration::from_secs(40) && wait <= Duration::from_secs(41),
-            "{wait:?}"
-        );
-        let limited = GatewayLinkError::Refused(Refusal::RateLimited {
-            retry_after_s: u16::MAX,
-        });
+        assert!(wait > Duration::from_secs(40) && wait <= Duration::from_secs(41), "{wait:?}");
+        let limited = GatewayLinkError::Refused(Refusal::RateLimited { retry_after_s: u16::MAX });
         assert!(Backoff(FIRST_WAIT).next_wait(&limited) <= Duration::from_secs(61));
     }
 }

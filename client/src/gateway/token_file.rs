@@ -70,10 +70,7 @@ pub(super) fn store(
     token: &Token,
 ) -> Result<(), TokenFileError> {
     let hex = encode_hex(token);
-    let text = Zeroizing::new(format!(
-        "{FIRST_LINE}\n{gateway}\n{client}\n{}\n",
-        hex.as_str()
-    ));
+    let text = Zeroizing::new(format!("{FIRST_LINE}\n{gateway}\n{client}\n{}\n", hex.as_str()));
     replace(path, text.as_bytes()).map_err(TokenFileError::Write)
 }
 
@@ -173,17 +170,8 @@ mod tests {
         let path = directory.path().join("token");
         fs::write(&path, "old").unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
-        store(
-            &path,
-            &identity(),
-            &identity(),
-            &Token::generate(&mut rand::rng()),
-        )
-        .unwrap();
-        assert_eq!(
-            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
-            0o600
-        );
+        store(&path, &identity(), &identity(), &Token::generate(&mut rand::rng())).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     }
 
     #[test]
@@ -195,21 +183,11 @@ mod tests {
         let good = fs::read(&path).unwrap();
         for end in 0..good.len() {
             fs::write(&path, &good[..end]).unwrap();
-            assert!(matches!(
-                load(&path, &gateway, &client),
-                Err(TokenFileError::Damaged)
-            ));
+            assert!(matches!(load(&path, &gateway, &client), Err(TokenFileError::Damaged)));
         }
-        for contents in [
-            [&good[..], b"\n"].concat(),
-            vec![b'1'; 10_000],
-            vec![0xff; 20],
-        ] {
+        for contents in [[&good[..], b"\n"].concat(), vec![b'1'; 10_000], vec![0xff; 20]] {
             fs::write(&path, contents).unwrap();
-            assert!(matches!(
-                load(&path, &gateway, &client),
-                Err(TokenFileError::Damaged)
-            ));
+            assert!(matches!(load(&path, &gateway, &client), Err(TokenFileError::Damaged)));
         }
     }
 }

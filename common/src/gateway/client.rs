@@ -131,7 +131,7 @@ pub struct Welcome {
     pub received: u64,
 }
 
-type Step = Result<ClientStep, Rejected<ClientHandshake, ClientError>>;
+type Step = Result<ClientStep, Box<Rejected<ClientHandshake, ClientError>>>;
 
 impl ClientHandshake {
     /// Starts a handshake with a fresh nonce; the message is to be sent.
@@ -139,11 +139,7 @@ impl ClientHandshake {
         let mut nonce = [0u8; NONCE_LEN];
         rng.fill_bytes(&mut nonce);
         let network = setup.network.clone();
-        let hello = ClientMessage::Hello {
-            network,
-            identity: setup.key.identity(),
-            nonce,
-        };
+        let hello = ClientMessage::Hello { network, identity: setup.key.identity(), nonce };
         (Self::AwaitChallenge(AwaitChallenge { setup, nonce }), hello)
     }
 
@@ -159,11 +155,7 @@ impl ClientHandshake {
             }
             (
                 Self::AwaitChallenge(state),
-                GatewayMessage::Challenge {
-                    nonce,
-                    mode: _,
-                    binding,
-                },
+                GatewayMessage::Challenge { nonce, mode: _, binding },
             ) => state.challenge(nonce, binding),
             (Self::AwaitRegistered(state), GatewayMessage::Registered { token }) => {
                 Ok(state.registered(token))
@@ -172,11 +164,9 @@ impl ClientHandshake {
                 Ok(state.welcome(stream, received))
             }
             (state, message) => {
-                let error = ClientError::OutOfOrder {
-                    got: message.name(),
-                    expected: state.expected(),
-                };
-                Err(Rejected { state, error })
+                let error =
+                    ClientError::OutOfOrder { got: message.name(), expected: state.expected() };
+                Err(Box::new(Rejected { state, error }))
             }
         }
     }
@@ -195,15 +185,10 @@ impl AwaitChallenge {
         let actual = self.setup.binding.kind();
         if stated != actual {
             let error = ClientError::WrongBinding { stated, actual };
-            return Err(Rejected {
-                state: ClientHandshake::AwaitChallenge(self),
-                error,
-            });
+            let state = ClientHandshake::AwaitChallenge(self);
+            return Err(Box::new(Rejected { state, error }));
         }
-        let Self {
-            setup,
-            nonce: client_nonce,
-        } = self;
+        let Self { setup, nonce: client_nonce } = self;
         let transcript = Transcript {
             gateway: setup.gateway,
             client: setup.key.identity(),
@@ -224,10 +209,7 @@ impl AwaitChallenge {
                 };
                 let resume = setup.resume;
                 let state = AwaitRegistered { transcript, resume };
-                ClientStep::Send {
-                    state: ClientHandshake::AwaitRegistered(state),
-                    message,
-                }
+                ClientStep::Send { state: ClientHandshake::AwaitRegistered(state), message }
             }
         })
     }
@@ -236,22 +218,14 @@ impl AwaitChallenge {
 impl AwaitRegistered {
     fn registered(self, token: Token) -> ClientStep {
         let (state, message) = authenticate(&token, &self.transcript, self.resume);
-        ClientStep::Store {
-            token,
-            state,
-            message,
-        }
+        ClientStep::Store { token, state, message }
     }
 }
 
 impl AwaitWelcome {
     fn welcome(self, stream: StreamId, received: u64) -> ClientStep {
         let resumed = self.resume.is_some_and(|resume| resume.stream == stream);
-        ClientStep::Established(Welcome {
-            stream,
-            resumed,
-            received,
-        })
+        ClientStep::Established(Welcome { stream, resumed, received })
     }
 }
 
@@ -260,12 +234,6 @@ fn authenticate(
     transcript: &Transcript,
     resume: Option<Resume>,
 ) -> (ClientHandshake, ClientMessage) {
-    let message = ClientMessage::Authenticate {
-        token: token.mask(transcript),
-        resume,
-    };
-    (
-        ClientHandshake::AwaitWelcome(AwaitWelcome { resume }),
-        message,
-    )
+    let message = ClientMessage::Authenticate { token: token.mask(transcript), resume };
+    (ClientHandshake::AwaitWelcome(AwaitWelcome { resume }), message)
 }

@@ -24,8 +24,8 @@ pub const MAX_HELD_BYTES: usize = 4 * 1024 * 1024;
 /// as long is gone.
 pub const HOLD_TIME: Duration = Duration::from_secs(10);
 
-/// Packets for one receiver. Poll [`Self::poll_transmit`] after [`Self::push`] and
-/// [`Self::attach`], and call [`Self::handle_timeout`] at [`Self::poll_timeout`].
+/// Packets for one receiver. Poll [`Self::poll_transmit`] after [`Self::push`], [`Self::resume`] and
+/// [`Self::restart`], and call [`Self::handle_timeout`] at [`Self::poll_timeout`].
 #[derive(Debug)]
 pub struct Delivery<P> {
     stream: StreamId,
@@ -104,8 +104,7 @@ impl<P> Delivery<P> {
     /// Whether the receiver has been away for [`HOLD_TIME`], so that nothing is taken for it any
     /// more.
     pub fn is_gone(&self, now: Instant) -> bool {
-        self.absent_since
-            .is_some_and(|since| now >= since + HOLD_TIME)
+        self.absent_since.is_some_and(|since| now >= since + HOLD_TIME)
     }
 
     /// Takes a packet.
@@ -144,11 +143,7 @@ impl<P> Delivery<P> {
     pub fn confirm(&mut self, stated: u64) -> Result<(), CounterError> {
         let sent = self.confirmed + self.forgotten + self.sent as u64;
         if !(self.confirmed..=sent).contains(&stated) {
-            return Err(CounterError {
-                stated,
-                confirmed: self.confirmed,
-                sent,
-            });
+            return Err(CounterError { stated, confirmed: self.confirmed, sent });
         }
         let newly = stated - self.confirmed;
         let of_forgotten = newly.min(self.forgotten);
@@ -268,11 +263,7 @@ mod tests {
         assert_eq!(delivery.poll_transmit(), Some(&1));
         delivery.confirm(1).unwrap();
         for stated in [0, 3, u64::MAX] {
-            let error = CounterError {
-                stated,
-                confirmed: 1,
-                sent: 2,
-            };
+            let error = CounterError { stated, confirmed: 1, sent: 2 };
             assert_eq!(delivery.confirm(stated), Err(error));
             assert_eq!(delivery.resume(stated), Err(error));
         }

@@ -38,11 +38,7 @@ pub enum Due {
 impl Keepalive {
     /// A connection whose handshake has just ended.
     pub fn new(now: Instant) -> Self {
-        Self {
-            sent: now,
-            heard: now,
-            heard_since_sent: 0,
-        }
+        Self { sent: now, heard: now, heard_since_sent: 0 }
     }
 
     /// A frame was sent.
@@ -83,10 +79,7 @@ mod tests {
         let start = Instant::now();
         let mut keepalive = Keepalive::new(start);
         assert_eq!(keepalive.poll_timeout(), start + PAD_AFTER);
-        assert_eq!(
-            keepalive.due(start + PAD_AFTER - Duration::from_nanos(1)),
-            None
-        );
+        assert_eq!(keepalive.due(start + PAD_AFTER - Duration::from_nanos(1)), None);
         let mut now = start;
         for _ in 0..2 {
             now += PAD_AFTER;

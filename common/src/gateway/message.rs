@@ -80,9 +80,7 @@ pub struct Invitation(Vec<u8>);
 impl Invitation {
     /// Takes the bytes of an invitation; `None` when there are too many or none.
     pub fn new(bytes: Vec<u8>) -> Option<Self> {
-        (1..=MAX_INVITATION_BYTES)
-            .contains(&bytes.len())
-            .then_some(Self(bytes))
+        (1..=MAX_INVITATION_BYTES).contains(&bytes.len()).then_some(Self(bytes))
     }
 
     /// The bytes.
@@ -190,10 +188,7 @@ impl Refusal {
         let [a, b, c, d] = detail.to_be_bytes();
         let (high, low) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
         let refusal = match code {
-            1 => Self::WrongVersion {
-                client: low,
-                gateway: high,
-            },
+            1 => Self::WrongVersion { client: low, gateway: high },
             2 => Self::WrongNetwork,
             3 => Self::BadSignature,
             4 => Self::WrongBinding,
@@ -290,11 +285,7 @@ impl ClientMessage {
     pub fn encode(&self) -> Zeroizing<Vec<u8>> {
         let mut body = Vec::with_capacity(MAX_MESSAGE_BYTES);
         match self {
-            Self::Hello {
-                network,
-                identity,
-                nonce,
-            } => {
+            Self::Hello { network, identity, nonce } => {
                 body.push(HELLO);
                 body.extend(super::VERSION.to_be_bytes());
                 body.extend(identity.as_bytes());
@@ -307,11 +298,7 @@ impl ClientMessage {
                 body.push(HELLO);
                 body.extend(version.to_be_bytes());
             }
-            Self::Register {
-                binding,
-                signature,
-                invitation,
-            } => {
+            Self::Register { binding, signature, invitation } => {
                 body.extend([REGISTER, *binding as u8]);
                 body.extend(signature.as_bytes());
                 let invitation = invitation.as_ref().map_or(&[][..], Invitation::as_bytes);
@@ -352,11 +339,7 @@ impl ClientMessage {
                     .ok()
                     .and_then(NetworkName::new)
                     .ok_or(MessageError::Field("network"))?;
-                Self::Hello {
-                    network,
-                    identity,
-                    nonce,
-                }
+                Self::Hello { network, identity, nonce }
             }
             REGISTER => {
                 let binding = reader.binding()?;
@@ -366,11 +349,7 @@ impl ClientMessage {
                     return Err(MessageError::Field("invitation"));
                 }
                 let invitation = Invitation::new(reader.slice(len)?.to_vec());
-                Self::Register {
-                    binding,
-                    signature,
-                    invitation,
-                }
+                Self::Register { binding, signature, invitation }
             }
             AUTHENTICATE => {
                 let token = MaskedToken::from_bytes(reader.array::<TOKEN_LEN>()?);
@@ -405,11 +384,7 @@ impl GatewayMessage {
     pub fn encode(&self) -> Zeroizing<Vec<u8>> {
         let mut body = Vec::with_capacity(MAX_MESSAGE_BYTES);
         match self {
-            Self::Challenge {
-                nonce,
-                mode,
-                binding,
-            } => {
+            Self::Challenge { nonce, mode, binding } => {
                 body.push(CHALLENGE);
                 body.extend(nonce);
                 body.extend([*mode as u8, *binding as u8]);
@@ -449,21 +424,14 @@ impl GatewayMessage {
                     2 => RegistrationMode::Invitation,
                     _ => return Err(MessageError::Field("mode")),
                 };
-                Self::Challenge {
-                    nonce,
-                    mode,
-                    binding: reader.binding()?,
-                }
+                Self::Challenge { nonce, mode, binding: reader.binding()? }
             }
-            REGISTERED => Self::Registered {
-                token: Token::from_bytes(reader.array::<TOKEN_LEN>()?),
-            },
+            REGISTERED => {
+                Self::Registered { token: Token::from_bytes(reader.array::<TOKEN_LEN>()?) }
+            }
             WELCOME => {
                 let stream = StreamId::new(reader.u64()?).ok_or(MessageError::Field("stream"))?;
-                Self::Welcome {
-                    stream,
-                    received: reader.u64()?,
-                }
+                Self::Welcome { stream, received: reader.u64()? }
             }
             REFUSED => {
                 let code = reader.byte()?;
@@ -495,10 +463,7 @@ struct Reader<'a>(&'a [u8]);
 
 impl<'a> Reader<'a> {
     fn slice(&mut self, len: usize) -> Result<&'a [u8], MessageError> {
-        let (slice, rest) = self
-            .0
-            .split_at_checked(len)
-            .ok_or(MessageError::Truncated)?;
+        let (slice, rest) = self.0.split_at_checked(len).ok_or(MessageError::Truncated)?;
         self.0 = rest;
         Ok(slice)
     }
@@ -522,11 +487,7 @@ impl<'a> Reader<'a> {
     }
 
     fn finish(self) -> Result<(), MessageError> {
-        if self.0.is_empty() {
-            Ok(())
-        } else {
-            Err(MessageError::Trailing(self.0.len()))
-        }
+        if self.0.is_empty() { Ok(()) } else { Err(MessageError::Trailing(self.0.len())) }
     }
 }
 
@@ -556,16 +517,10 @@ mod tests {
                 signature: key.sign(b""),
                 invitation: Invitation::new(vec![1; MAX_INVITATION_BYTES]),
             },
+            ClientMessage::Authenticate { token: MaskedToken::from_bytes([4; 32]), resume: None },
             ClientMessage::Authenticate {
                 token: MaskedToken::from_bytes([4; 32]),
-                resume: None,
-            },
-            ClientMessage::Authenticate {
-                token: MaskedToken::from_bytes([4; 32]),
-                resume: Some(Resume {
-                    stream,
-                    received: 77,
-                }),
+                resume: Some(Resume { stream, received: 77 }),
             },
             ClientMessage::Goodbye,
         ]
@@ -578,22 +533,14 @@ mod tests {
                 mode: RegistrationMode::Invitation,
                 binding: BindingKind::Session,
             },
-            GatewayMessage::Registered {
-                token: Token::from_bytes([6; 32]),
-            },
-            GatewayMessage::Welcome {
-                stream: StreamId::new(u64::MAX).unwrap(),
-                received: 1,
-            },
+            GatewayMessage::Registered { token: Token::from_bytes([6; 32]) },
+            GatewayMessage::Welcome { stream: StreamId::new(u64::MAX).unwrap(), received: 1 },
             GatewayMessage::Evicted,
             GatewayMessage::Goodbye,
         ];
         messages.extend(
             [
-                Refusal::WrongVersion {
-                    client: 2,
-                    gateway: 1,
-                },
+                Refusal::WrongVersion { client: 2, gateway: 1 },
                 Refusal::WrongNetwork,
                 Refusal::BadSignature,
                 Refusal::WrongBinding,
@@ -618,32 +565,19 @@ mod tests {
             assert!(body.len() <= MAX_MESSAGE_BYTES);
             assert_eq!(ClientMessage::decode(&body), Ok(message.clone()));
             for end in 0..body.len() {
-                assert_eq!(
-                    ClientMessage::decode(&body[..end]),
-                    Err(MessageError::Truncated)
-                );
+                assert_eq!(ClientMessage::decode(&body[..end]), Err(MessageError::Truncated));
             }
             body.push(0);
-            assert_eq!(
-                ClientMessage::decode(&body),
-                Err(MessageError::Trailing(1)),
-                "{message:?}"
-            );
+            assert_eq!(ClientMessage::decode(&body), Err(MessageError::Trailing(1)), "{message:?}");
         }
         for message in gateway_messages() {
             let mut body = message.encode().to_vec();
             assert_eq!(GatewayMessage::decode(&body), Ok(message));
             for end in 0..body.len() {
-                assert_eq!(
-                    GatewayMessage::decode(&body[..end]),
-                    Err(MessageError::Truncated)
-                );
+                assert_eq!(GatewayMessage::decode(&body[..end]), Err(MessageError::Truncated));
             }
             body.push(0);
-            assert_eq!(
-                GatewayMessage::decode(&body),
-                Err(MessageError::Trailing(1))
-            );
+            assert_eq!(GatewayMessage::decode(&body), Err(MessageError::Trailing(1)));
         }
     }
 
@@ -651,10 +585,7 @@ mod tests {
     fn layouts_are_as_documented() {
         let lengths: Vec<_> = client_messages().iter().map(|m| m.encode().len()).collect();
         assert_eq!(lengths, [68 + 4, 68, 68 + 512, 49, 49, 1]);
-        let lengths: Vec<_> = gateway_messages()[..6]
-            .iter()
-            .map(|m| m.encode().len())
-            .collect();
+        let lengths: Vec<_> = gateway_messages()[..6].iter().map(|m| m.encode().len()).collect();
         assert_eq!(lengths, [35, 33, 17, 1, 1, 6]);
         let hello = client_messages()[0].encode();
         assert_eq!(&hello[..3], &[1, 0, 1]);
@@ -665,10 +596,7 @@ mod tests {
     #[test]
     fn the_version_of_a_hello_is_read_whatever_follows() {
         let body = [HELLO, 0, 2, 1, 2, 3];
-        assert_eq!(
-            ClientMessage::decode(&body),
-            Ok(ClientMessage::OtherVersion(2))
-        );
+        assert_eq!(ClientMessage::decode(&body), Ok(ClientMessage::OtherVersion(2)));
     }
 
     #[test]
@@ -693,18 +621,9 @@ mod tests {
         assert_eq!(refused(&[CHALLENGE]), MessageError::UnknownKind(CHALLENGE));
         let refused = |body: &[u8]| GatewayMessage::decode(body).unwrap_err();
         assert_eq!(refused(&[HELLO]), MessageError::UnknownKind(HELLO));
-        assert_eq!(
-            refused(&[REFUSED, 0, 0, 0, 0, 0]),
-            MessageError::Field("code")
-        );
-        assert_eq!(
-            refused(&[REFUSED, 2, 0, 0, 0, 1]),
-            MessageError::Field("detail")
-        );
-        assert_eq!(
-            refused(&[REFUSED, 8, 0, 1, 0, 1]),
-            MessageError::Field("detail")
-        );
+        assert_eq!(refused(&[REFUSED, 0, 0, 0, 0, 0]), MessageError::Field("code"));
+        assert_eq!(refused(&[REFUSED, 2, 0, 0, 0, 1]), MessageError::Field("detail"));
+        assert_eq!(refused(&[REFUSED, 8, 0, 1, 0, 1]), MessageError::Field("detail"));
         let mut welcome = gateway_messages()[2].encode().to_vec();
         welcome[1..9].fill(0);
         assert_eq!(refused(&welcome), MessageError::Field("stream"));

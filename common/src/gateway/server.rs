@@ -117,7 +117,7 @@ pub struct Login {
     pub resume: Option<Resume>,
 }
 
-type Step = Result<GatewayStep, Rejected<GatewayHandshake, OutOfOrder>>;
+type Step = Result<GatewayStep, Box<Rejected<GatewayHandshake, OutOfOrder>>>;
 
 impl GatewayHandshake {
     /// A connection on which nothing was heard yet.
@@ -133,26 +133,14 @@ impl GatewayHandshake {
         match (self, message) {
             (Self::AwaitHello(_), ClientMessage::OtherVersion(client)) => {
                 let gateway = super::VERSION;
-                Ok(GatewayStep::Refuse(Refusal::WrongVersion {
-                    client,
-                    gateway,
-                }))
+                Ok(GatewayStep::Refuse(Refusal::WrongVersion { client, gateway }))
+            }
+            (Self::AwaitHello(state), ClientMessage::Hello { network, identity, nonce }) => {
+                Ok(state.hello(&network, identity, nonce, rng))
             }
             (
-                Self::AwaitHello(state),
-                ClientMessage::Hello {
-                    network,
-                    identity,
-                    nonce,
-                },
-            ) => Ok(state.hello(&network, identity, nonce, rng)),
-            (
                 Self::AwaitLogin(AwaitLogin { transcript }),
-                ClientMessage::Register {
-                    binding,
-                    signature,
-                    invitation,
-                },
+                ClientMessage::Register { binding, signature, invitation },
             ) => {
                 if binding != transcript.binding.kind() {
                     return Ok(GatewayStep::Refuse(Refusal::WrongBinding));
@@ -163,18 +151,11 @@ impl GatewayHandshake {
                 Self::AwaitLogin(AwaitLogin { transcript })
                 | Self::AwaitAuthenticate(AwaitAuthenticate { transcript }),
                 ClientMessage::Authenticate { token, resume },
-            ) => Ok(GatewayStep::Authenticate(Authenticating {
-                transcript,
-                token,
-                resume,
-            })),
+            ) => Ok(GatewayStep::Authenticate(Authenticating { transcript, token, resume })),
             (_, ClientMessage::Goodbye) => Ok(GatewayStep::Ended),
             (state, message) => {
-                let error = OutOfOrder {
-                    got: message.name(),
-                    expected: state.expected(),
-                };
-                Err(Rejected { state, error })
+                let error = OutOfOrder { got: message.name(), expected: state.expected() };
+                Err(Box::new(Rejected { state, error }))
             }
         }
     }
@@ -196,29 +177,15 @@ impl AwaitHello {
         client_nonce: [u8; NONCE_LEN],
         rng: &mut impl CryptoRng,
     ) -> GatewayStep {
-        let GatewaySetup {
-            network: own_network,
-            gateway,
-            binding,
-            mode,
-        } = self.setup;
+        let GatewaySetup { network: own_network, gateway, binding, mode } = self.setup;
         if *network != own_network {
             return GatewayStep::Refuse(Refusal::WrongNetwork);
         }
         let mut gateway_nonce = [0u8; NONCE_LEN];
         rng.fill_bytes(&mut gateway_nonce);
-        let message = GatewayMessage::Challenge {
-            nonce: gateway_nonce,
-            mode,
-            binding: binding.kind(),
-        };
-        let transcript = Transcript {
-            gateway,
-            client,
-            client_nonce,
-            gateway_nonce,
-            binding,
-        };
+        let message =
+            GatewayMessage::Challenge { nonce: gateway_nonce, mode, binding: binding.kind() };
+        let transcript = Transcript { gateway, client, client_nonce, gateway_nonce, binding };
         GatewayStep::Send {
             state: GatewayHandshake::AwaitLogin(AwaitLogin { transcript }),
             message,
@@ -231,14 +198,8 @@ fn register(
     signature: &Signature,
     invitation: Option<Invitation>,
 ) -> GatewayStep {
-    match transcript
-        .client
-        .verify(&transcript.registration(), signature)
-    {
-        Ok(()) => GatewayStep::Register(Registering {
-            transcript,
-            invitation,
-        }),
+    match transcript.client.verify(&transcript.registration(), signature) {
+        Ok(()) => GatewayStep::Register(Registering { transcript, invitation }),
         Err(_) => GatewayStep::Refuse(Refusal::BadSignature),
     }
 }
@@ -256,10 +217,7 @@ impl Registering {
 
     /// Draws the token.
     pub fn issue(self, rng: &mut impl CryptoRng) -> Issued {
-        Issued {
-            transcript: self.transcript,
-            token: Token::generate(rng),
-        }
+        Issued { transcript: self.transcript, token: Token::generate(rng) }
     }
 }
 
@@ -276,9 +234,7 @@ impl Issued {
 
     /// Hands the token out, once its hash is stored durably.
     pub fn stored(self) -> (GatewayHandshake, GatewayMessage) {
-        let state = AwaitAuthenticate {
-            transcript: self.transcript,
-        };
+        let state = AwaitAuthenticate { transcript: self.transcript };
         let message = GatewayMessage::Registered { token: self.token };
         (GatewayHandshake::AwaitAuthenticate(state), message)
     }
@@ -296,10 +252,9 @@ impl Authenticating {
     /// [`Refusal::UnknownToken`], also when nothing is stored.
     pub fn check(self, stored: Option<&TokenHash>) -> Result<Login, Refusal> {
         match stored {
-            Some(hash) if hash.matches(&self.token, &self.transcript) => Ok(Login {
-                identity: self.transcript.client,
-                resume: self.resume,
-            }),
+            Some(hash) if hash.matches(&self.token, &self.transcript) => {
+                Ok(Login { identity: self.transcript.client, resume: self.resume })
+            }
             _ => Err(Refusal::UnknownToken),
         }
     }
@@ -419,33 +374,15 @@ mod tests {
     fn registers_and_logs_in() {
         let mut pair = Pair::new();
         let (token, authenticate, gateway) = pair.register();
-        let login_of = Login {
-            identity: pair.client.identity(),
-            resume: None,
-        };
-        assert_eq!(
-            login(handle(gateway, authenticate), pair.stored.as_ref()),
-            Ok(login_of)
-        );
+        let login_of = Login { identity: pair.client.identity(), resume: None };
+        assert_eq!(login(handle(gateway, authenticate), pair.stored.as_ref()), Ok(login_of));
         // Again, with the token that it has now.
         let (step, gateway) = pair.challenged(Some(token));
         let (client, authenticate) = client_sent(step);
-        assert_eq!(
-            login(handle(gateway, authenticate), pair.stored.as_ref()),
-            Ok(login_of)
-        );
+        assert_eq!(login(handle(gateway, authenticate), pair.stored.as_ref()), Ok(login_of));
         let stream = StreamId::new(5).unwrap();
-        let step = client
-            .handle_message(GatewayMessage::Welcome {
-                stream,
-                received: 0,
-            })
-            .unwrap();
-        let welcome = Welcome {
-            stream,
-            resumed: false,
-            received: 0,
-        };
+        let step = client.handle_message(GatewayMessage::Welcome { stream, received: 0 }).unwrap();
+        let welcome = Welcome { stream, resumed: false, received: 0 };
         assert!(matches!(step, ClientStep::Established(w) if w == welcome));
     }
 
@@ -453,10 +390,7 @@ mod tests {
     fn resumes_the_stream_it_names() {
         let pair = Pair::new();
         let stream = StreamId::new(5).unwrap();
-        let resume = Resume {
-            stream,
-            received: 9,
-        };
+        let resume = Resume { stream, received: 9 };
         let token = Token::generate(&mut rand::rng());
         for (answer, resumed) in [(5, true), (6, false)] {
             let setup = pair.client(Some(token.clone()), Some(resume));
@@ -464,25 +398,12 @@ mod tests {
             let (gateway, challenge) = sent(handle(pair.gateway(), hello));
             let (client, authenticate) = client_sent(client.handle_message(challenge).unwrap());
             let step = handle(gateway, authenticate);
-            assert_eq!(
-                login(step, Some(&token.hash())).unwrap().resume,
-                Some(resume)
-            );
+            assert_eq!(login(step, Some(&token.hash())).unwrap().resume, Some(resume));
             let stream = StreamId::new(answer).unwrap();
-            let welcome = GatewayMessage::Welcome {
-                stream,
-                received: 3,
-            };
+            let welcome = GatewayMessage::Welcome { stream, received: 3 };
             match client.handle_message(welcome).unwrap() {
                 ClientStep::Established(welcome) => {
-                    assert_eq!(
-                        welcome,
-                        Welcome {
-                            stream,
-                            resumed,
-                            received: 3
-                        }
-                    );
+                    assert_eq!(welcome, Welcome { stream, resumed, received: 3 });
                 }
                 step => panic!("{step:?}"),
             }
@@ -538,10 +459,7 @@ mod tests {
             pair.client_binding = binding.clone();
             pair.gateway_binding = binding;
             let evil = IdentityKey::generate(&mut rand::rng()).identity();
-            let setup = ClientSetup {
-                gateway: evil,
-                ..pair.client(None, None)
-            };
+            let setup = ClientSetup { gateway: evil, ..pair.client(None, None) };
             let (client, hello) = ClientHandshake::start(setup, &mut rand::rng());
             let (honest, challenge) = sent(handle(pair.gateway(), hello));
             let (_, register) = client_sent(client.handle_message(challenge).unwrap());
@@ -554,10 +472,7 @@ mod tests {
         let mut pair = Pair::new();
         pair.gateway_binding = Binding::Session([8; 32]);
         let (step, gateway) = pair.challenged(None);
-        assert_eq!(
-            refusal(handle(gateway, client_sent(step).1)),
-            Refusal::BadSignature
-        );
+        assert_eq!(refusal(handle(gateway, client_sent(step).1)), Refusal::BadSignature);
     }
 
     #[test]
@@ -566,43 +481,24 @@ mod tests {
             (Binding::Session([7; 32]), Binding::Front),
             (Binding::Front, Binding::Session([7; 32])),
         ] {
-            let pair = Pair {
-                client_binding,
-                gateway_binding,
-                ..Pair::new()
-            };
+            let pair = Pair { client_binding, gateway_binding, ..Pair::new() };
             let (client, hello) = ClientHandshake::start(pair.client(None, None), &mut rand::rng());
             let (gateway, challenge) = sent(handle(pair.gateway(), hello));
             let rejected = client.handle_message(challenge.clone()).unwrap_err();
             let (stated, actual) = (pair.gateway_binding.kind(), pair.client_binding.kind());
             assert_eq!(rejected.error, ClientError::WrongBinding { stated, actual });
             // Somebody between them changes what the gateway states.
-            let GatewayMessage::Challenge { nonce, mode, .. } = challenge else {
-                panic!()
-            };
-            let changed = GatewayMessage::Challenge {
-                nonce,
-                mode,
-                binding: actual,
-            };
+            let GatewayMessage::Challenge { nonce, mode, .. } = challenge else { panic!() };
+            let changed = GatewayMessage::Challenge { nonce, mode, binding: actual };
             let step = rejected.state.handle_message(changed).unwrap();
             let (_, register) = client_sent(step);
-            let ClientMessage::Register {
-                signature,
-                invitation,
-                ..
-            } = register.clone()
-            else {
+            let ClientMessage::Register { signature, invitation, .. } = register.clone() else {
                 panic!()
             };
             assert_eq!(refusal(handle(gateway, register)), Refusal::WrongBinding);
             // And what the client states: the signature covers it.
             let (_, gateway) = sent_again(&pair);
-            let register = ClientMessage::Register {
-                binding: stated,
-                signature,
-                invitation,
-            };
+            let register = ClientMessage::Register { binding: stated, signature, invitation };
             assert_eq!(refusal(handle(gateway, register)), Refusal::BadSignature);
         }
     }
@@ -618,10 +514,7 @@ mod tests {
         let pair = Pair::new();
         let (step, _) = pair.challenged(None);
         let register = client_sent(step).1;
-        let other = Pair {
-            client: Pair::new().client,
-            ..Pair::new()
-        };
+        let other = Pair { client: Pair::new().client, ..Pair::new() };
         let (_, gateway) = sent_again(&other);
         assert_eq!(refusal(handle(gateway, register)), Refusal::BadSignature);
     }
@@ -630,23 +523,13 @@ mod tests {
     fn other_versions_and_networks_are_refused() {
         let pair = Pair::new();
         let step = handle(pair.gateway(), ClientMessage::OtherVersion(9));
-        assert_eq!(
-            refusal(step),
-            Refusal::WrongVersion {
-                client: 9,
-                gateway: 1
-            }
-        );
-        let setup = ClientSetup {
-            network: NetworkName::new("other").unwrap(),
-            ..pair.client(None, None)
-        };
+        assert_eq!(refusal(step), Refusal::WrongVersion { client: 9, gateway: 1 });
+        let setup =
+            ClientSetup { network: NetworkName::new("other").unwrap(), ..pair.client(None, None) };
         let (client, hello) = ClientHandshake::start(setup, &mut rand::rng());
         let refused = refusal(handle(pair.gateway(), hello));
         assert_eq!(refused, Refusal::WrongNetwork);
-        let step = client
-            .handle_message(GatewayMessage::Refused(refused))
-            .unwrap();
+        let step = client.handle_message(GatewayMessage::Refused(refused)).unwrap();
         assert!(matches!(step, ClientStep::Refused(Refusal::WrongNetwork)));
     }
 
@@ -667,9 +550,7 @@ mod tests {
         };
         let reject = |state: GatewayHandshake, message: &ClientMessage| {
             let before = format!("{state:?}");
-            let rejected = state
-                .handle_message(message.clone(), &mut rand::rng())
-                .unwrap_err();
+            let rejected = state.handle_message(message.clone(), &mut rand::rng()).unwrap_err();
             assert_eq!(rejected.error.got, message.name());
             assert_eq!(format!("{:?}", rejected.state), before);
             rejected.state
@@ -684,13 +565,8 @@ mod tests {
         reject(state, &hello);
 
         let challenge = sent_again(&pair).0;
-        let registered = GatewayMessage::Registered {
-            token: token.clone(),
-        };
-        let welcome = GatewayMessage::Welcome {
-            stream: StreamId::new(1).unwrap(),
-            received: 0,
-        };
+        let registered = GatewayMessage::Registered { token: token.clone() };
+        let welcome = GatewayMessage::Welcome { stream: StreamId::new(1).unwrap(), received: 0 };
         let reject = |state: ClientHandshake, message: &GatewayMessage| {
             let before = format!("{state:?}");
             let rejected = state.handle_message(message.clone()).unwrap_err();
@@ -720,10 +596,7 @@ mod tests {
             let step = client.handle_message(message).unwrap();
             assert!(matches!(step, ClientStep::Ended(_)));
         }
-        assert!(matches!(
-            handle(pair.gateway(), ClientMessage::Goodbye),
-            GatewayStep::Ended
-        ));
+        assert!(matches!(handle(pair.gateway(), ClientMessage::Goodbye), GatewayStep::Ended));
     }
 
     #[test]
@@ -733,10 +606,7 @@ mod tests {
         let (client, _) =
             ClientHandshake::start(pair.client(Some(token.clone()), None), &mut rand::rng());
         let shown = format!("{client:?}");
-        assert!(
-            shown.contains("Token(secret)") && shown.contains("Binding::Session"),
-            "{shown}"
-        );
+        assert!(shown.contains("Token(secret)") && shown.contains("Binding::Session"), "{shown}");
         assert!(!shown.contains(&format!("{:?}", token.as_bytes())));
     }
 }

@@ -148,51 +148,24 @@ pub(super) mod tests {
         let one = transcript();
         let two = transcript();
         let variants = [
-            Transcript {
-                gateway: two.gateway,
-                ..one.clone()
-            },
-            Transcript {
-                client: two.client,
-                ..one.clone()
-            },
-            Transcript {
-                client_nonce: two.client_nonce,
-                ..one.clone()
-            },
-            Transcript {
-                gateway_nonce: two.gateway_nonce,
-                ..one.clone()
-            },
-            Transcript {
-                binding: two.binding,
-                ..one.clone()
-            },
-            Transcript {
-                binding: Binding::Front,
-                ..one.clone()
-            },
+            Transcript { gateway: two.gateway, ..one.clone() },
+            Transcript { client: two.client, ..one.clone() },
+            Transcript { client_nonce: two.client_nonce, ..one.clone() },
+            Transcript { gateway_nonce: two.gateway_nonce, ..one.clone() },
+            Transcript { binding: two.binding, ..one.clone() },
+            Transcript { binding: Binding::Front, ..one.clone() },
         ];
         for variant in variants {
             assert_ne!(variant.to_bytes(), one.to_bytes());
         }
         // A session whose exporter is zero is still no front.
-        let zero = Transcript {
-            binding: Binding::Session([0; EXPORTER_LEN]),
-            ..one.clone()
-        };
-        let front = Transcript {
-            binding: Binding::Front,
-            ..one
-        };
+        let zero = Transcript { binding: Binding::Session([0; EXPORTER_LEN]), ..one.clone() };
+        let front = Transcript { binding: Binding::Front, ..one };
         assert_ne!(zero.to_bytes(), front.to_bytes());
     }
 
     #[test]
     fn debug_hides_the_exporter() {
-        assert_eq!(
-            format!("{:?}", Binding::Session([7; 32])),
-            "Binding::Session"
-        );
+        assert_eq!(format!("{:?}", Binding::Session([7; 32])), "Binding::Session");
     }
 }

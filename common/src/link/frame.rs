@@ -147,11 +147,7 @@ impl FrameCodec {
         packet: &[u8],
         out: &mut impl BufMut,
     ) {
-        assert_eq!(
-            packet.len(),
-            self.packet_bytes,
-            "a packet of another network"
-        );
+        assert_eq!(packet.len(), self.packet_bytes, "a packet of another network");
         put_head(KIND_PACKET, counter, next_hop, out);
         out.put_slice(packet);
     }
@@ -166,10 +162,8 @@ impl FrameCodec {
         message: &[u8],
         out: &mut impl BufMut,
     ) -> Result<(), FrameError> {
-        let too_long = FrameError::ControlTooLong {
-            len: message.len(),
-            max: self.max_control_bytes(),
-        };
+        let too_long =
+            FrameError::ControlTooLong { len: message.len(), max: self.max_control_bytes() };
         let len = u16::try_from(message.len()).map_err(|_| too_long)?;
         if message.len() > self.max_control_bytes() {
             return Err(too_long);
@@ -186,27 +180,18 @@ impl FrameCodec {
     /// # Errors
     /// [`FrameError`]; every frame that is read without error has this encoding and no other.
     pub fn decode<'a>(&self, frame: &'a [u8]) -> Result<Frame<'a>, FrameError> {
-        let wrong_length = FrameError::WrongLength {
-            actual: frame.len(),
-            expected: self.frame_bytes(),
-        };
+        let wrong_length =
+            FrameError::WrongLength { actual: frame.len(), expected: self.frame_bytes() };
         if frame.len() != self.frame_bytes() {
             return Err(wrong_length);
         }
-        let (head, body) = frame
-            .split_first_chunk::<FRAME_OVERHEAD>()
-            .ok_or(wrong_length)?;
-        let (start, next_hop) = head
-            .split_last_chunk::<NEXT_HOP_LEN>()
-            .ok_or(wrong_length)?;
+        let (head, body) = frame.split_first_chunk::<FRAME_OVERHEAD>().ok_or(wrong_length)?;
+        let (start, next_hop) = head.split_last_chunk::<NEXT_HOP_LEN>().ok_or(wrong_length)?;
         let (kind, counter) = start.split_last_chunk::<COUNTER_AT>().ok_or(wrong_length)?;
         let (kind, reserved) = kind.split_first().ok_or(wrong_length)?;
         all_zero(reserved)?;
         let body = match *kind {
-            KIND_PACKET => FrameBody::Packet {
-                next_hop,
-                packet: body,
-            },
+            KIND_PACKET => FrameBody::Packet { next_hop, packet: body },
             KIND_PAD => {
                 all_zero(next_hop)?;
                 all_zero(body)?;
@@ -218,18 +203,13 @@ impl FrameCodec {
             }
             unknown => return Err(FrameError::UnknownKind(unknown)),
         };
-        Ok(Frame {
-            counter: u64::from_be_bytes(*counter),
-            body,
-        })
+        Ok(Frame { counter: u64::from_be_bytes(*counter), body })
     }
 
     fn decode_control<'a>(&self, body: &'a [u8]) -> Result<&'a [u8], FrameError> {
         let max = self.max_control_bytes();
         let too_long = |len| FrameError::ControlTooLong { len, max };
-        let (len, rest) = body
-            .split_first_chunk::<CONTROL_LENGTH_LEN>()
-            .ok_or(too_long(0))?;
+        let (len, rest) = body.split_first_chunk::<CONTROL_LENGTH_LEN>().ok_or(too_long(0))?;
         let len = usize::from(u16::from_be_bytes(*len));
         let (message, padding) = rest.split_at_checked(len).ok_or(too_long(len))?;
         all_zero(padding)?;
@@ -268,10 +248,7 @@ mod tests {
     fn good_vectors() {
         let mut out = Vec::new();
         CODEC.encode_pad(7, &mut out);
-        assert_eq!(
-            out,
-            frame(&[&[0; 8], &[0, 0, 0, 0, 0, 0, 0, 7], &[0; 32], &[0; 16]])
-        );
+        assert_eq!(out, frame(&[&[0; 8], &[0, 0, 0, 0, 0, 0, 0, 7], &[0; 32], &[0; 16]]));
 
         let mut out = BytesMut::new();
         CODEC.encode_packet(0x0102_0304_0506_0708, &[9; 32], &[5; 16], &mut out);
@@ -286,13 +263,7 @@ mod tests {
     #[test]
     fn bad_vectors() {
         let pad = vec![0; CODEC.frame_bytes()];
-        assert_eq!(
-            CODEC.decode(&pad),
-            Ok(Frame {
-                counter: 0,
-                body: FrameBody::Pad
-            })
-        );
+        assert_eq!(CODEC.decode(&pad), Ok(Frame { counter: 0, body: FrameBody::Pad }));
         let with = |changes: &[(usize, u8)]| {
             let mut frame = pad.clone();
             for (at, byte) in changes {
@@ -309,32 +280,12 @@ mod tests {
         assert_eq!(with(&[(0, 255)]), FrameError::UnknownKind(255));
         assert_eq!(with(&[(16, 1)]), FrameError::NotZero, "next hop of a pad");
         assert_eq!(with(&[(63, 1)]), FrameError::NotZero, "body of a pad");
-        assert_eq!(
-            with(&[(0, 2), (47, 1)]),
-            FrameError::NotZero,
-            "next hop of a control"
-        );
-        assert_eq!(
-            with(&[(0, 2), (50, 1)]),
-            FrameError::NotZero,
-            "behind a control message"
-        );
-        assert_eq!(
-            with(&[(0, 2), (49, 15)]),
-            FrameError::ControlTooLong { len: 15, max: 14 }
-        );
-        assert_eq!(
-            with(&[(0, 2), (48, 255)]),
-            FrameError::ControlTooLong {
-                len: 0xff00,
-                max: 14
-            }
-        );
+        assert_eq!(with(&[(0, 2), (47, 1)]), FrameError::NotZero, "next hop of a control");
+        assert_eq!(with(&[(0, 2), (50, 1)]), FrameError::NotZero, "behind a control message");
+        assert_eq!(with(&[(0, 2), (49, 15)]), FrameError::ControlTooLong { len: 15, max: 14 });
+        assert_eq!(with(&[(0, 2), (48, 255)]), FrameError::ControlTooLong { len: 0xff00, max: 14 });
         for len in [0, 1, 47, 48, 63, 65, 128] {
-            let wrong = FrameError::WrongLength {
-                actual: len,
-                expected: 64,
-            };
+            let wrong = FrameError::WrongLength { actual: len, expected: 64 };
             assert_eq!(CODEC.decode(&vec![0; len]), Err(wrong));
         }
     }

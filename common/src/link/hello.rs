@@ -84,15 +84,10 @@ impl Hello {
     /// # Errors
     /// [`HelloError`] states both sides of the first difference.
     pub fn check(&self, message: &[u8]) -> Result<(), HelloError> {
-        let (version, rest) = message
-            .split_first_chunk::<2>()
-            .ok_or(HelloError::Malformed)?;
+        let (version, rest) = message.split_first_chunk::<2>().ok_or(HelloError::Malformed)?;
         let version = u16::from_be_bytes(*version);
         if version != LINK_VERSION {
-            return Err(HelloError::WrongVersion {
-                ours: LINK_VERSION,
-                theirs: version,
-            });
+            return Err(HelloError::WrongVersion { ours: LINK_VERSION, theirs: version });
         }
         let (packet_bytes, rest) = rest.split_first_chunk::<4>().ok_or(HelloError::Malformed)?;
         let (name_len, name) = rest.split_first().ok_or(HelloError::Malformed)?;
@@ -124,10 +119,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn hello(network: &str, packet_bytes: u32) -> Hello {
-        Hello {
-            network: NetworkName::new(network).unwrap(),
-            packet_bytes,
-        }
+        Hello { network: NetworkName::new(network).unwrap(), packet_bytes }
     }
 
     #[test]
@@ -143,38 +135,23 @@ mod tests {
         let check = |message: &[u8]| ours.check(message).unwrap_err();
         assert_eq!(
             check(&hello("net-2", 1).encode()),
-            HelloError::WrongNetwork {
-                ours: "net-1".into(),
-                theirs: "net-2".into()
-            }
+            HelloError::WrongNetwork { ours: "net-1".into(), theirs: "net-2".into() }
         );
         assert_eq!(
             check(&hello("net-1", 2397).encode()),
-            HelloError::WrongPacketSize {
-                ours: 2396,
-                theirs: 2397
-            }
+            HelloError::WrongPacketSize { ours: 2396, theirs: 2397 }
         );
         // Whatever follows another version is not looked at.
-        assert_eq!(
-            check(b"\x00\x02"),
-            HelloError::WrongVersion { ours: 1, theirs: 2 }
-        );
+        assert_eq!(check(b"\x00\x02"), HelloError::WrongVersion { ours: 1, theirs: 2 });
         let text = check(b"\xff\xff?").to_string();
-        assert!(
-            text.contains("65535") && text.contains("version 1"),
-            "{text}"
-        );
+        assert!(text.contains("65535") && text.contains("version 1"), "{text}");
     }
 
     #[test]
     fn bad_vectors() {
         let good = hello("net-1", 2396).encode();
         for len in 0..good.len() {
-            assert_eq!(
-                hello("net-1", 2396).check(&good[..len]),
-                Err(HelloError::Malformed)
-            );
+            assert_eq!(hello("net-1", 2396).check(&good[..len]), Err(HelloError::Malformed));
         }
         for bad in [
             &b"\x00\x01\x00\x00\x09\x5c\x05net-1x"[..],
@@ -182,11 +159,7 @@ mod tests {
             b"\x00\x01\x00\x00\x09\x5c\x03N E",
             b"\x00\x01\x00\x00\x09\x5c\x02\xff\xfe",
         ] {
-            assert_eq!(
-                hello("net-1", 2396).check(bad),
-                Err(HelloError::Malformed),
-                "{bad:?}"
-            );
+            assert_eq!(hello("net-1", 2396).check(bad), Err(HelloError::Malformed), "{bad:?}");
         }
     }
 

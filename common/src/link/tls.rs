@@ -73,10 +73,9 @@ impl From<rustls::Error> for LinkError {
     /// Finds the reason that one of our verifiers gave inside the error of the handshake.
     fn from(error: rustls::Error) -> Self {
         match &error {
-            rustls::Error::Other(OtherError(inner)) => inner
-                .downcast_ref::<Self>()
-                .cloned()
-                .unwrap_or(Self::Tls(error)),
+            rustls::Error::Other(OtherError(inner)) => {
+                inner.downcast_ref::<Self>().cloned().unwrap_or(Self::Tls(error))
+            }
             // Either the peer takes no raw keys, or it does not show one.
             rustls::Error::NoCertificatesPresented
             | rustls::Error::PeerIncompatible(
@@ -108,10 +107,8 @@ pub fn node_server_config(
     allowed: impl Fn(&Identity) -> bool + Send + Sync + 'static,
 ) -> Result<Arc<ServerConfig>, LinkError> {
     let provider = provider();
-    let verifier = Arc::new(NeighbourVerifier {
-        allowed: Box::new(allowed),
-        provider: provider.clone(),
-    });
+    let verifier =
+        Arc::new(NeighbourVerifier { allowed: Box::new(allowed), provider: provider.clone() });
     let config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(verifier)
@@ -177,17 +174,11 @@ pub fn server_name() -> ServerName<'static> {
 /// # Errors
 /// [`LinkError::WrongProtocol`].
 pub fn check_protocol(connection: &CommonState, alpn: &[u8]) -> Result<(), LinkError> {
-    let exchange = connection
-        .negotiated_key_exchange_group()
-        .map(|group| group.name());
+    let exchange = connection.negotiated_key_exchange_group().map(|group| group.name());
     let agreed = connection.alpn_protocol() == Some(alpn)
         && connection.protocol_version() == Some(ProtocolVersion::TLSv1_3)
         && exchange == Some(NamedGroup::X25519MLKEM768);
-    if agreed {
-        Ok(())
-    } else {
-        Err(LinkError::WrongProtocol)
-    }
+    if agreed { Ok(()) } else { Err(LinkError::WrongProtocol) }
 }
 
 /// Who is at the other end of a finished handshake.
@@ -230,9 +221,7 @@ fn provider() -> Arc<CryptoProvider> {
 }
 
 fn server_key(key: &IdentityKey) -> Result<Arc<AlwaysResolvesServerRawPublicKeys>, LinkError> {
-    Ok(Arc::new(AlwaysResolvesServerRawPublicKeys::new(Arc::new(
-        certified_key(key)?,
-    ))))
+    Ok(Arc::new(AlwaysResolvesServerRawPublicKeys::new(Arc::new(certified_key(key)?))))
 }
 
 fn certified_key(key: &IdentityKey) -> Result<CertifiedKey, LinkError> {
@@ -247,9 +236,7 @@ fn certified_key(key: &IdentityKey) -> Result<CertifiedKey, LinkError> {
 
 /// The identity in a `SubjectPublicKeyInfo`: exactly the one encoding of an Ed25519 key.
 fn parse_spki(spki: &[u8]) -> Result<Identity, LinkError> {
-    let key = spki
-        .strip_prefix(&SPKI_PREFIX)
-        .ok_or(LinkError::NoIdentity)?;
+    let key = spki.strip_prefix(&SPKI_PREFIX).ok_or(LinkError::NoIdentity)?;
     let key = <[u8; KEY_LEN]>::try_from(key).map_err(|_| LinkError::NoIdentity)?;
     Identity::from_bytes(key).map_err(|_| LinkError::NoIdentity)
 }
@@ -439,11 +426,7 @@ mod tests {
                 });
             }
             if to_server.is_empty() && to_client.is_empty() {
-                return Outcome {
-                    pair,
-                    client,
-                    server,
-                };
+                return Outcome { pair, client, server };
             }
         }
     }
@@ -476,12 +459,8 @@ mod tests {
         assert_eq!(peer_identity(&client).unwrap(), key(2).identity());
         assert_eq!(peer_identity(&server).unwrap(), key(1).identity());
         let mut exported = [[0u8; 32]; 2];
-        client
-            .export_keying_material(&mut exported[0], b"label", Some(b"context"))
-            .unwrap();
-        server
-            .export_keying_material(&mut exported[1], b"label", Some(b"context"))
-            .unwrap();
+        client.export_keying_material(&mut exported[0], b"label", Some(b"context")).unwrap();
+        server.export_keying_material(&mut exported[1], b"label", Some(b"context")).unwrap();
         assert_eq!(exported[0], exported[1]);
         assert_ne!(exported[0], [0; 32]);
     }
@@ -503,10 +482,7 @@ mod tests {
     fn a_wrong_server_is_refused_and_both_keys_are_named() {
         let (expected, actual) = (key(3).identity(), key(2).identity());
         for outcome in [
-            shake_hands(
-                node_client_config(&key(1), expected).unwrap(),
-                node_server(),
-            ),
+            shake_hands(node_client_config(&key(1), expected).unwrap(), node_server()),
             shake_hands(
                 gateway_client_config(expected).unwrap(),
                 gateway_server_config(&key(2)).unwrap(),
@@ -541,11 +517,7 @@ mod tests {
         let mut client = (*gateway_client_config(key(2).identity()).unwrap()).clone();
         client.alpn_protocols = vec![NODE_ALPN.to_vec()];
         let outcome = shake_hands(Arc::new(client), node_server());
-        assert!(
-            matches!(outcome.server, Err(LinkError::NoIdentity)),
-            "{:?}",
-            outcome.server
-        );
+        assert!(matches!(outcome.server, Err(LinkError::NoIdentity)), "{:?}", outcome.server);
     }
 
     /// Somebody who shows the right key but does not hold it.
@@ -557,11 +529,7 @@ mod tests {
         client.client_auth_cert_resolver =
             Arc::new(AlwaysResolvesClientRawPublicKeys::new(Arc::new(stolen)));
         let outcome = shake_hands(Arc::new(client), node_server());
-        assert!(
-            matches!(outcome.server, Err(LinkError::Tls(_))),
-            "{:?}",
-            outcome.server
-        );
+        assert!(matches!(outcome.server, Err(LinkError::Tls(_))), "{:?}", outcome.server);
 
         let mut stolen = certified_key(&key(5)).unwrap();
         stolen.cert = certified_key(&key(2)).unwrap().cert;
@@ -569,23 +537,15 @@ mod tests {
         server.cert_resolver = Arc::new(AlwaysResolvesServerRawPublicKeys::new(Arc::new(stolen)));
         let client = gateway_client_config(key(2).identity()).unwrap();
         let outcome = shake_hands(client, Arc::new(server));
-        assert!(
-            matches!(outcome.client, Err(LinkError::Tls(_))),
-            "{:?}",
-            outcome.client
-        );
+        assert!(matches!(outcome.client, Err(LinkError::Tls(_))), "{:?}", outcome.client);
     }
 
     #[test]
     fn x25519_alone_is_refused() {
-        let x25519_only = Arc::new(CryptoProvider {
-            kx_groups: vec![kx_group::X25519],
-            ..(*provider()).clone()
-        });
-        let verifier = Arc::new(PinnedVerifier {
-            expected: key(2).identity(),
-            provider: x25519_only.clone(),
-        });
+        let x25519_only =
+            Arc::new(CryptoProvider { kx_groups: vec![kx_group::X25519], ..(*provider()).clone() });
+        let verifier =
+            Arc::new(PinnedVerifier { expected: key(2).identity(), provider: x25519_only.clone() });
         let mut client = ClientConfig::builder_with_provider(x25519_only)
             .with_protocol_versions(&[&rustls::version::TLS13])
             .unwrap()

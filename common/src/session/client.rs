@@ -10,7 +10,7 @@ use super::flight::{Cargo, Sent};
 use super::frame::{CloseReason, Frame, FrameError, StreamId, put_surbs_header};
 use super::provider::RESERVE_SURBS;
 use super::streams::{Side, StreamEvent, Violation};
-use super::transport::{Fill, RecentMin, Smoothed, Transport, take_number};
+use super::transport::{Fill, RecentMin, Smoothed, Transport, take_number, wrapping_us};
 use super::{PacketKind, SESSION_ID_LEN};
 use crate::target::Target;
 use crate::topology::delay_quantile;
@@ -128,7 +128,13 @@ struct SurbWindow {
 impl ClientSession {
     /// A new session whose first packet says that it began at `started_ms` (milliseconds since 1970)
     /// and whose packets hold `max_packet_bytes`; `mean_delay` is that of each mix.
-    pub fn new(id: SessionId, started_ms: u64, now: Instant, max_packet_bytes: usize, mean_delay: Duration) -> Self {
+    pub fn new(
+        id: SessionId,
+        started_ms: u64,
+        now: Instant,
+        max_packet_bytes: usize,
+        mean_delay: Duration,
+    ) -> Self {
         let reply_quantile = delay_quantile(mean_delay, 3);
         Self {
             id,
@@ -238,7 +244,12 @@ impl ClientSession {
     ///
     /// # Errors
     /// [`ReplyError`]; after a violation the session has ended.
-    pub fn handle_reply(&mut self, now: Instant, surb_delay: Duration, plaintext: &[u8]) -> Result<(), ReplyError> {
+    pub fn handle_reply(
+        &mut self,
+        now: Instant,
+        surb_delay: Duration,
+        plaintext: &[u8],
+    ) -> Result<(), ReplyError> {
         if self.closed.is_some() {
             return Ok(());
         }
@@ -261,7 +272,10 @@ impl ClientSession {
         }
         for frame in frames {
             match &frame {
-                Frame::Opened { .. } | Frame::Data { .. } | Frame::Credit { .. } | Frame::Reset { .. } => {
+                Frame::Opened { .. }
+                | Frame::Data { .. }
+                | Frame::Credit { .. }
+                | Frame::Reset { .. } => {
                     owes_ack = true;
                     if let Err(violation) = self.transport.streams.handle_frame(&frame) {
                         self.end(CloseReason::Protocol);
@@ -278,7 +292,12 @@ impl ClientSession {
                         }
                     };
                     if let Some(latest) = &acked.latest {
-                        self.on_round_trip(now, latest, surb_delay, Duration::from_micros(ack.delay_us));
+                        self.on_round_trip(
+                            now,
+                            latest,
+                            surb_delay,
+                            Duration::from_micros(ack.delay_us),
+                        );
                     }
                     self.grow_window(acked.packets.len());
                     if acked.packets.iter().any(|packet| packet.cargo.contains(&Cargo::Close)) {
@@ -317,7 +336,13 @@ impl ClientSession {
         self.closed.get_or_insert(reason);
     }
 
-    fn on_round_trip(&mut self, now: Instant, latest: &Sent, surb_delay: Duration, ack_delay: Duration) {
+    fn on_round_trip(
+        &mut self,
+        now: Instant,
+        latest: &Sent,
+        surb_delay: Duration,
+        ack_delay: Duration,
+    ) {
         let chosen = (latest.arrives - latest.at) + surb_delay + ack_delay;
         let above = now.saturating_duration_since(latest.at).as_secs_f64() - chosen.as_secs_f64();
         self.transport.base.update(above, now);
@@ -330,7 +355,12 @@ impl ClientSession {
         if acked == 0 || (self.transport.flight.len() as f64) < self.window / 2.0 - acked as f64 {
             return;
         }
-        steer(&mut self.window, &mut self.window_is_probing, self.transport.queueing.value(), acked as f64);
+        steer(
+            &mut self.window,
+            &mut self.window_is_probing,
+            self.transport.queueing.value(),
+            acked as f64,
+        );
         self.window = self.window.clamp(MIN_WINDOW, MAX_WINDOW);
     }
 
@@ -351,13 +381,11 @@ impl ClientSession {
         }
         let keepalive = (!self.transport.streams.is_empty() && self.transport.flight.is_empty())
             .then(|| self.last_heard.max(self.last_asked) + KEEPALIVE);
-        let silence = (!self.transport.flight.is_empty()).then(|| self.last_heard + SESSION_SILENCE);
+        let silence =
+            (!self.transport.flight.is_empty()).then(|| self.last_heard + SESSION_SILENCE);
         // A session that is being closed owes nothing any more.
         let ack = self.transport.received.ack_due().filter(|_| self.closing == Closing::No);
-        [ack, self.transport.loss_deadline(), keepalive, silence]
-            .into_iter()
-            .flatten()
-            .min()
+        [ack, self.transport.loss_deadline(), keepalive, silence].into_iter().flatten().min()
     }
 
     /// Handles what is due at `now`.
@@ -412,15 +440,18 @@ impl ClientSession {
             Closing::No => {}
         }
         let in_flight = self.transport.flight.len();
-        let window = self.transport.window(self.window as usize);
+        let window = self.transport.window(packets(self.window));
         let ack_due = self.transport.received.ack_due().is_some_and(|due| due <= now);
-        if ack_due || (in_flight < window && (self.ping_wanted || self.transport.streams.has_control())) {
+        if ack_due
+            || (in_flight < window && (self.ping_wanted || self.transport.streams.has_control()))
+        {
             return Some(Purpose::Control);
         }
         // Refills are not data: they are bounded by the SURB window, and a full window of uploads
         // must not starve a download.
-        let refill_allowed = in_flight < self.transport.window(2 * MAX_WINDOW as usize);
-        let refill = surbs_available.min(self.surbs.deficit(&self.transport)) >= REFILL_SURBS && self.surb_demand() > 0;
+        let refill_allowed = in_flight < self.transport.window(2 * packets(MAX_WINDOW));
+        let refill = surbs_available.min(self.surbs.deficit(&self.transport)) >= REFILL_SURBS
+            && self.surb_demand() > 0;
         let data = in_flight < window && self.transport.streams.has_data();
         match (refill && refill_allowed, data) {
             (true, true) if self.surbs.is_low(&self.transport) => Some(Purpose::Refill),
@@ -432,7 +463,13 @@ impl ClientSession {
 
     /// Writes the contents of one packet, whose mixes delay it by `packet_delay` in all, to `out`;
     /// `false` when there is nothing to send.
-    pub fn poll_transmit(&mut self, now: Instant, packet_delay: Duration, surbs: &mut impl SurbSource, out: &mut Vec<u8>) -> bool {
+    pub fn poll_transmit(
+        &mut self,
+        now: Instant,
+        packet_delay: Duration,
+        surbs: &mut impl SurbSource,
+        out: &mut Vec<u8>,
+    ) -> bool {
         let Some(purpose) = self.purpose(now, surbs.available()) else { return false };
         out.clear();
         out.put_u8(PacketKind::Session as u8);
@@ -446,7 +483,8 @@ impl ClientSession {
         } else {
             0
         };
-        let reserved_bytes = if surbs_first > 0 { surbs_first * SURB_LEN + SURBS_HEADER_BYTES } else { 0 };
+        let reserved_bytes =
+            if surbs_first > 0 { surbs_first * SURB_LEN + SURBS_HEADER_BYTES } else { 0 };
         let fill = Fill { ack: true, data: purpose != Purpose::Refill, reserved_bytes };
         let mut cargo = if self.closing == Closing::No {
             self.transport.write_frames(now, out, self.max_packet_bytes, fill)
@@ -483,7 +521,8 @@ impl ClientSession {
 
     /// Fills what is left of the packet with SURBs, as many as the window allows.
     fn write_surbs(&self, surbs: &mut impl SurbSource, out: &mut Vec<u8>) -> usize {
-        let room = (self.max_packet_bytes - out.len()).saturating_sub(SURBS_HEADER_BYTES) / SURB_LEN;
+        let room =
+            (self.max_packet_bytes - out.len()).saturating_sub(SURBS_HEADER_BYTES) / SURB_LEN;
         let count = room.min(surbs.available()).min(self.surbs.deficit(&self.transport));
         if count > 0 {
             put_surbs_header(out, self.surbs.generation, count);
@@ -528,6 +567,16 @@ fn steer(window: &mut f64, is_probing: &mut bool, queueing: f64, packets: f64) {
     *window += 0.1 * error * packets;
 }
 
+/// The whole packets of a window.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "windows are clamped to thousands"
+)]
+fn packets(window: f64) -> usize {
+    window as usize
+}
+
 impl SurbWindow {
     fn new(now: Instant, reply_quantile: Duration) -> Self {
         Self {
@@ -548,11 +597,11 @@ impl SurbWindow {
 
     /// SURBs that the window has room for.
     fn deficit(&self, transport: &Transport) -> usize {
-        (self.window as usize).saturating_sub(self.outstanding(transport))
+        packets(self.window).saturating_sub(self.outstanding(transport))
     }
 
     fn is_low(&self, transport: &Transport) -> bool {
-        self.outstanding(transport) < self.window as usize * 3 / 4
+        self.outstanding(transport) < packets(self.window) * 3 / 4
     }
 
     /// SURBs at the provider, under way to it, or under way back.
@@ -567,8 +616,9 @@ impl SurbWindow {
     fn on_reply(&mut self, now: Instant, surb_delay: Duration, sent_us: u32, began: Instant) {
         // Both clocks are arbitrary: only the difference to the smallest one counts. It wraps after
         // 71 minutes, which looks like a jump and is forgotten with the minimum.
-        let now_us = now.saturating_duration_since(began).as_micros() as u32;
-        let trip = f64::from(now_us.wrapping_sub(sent_us) as i32) / 1e6 - surb_delay.as_secs_f64();
+        let now_us = wrapping_us(now.saturating_duration_since(began));
+        let trip =
+            f64::from(now_us.wrapping_sub(sent_us).cast_signed()) / 1e6 - surb_delay.as_secs_f64();
         self.base.update(trip, now);
         let queueing = trip - self.base.min().unwrap_or(trip);
         self.queueing.update(queueing.min(10.0));
@@ -578,10 +628,10 @@ impl SurbWindow {
         // An older report is worthless, but the reply still tells that the provider is using SURBs.
         if self.reported_by.is_none_or(|newest| number > newest) {
             self.reported_by = Some(number);
-            self.stock = usize::try_from(count).unwrap_or(usize::MAX).min(MAX_SURB_WINDOW as usize);
+            self.stock = usize::try_from(count).unwrap_or(usize::MAX).min(packets(MAX_SURB_WINDOW));
             self.report_left = left;
         }
-        let nearly_used_up = self.stock <= RESERVE_SURBS + self.window as usize / 4;
+        let nearly_used_up = self.stock <= RESERVE_SURBS + packets(self.window) / 4;
         if nearly_used_up || self.queueing.value() > TARGET_QUEUEING_SECONDS {
             steer(&mut self.window, &mut self.is_probing, self.queueing.value(), 1.0);
             self.window = self.window.clamp(MIN_SURB_WINDOW, MAX_SURB_WINDOW);
@@ -603,7 +653,8 @@ impl SurbWindow {
         }
         let sent = end.saturating_sub(self.horizon);
         let arrived = transport.received.count_from(self.horizon);
-        self.replies_under_way = usize::try_from(sent.saturating_sub(arrived)).unwrap_or(usize::MAX);
+        self.replies_under_way =
+            usize::try_from(sent.saturating_sub(arrived)).unwrap_or(usize::MAX);
     }
 
     /// Nothing was heard when it was due: the provider may have no SURB left.

@@ -251,7 +251,9 @@ impl Received {
         }
         Some(Ack {
             latest,
-            delay_us: u64::try_from(delay.as_micros()).unwrap_or(u64::MAX).min(super::frame::VARINT_END - 1),
+            delay_us: u64::try_from(delay.as_micros())
+                .unwrap_or(u64::MAX)
+                .min(super::frame::VARINT_END - 1),
             first,
             end,
             ranges,
@@ -315,7 +317,8 @@ mod tests {
         for _ in 0..4 {
             flight.on_sent(Some(sent(start, start)));
         }
-        let ack = Ack { latest: 0, delay_us: 0, first: 0, end: 2, ranges: vec![0..1] };
+        let ranges = Vec::from([0..1]);
+        let ack = Ack { latest: 0, delay_us: 0, first: 0, end: 2, ranges };
         assert_eq!(flight.on_ack(&ack).unwrap().packets.len(), 1);
         assert_eq!(flight.lost_by_ack(start, &ack).len(), 1, "number 1 was told missing");
         assert_eq!(flight.len(), 2, "nothing was said about 2 and 3");
@@ -348,7 +351,7 @@ mod tests {
         assert!(!received.on_packet(10, 11, now), "a floor above its own packet");
         assert!(!received.on_packet(9 + MAX_NUMBER_SPAN, 8, now), "too far ahead");
         let ack = received.ack(now, 1000).unwrap();
-        assert_eq!((ack.first, ack.end, ack.ranges), (8, 10, vec![9..10]));
+        assert_eq!((ack.first, ack.end, &ack.ranges[..]), (8, 10, &[9..10][..]));
     }
 
     #[test]

@@ -317,7 +317,13 @@ impl Frame<'_> {
 }
 
 /// Appends the front of a DATA frame; `len` bytes must follow.
-pub(super) fn put_data_header(out: &mut Vec<u8>, stream: StreamId, offset: u64, len: usize, fin: bool) {
+pub(super) fn put_data_header(
+    out: &mut Vec<u8>,
+    stream: StreamId,
+    offset: u64,
+    len: usize,
+    fin: bool,
+) {
     out.put_u8(DATA);
     put_varint(out, stream);
     put_varint(out, offset);
@@ -415,7 +421,9 @@ pub fn varint_len(value: u64) -> usize {
 pub fn take_varint(input: &mut &[u8]) -> Result<u64, FrameError> {
     let first = *input.first().ok_or(FrameError::Truncated)?;
     let bytes = take(input, 1 << (first >> 6))?;
-    let value = bytes[1..].iter().fold(u64::from(first & 0x3f), |value, &byte| value << 8 | u64::from(byte));
+    let value = bytes[1..]
+        .iter()
+        .fold(u64::from(first & 0x3f), |value, &byte| value << 8 | u64::from(byte));
     Ok(value)
 }
 

@@ -179,11 +179,8 @@ impl SendHalf {
             return;
         }
         self.lost.insert(start..piece.range.end);
-        let acked: Vec<_> = self
-            .acked
-            .iter_from(start)
-            .take_while(|range| range.start < piece.range.end)
-            .collect();
+        let acked: Vec<_> =
+            self.acked.iter_from(start).take_while(|range| range.start < piece.range.end).collect();
         for range in acked {
             self.lost.remove(range);
         }
@@ -233,7 +230,12 @@ impl RecvHalf {
     }
 
     /// Takes a piece in; whether something new can be read.
-    pub(super) fn insert(&mut self, offset: u64, bytes: &[u8], fin: bool) -> Result<bool, StreamViolation> {
+    pub(super) fn insert(
+        &mut self,
+        offset: u64,
+        bytes: &[u8],
+        fin: bool,
+    ) -> Result<bool, StreamViolation> {
         let end = offset + bytes.len() as u64;
         if end > self.credit {
             return Err(StreamViolation::Credit);
@@ -314,7 +316,9 @@ impl RecvHalf {
     /// A new limit for the peer once half of the window was read; `grow` may enlarge the window and
     /// says by how much.
     pub(super) fn take_credit(&mut self, grow: impl FnOnce(u64) -> u64) -> Option<u64> {
-        if self.end.is_some() || self.read_to + self.window_bytes < self.credit + self.window_bytes / 2 {
+        if self.end.is_some()
+            || self.read_to + self.window_bytes < self.credit + self.window_bytes / 2
+        {
             return None;
         }
         self.window_bytes += grow(self.window_bytes);
@@ -462,7 +466,9 @@ mod tests {
     #[test]
     fn gaps_are_bounded() {
         let mut recv = RecvHalf::new(1 << 20);
-        let result = (0..MAX_GAPS as u64 + 1).map(|n| recv.insert(n * 2 + 1, b"x", false)).find(Result::is_err);
+        let result = (0..MAX_GAPS as u64 + 1)
+            .map(|n| recv.insert(n * 2 + 1, b"x", false))
+            .find(Result::is_err);
         assert_eq!(result, Some(Err(StreamViolation::Gaps)));
     }
 

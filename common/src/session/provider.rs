@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use bytes::BufMut;
 use mixsocks_sphinx::{SURB_LEN, Surb};
 
-use super::PacketKind;
 use super::OpenOutcome;
+use super::PacketKind;
 use super::client::{SESSION_SILENCE, StreamReset};
 use super::flight::Sent;
 use super::frame::{CloseReason, Frame, FrameError, StreamId};
 use super::streams::{Side, StreamEvent, Violation};
-use super::transport::{Fill, Transport, take_number};
+use super::transport::{Fill, Transport, take_number, wrapping_us};
 use crate::topology::delay_quantile;
 
 /// SURBs that only control frames may use, so that asking for SURBs never needs one that is not
@@ -158,7 +158,10 @@ impl ProviderSession {
         let mut owes_ack = false;
         for frame in &frames {
             match frame {
-                Frame::Open { .. } | Frame::Data { .. } | Frame::Credit { .. } | Frame::Reset { .. } => {
+                Frame::Open { .. }
+                | Frame::Data { .. }
+                | Frame::Credit { .. }
+                | Frame::Reset { .. } => {
                     owes_ack = true;
                     self.transport.streams.handle_frame(frame)?;
                 }
@@ -177,7 +180,9 @@ impl ProviderSession {
                     owes_ack = true;
                     self.ended = true;
                 }
-                Frame::Opened { .. } | Frame::Stock { .. } => return Err(Violation::Direction.into()),
+                Frame::Opened { .. } | Frame::Stock { .. } => {
+                    return Err(Violation::Direction.into());
+                }
             }
         }
         if owes_ack {
@@ -244,14 +249,19 @@ impl ProviderSession {
         out.put_u8(PacketKind::Reply as u8);
         self.transport.write_number(out);
         // Wraps after 71 minutes: the client compares neighbours only.
-        let sent_us = now.saturating_duration_since(self.began).as_micros() as u32;
+        let sent_us = wrapping_us(now.saturating_duration_since(self.began));
         out.put_u32(sent_us);
         let count = self.stock.len() as u64;
         Frame::Stock { generation: self.generation, count }.encode(out);
         let cargo = self.transport.write_frames(now, out, self.max_packet_bytes, fill);
         debug_assert!(out.len() <= self.max_packet_bytes);
         let eliciting = !cargo.is_empty();
-        self.transport.flight.on_sent(eliciting.then_some(Sent { at: now, arrives: now, cargo, surbs: 0 }));
+        self.transport.flight.on_sent(eliciting.then_some(Sent {
+            at: now,
+            arrives: now,
+            cargo,
+            surbs: 0,
+        }));
         Some(surb)
     }
 
@@ -285,7 +295,8 @@ impl ProviderSession {
     /// data told the stock already, so the first report waits until that one must have arrived.
     fn report_starving(&mut self, now: Instant) -> bool {
         let wait = self.transport.loss_wait();
-        let starving = self.starving.get_or_insert(Starving { next_report: now + wait, interval: wait });
+        let starving =
+            self.starving.get_or_insert(Starving { next_report: now + wait, interval: wait });
         if now < starving.next_report {
             return false;
         }
@@ -313,4 +324,3 @@ pub(super) fn write_close(number: u64, reason: CloseReason, out: &mut Vec<u8>) {
     out.put_u32(0);
     Frame::Close(reason).encode(out);
 }
-

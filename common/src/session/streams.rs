@@ -184,7 +184,8 @@ impl Streams {
 
     /// Bytes that the windows and send buffers of all streams may hold or do hold.
     pub(super) fn committed_bytes(&self) -> u64 {
-        let windows = self.streams.len() as u64 * INITIAL_WINDOW_BYTES + WINDOW_POOL_BYTES - self.window_pool_bytes;
+        let windows = self.streams.len() as u64 * INITIAL_WINDOW_BYTES + WINDOW_POOL_BYTES
+            - self.window_pool_bytes;
         let buffers: usize = self.streams.values().map(|stream| stream.send.buffered_bytes()).sum();
         windows + buffers as u64
     }
@@ -339,7 +340,13 @@ impl Streams {
         Ok(())
     }
 
-    fn handle_data(&mut self, id: StreamId, offset: u64, bytes: &[u8], fin: bool) -> Result<(), Violation> {
+    fn handle_data(
+        &mut self,
+        id: StreamId,
+        offset: u64,
+        bytes: &[u8],
+        fin: bool,
+    ) -> Result<(), Violation> {
         let Some(stream) = self.known(id)? else { return Ok(()) };
         if stream.reset.is_some() {
             return Ok(());
@@ -397,13 +404,19 @@ impl Streams {
 
     /// Whether [`Streams::write_data`] has something.
     pub(super) fn has_data(&self) -> bool {
-        self.fresh.iter().chain(&self.steady).any(|id| {
-            self.streams.get(id).is_some_and(|stream| stream.send.has_pending())
-        })
+        self.fresh
+            .iter()
+            .chain(&self.steady)
+            .any(|id| self.streams.get(id).is_some_and(|stream| stream.send.has_pending()))
     }
 
     /// Writes frames other than DATA, as many as fit below `limit` bytes of `out`.
-    pub(super) fn write_control(&mut self, out: &mut Vec<u8>, limit: usize, cargo: &mut Vec<Cargo>) {
+    pub(super) fn write_control(
+        &mut self,
+        out: &mut Vec<u8>,
+        limit: usize,
+        cargo: &mut Vec<Cargo>,
+    ) {
         while let Some(&id) = self.control.front() {
             let Some(stream) = self.streams.get_mut(&id) else {
                 self.control.pop_front();
@@ -444,7 +457,8 @@ impl Streams {
                 return;
             }
             let Some(piece) = stream.send.next_piece(room) else { return };
-            let len = usize::try_from(piece.range.end - piece.range.start).expect("fits the packet");
+            let len =
+                usize::try_from(piece.range.end - piece.range.start).expect("fits the packet");
             put_data_header(out, id, piece.range.start, len, piece.fin);
             stream.send.copy(&piece.range, out);
             cargo.push(Cargo::Data(id, piece));
@@ -491,7 +505,11 @@ impl Streams {
     }
 
     pub(super) fn on_lost(&mut self, cargo: &Cargo) {
-        let (Cargo::Open(id) | Cargo::Opened(id) | Cargo::Data(id, _) | Cargo::Credit(id) | Cargo::Reset(id)) = cargo
+        let (Cargo::Open(id)
+        | Cargo::Opened(id)
+        | Cargo::Data(id, _)
+        | Cargo::Credit(id)
+        | Cargo::Reset(id)) = cargo
         else {
             return;
         };
@@ -567,7 +585,13 @@ impl Stream {
     }
 
     /// Whether everything that waited was written.
-    fn write_control(&mut self, id: StreamId, out: &mut Vec<u8>, limit: usize, cargo: &mut Vec<Cargo>) -> bool {
+    fn write_control(
+        &mut self,
+        id: StreamId,
+        out: &mut Vec<u8>,
+        limit: usize,
+        cargo: &mut Vec<Cargo>,
+    ) -> bool {
         let mut write = |frame: Frame<'_>, what: Cargo| {
             let before = out.len();
             frame.encode(out);

@@ -124,8 +124,12 @@ impl ProviderSessions {
             Err(error) => {
                 let session = self.remove(id, now);
                 let mut contents = Vec::new();
-                match session.and_then(|session| session.refuse(CloseReason::Protocol, &mut contents)) {
-                    Some(surb) => Handled::Refused { reason: CloseReason::Protocol, contents, surb },
+                match session
+                    .and_then(|session| session.refuse(CloseReason::Protocol, &mut contents))
+                {
+                    Some(surb) => {
+                        Handled::Refused { reason: CloseReason::Protocol, contents, surb }
+                    }
                     None => Handled::Dropped(error.into()),
                 }
             }
@@ -141,7 +145,13 @@ impl ProviderSessions {
         Some(session)
     }
 
-    fn begin(&mut self, id: SessionId, now: Instant, wall_ms: u64, packet: &[u8]) -> Result<(), CloseReason> {
+    fn begin(
+        &mut self,
+        id: SessionId,
+        now: Instant,
+        wall_ms: u64,
+        packet: &[u8],
+    ) -> Result<(), CloseReason> {
         while let Some((&(until, ended), ())) = self.ended_order.first_key_value()
             && until <= now
         {

@@ -1,8 +1,8 @@
 //! A client and a provider session joined by a mixnet that delays, reorders and loses packets, under
 //! fake time and one seed.
 
-use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use std::time::{Duration, Instant};
 
 use mixsocks_sphinx::SURB_LEN;
@@ -28,7 +28,12 @@ struct Network {
 
 impl Network {
     fn perfect() -> Self {
-        Self { mean_delay: MEAN_DELAY, loss: 0.0, wire: Duration::from_millis(2), spacing: Duration::from_micros(200) }
+        Self {
+            mean_delay: MEAN_DELAY,
+            loss: 0.0,
+            wire: Duration::from_millis(2),
+            spacing: Duration::from_micros(200),
+        }
     }
 }
 
@@ -138,7 +143,11 @@ impl World {
                 break;
             }
             let delay = trip(self.network.mean_delay, &mut self.rng);
-            let mut surbs = Surbs { made: &mut self.surbs, rng: &mut self.rng, mean_delay: self.network.mean_delay };
+            let mut surbs = Surbs {
+                made: &mut self.surbs,
+                rng: &mut self.rng,
+                mean_delay: self.network.mean_delay,
+            };
             if !self.client.poll_transmit(self.now, delay, &mut surbs, &mut out) {
                 break;
             }
@@ -210,7 +219,9 @@ impl World {
                 match self.sessions.handle_packet(self.now, wall_ms, &contents) {
                     Handled::Refused { contents, surb, .. } => self.send_reply(&surb, contents),
                     Handled::Session(_)
-                    | Handled::Dropped(Dropped::Packet(PacketError::Duplicate) | Dropped::Refused(_)) => {}
+                    | Handled::Dropped(
+                        Dropped::Packet(PacketError::Duplicate) | Dropped::Refused(_),
+                    ) => {}
                     Handled::Dropped(dropped) => panic!("{dropped}"),
                 }
             }
@@ -245,7 +256,9 @@ impl World {
             for stream in opened {
                 world.provider().opened(stream, OpenOutcome::Connected);
             }
-            world.client_events.contains(&StreamEvent::Opened { stream, outcome: OpenOutcome::Connected })
+            world
+                .client_events
+                .contains(&StreamEvent::Opened { stream, outcome: OpenOutcome::Connected })
         });
         stream
     }
@@ -256,12 +269,19 @@ fn pattern(stream: u64, len: usize) -> Vec<u8> {
 }
 
 /// Sends `len` bytes in each of `streams` streams, up or down, and checks them.
-fn transfer(world: &mut World, streams: usize, len: usize, down: bool, limit: Duration) -> Duration {
+fn transfer(
+    world: &mut World,
+    streams: usize,
+    len: usize,
+    down: bool,
+    limit: Duration,
+) -> Duration {
     let ids: Vec<StreamId> = (0..streams).map(|_| world.open()).collect();
     let began = world.now;
     let mut written: BTreeMap<StreamId, usize> = ids.iter().map(|id| (*id, 0)).collect();
     let mut read: BTreeMap<StreamId, Vec<u8>> = ids.iter().map(|id| (*id, Vec::new())).collect();
-    let bytes: BTreeMap<StreamId, Vec<u8>> = ids.iter().map(|id| (*id, pattern(*id, len))).collect();
+    let bytes: BTreeMap<StreamId, Vec<u8>> =
+        ids.iter().map(|id| (*id, pattern(*id, len))).collect();
     let mut chunk = vec![0u8; 65536];
     let mut ended = 0;
     world.run_until(limit, |world| {
@@ -270,16 +290,28 @@ fn transfer(world: &mut World, streams: usize, len: usize, down: bool, limit: Du
             if *done <= len {
                 let rest = &bytes[&id][*done..];
                 if !rest.is_empty() {
-                    let taken = if down { world.provider().write(id, rest) } else { world.client.write(id, rest) };
+                    let taken = if down {
+                        world.provider().write(id, rest)
+                    } else {
+                        world.client.write(id, rest)
+                    };
                     *done += taken.unwrap();
                 }
                 if *done == len {
-                    if down { world.provider().finish(id) } else { world.client.finish(id) }
+                    if down {
+                        world.provider().finish(id)
+                    } else {
+                        world.client.finish(id)
+                    }
                     *done += 1;
                 }
             }
             loop {
-                let result = if down { world.client.read(id, &mut chunk) } else { world.provider().read(id, &mut chunk) };
+                let result = if down {
+                    world.client.read(id, &mut chunk)
+                } else {
+                    world.provider().read(id, &mut chunk)
+                };
                 match result.unwrap() {
                     Some(0) => {
                         if read[&id].len() == len {
@@ -309,7 +341,10 @@ fn a_download_and_an_upload_arrive() {
         let rate = 4.0 / time.as_secs_f64();
         let packets = (4 << 20) as f64 / 2000.0;
         let extra = world.sent[usize::from(down)] as f64 / packets;
-        println!("down {down}: {rate:.1} MiB/s, {extra:.2} packets per packet of data, {:?}", world.sent);
+        println!(
+            "down {down}: {rate:.1} MiB/s, {extra:.2} packets per packet of data, {:?}",
+            world.sent
+        );
         assert!(rate > 2.0, "{rate} MiB/s of 9.5 that the path carries");
         assert!(extra < 1.2, "{extra} packets for each that is needed");
     }
@@ -321,14 +356,21 @@ fn bytes_are_right_with_loss() {
         for down in [true, false] {
             let mut world = World::new(seed, Network { loss, ..Network::perfect() });
             let time = transfer(&mut world, 3, 500_000, down, Duration::from_secs(300));
-            println!("loss {loss} down {down}: {time:?}, sent {:?} lost {:?}", world.sent, world.lost);
+            println!(
+                "loss {loss} down {down}: {time:?}, sent {:?} lost {:?}",
+                world.sent, world.lost
+            );
         }
     }
 }
 
 #[test]
 fn thousands_of_packets_overtake_each_other() {
-    let network = Network { mean_delay: Duration::from_millis(400), spacing: Duration::from_micros(50), ..Network::perfect() };
+    let network = Network {
+        mean_delay: Duration::from_millis(400),
+        spacing: Duration::from_micros(50),
+        ..Network::perfect()
+    };
     for down in [true, false] {
         let mut world = World::new(5, network);
         let time = transfer(&mut world, 4, 3 << 20, down, Duration::from_secs(300));
@@ -345,7 +387,9 @@ fn an_idle_session_falls_silent() {
         world.provider_events.contains(&StreamEvent::Readable(stream))
     });
     let quiet_from = world.elapsed() + Duration::from_secs(5);
-    world.run_until(Duration::from_secs(60), |world| world.client.poll_timeout().is_none_or(|at| at > world.start + quiet_from));
+    world.run_until(Duration::from_secs(60), |world| {
+        world.client.poll_timeout().is_none_or(|at| at > world.start + quiet_from)
+    });
     let before = world.sent;
     let until = world.now + KEEPALIVE - Duration::from_secs(10);
     while world.step() && world.now < until {}
@@ -417,7 +461,9 @@ fn half_closes_and_resets_carry_through() {
     while world.step() && world.now < later {}
     world.provider().write(stream, b"answer").unwrap();
     world.provider().release(stream);
-    world.run_until(Duration::from_secs(1000), |world| world.client_events.contains(&StreamEvent::Reset(stream)));
+    world.run_until(Duration::from_secs(1000), |world| {
+        world.client_events.contains(&StreamEvent::Reset(stream))
+    });
     assert_eq!(world.client.read(stream, &mut chunk), Err(StreamReset));
     world.client.release(stream);
     let later = world.now + Duration::from_secs(5);
@@ -434,7 +480,9 @@ fn failed_opens_tell_why() {
             world.provider().opened(stream, OpenOutcome::HostUnreachable);
             world.provider().release(stream);
         }
-        world.client_events.contains(&StreamEvent::Opened { stream, outcome: OpenOutcome::HostUnreachable })
+        world
+            .client_events
+            .contains(&StreamEvent::Opened { stream, outcome: OpenOutcome::HostUnreachable })
     });
     world.client.release(stream);
     assert_eq!(world.client.stream_count(), 0);
@@ -457,14 +505,23 @@ fn a_closed_session_is_forgotten_and_not_begun_again() {
     let mut surbs = Surbs { made: &mut world.surbs, rng: &mut world.rng, mean_delay: MEAN_DELAY };
     assert!(copy.poll_transmit(now, Duration::ZERO, &mut surbs, &mut replay));
     let handled = world.sessions.handle_packet(now, 1_001_000, &replay);
-    assert!(matches!(handled, Handled::Refused { reason: frame::CloseReason::Unknown, .. }), "{handled:?}");
+    assert!(
+        matches!(handled, Handled::Refused { reason: frame::CloseReason::Unknown, .. }),
+        "{handled:?}"
+    );
 }
 
 #[test]
 fn starts_of_another_time_are_refused() {
     let now = Instant::now();
     let first_packet = |started_ms, id| {
-        let mut session = ClientSession::new(client::SessionId([id; 16]), started_ms, now, MAX_PACKET_BYTES, MEAN_DELAY);
+        let mut session = ClientSession::new(
+            client::SessionId([id; 16]),
+            started_ms,
+            now,
+            MAX_PACKET_BYTES,
+            MEAN_DELAY,
+        );
         session.open("example.com:80".parse().unwrap()).unwrap();
         let (mut made, mut rng, mut out) = (HashMap::new(), StdRng::seed_from_u64(1), Vec::new());
         let mut surbs = Surbs { made: &mut made, rng: &mut rng, mean_delay: MEAN_DELAY };
@@ -472,7 +529,9 @@ fn starts_of_another_time_are_refused() {
         out
     };
     let mut sessions = ProviderSessions::new(1_000_000, MAX_PACKET_BYTES, MEAN_DELAY);
-    for (id, started_ms, taken) in [(1, 1_000_000, true), (2, 999_999, false), (3, 1_120_001, false), (4, 1_120_000, true)] {
+    for (id, started_ms, taken) in
+        [(1, 1_000_000, true), (2, 999_999, false), (3, 1_120_001, false), (4, 1_120_000, true)]
+    {
         let handled = sessions.handle_packet(now, 1_000_000, &first_packet(started_ms, id));
         assert_eq!(matches!(handled, Handled::Session(_)), taken, "{started_ms}: {handled:?}");
     }

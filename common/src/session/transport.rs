@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::flight::{ACK_DELAY, Acked, Cargo, Flight, Received, Sent};
-use super::frame::{Ack, Frame, put_varint, take_varint, FrameError};
+use super::frame::{Ack, Frame, FrameError, put_varint, take_varint};
 use super::streams::{Side, Streams, Violation};
 
 /// Round trip that is assumed, beyond the mixes' delays, before one was measured.
@@ -86,6 +86,12 @@ impl Smoothed {
 pub(super) fn seconds(value: f64) -> Duration {
     // Bounded, so that a wild estimate never overflows a deadline.
     Duration::from_secs_f64(value.clamp(0.0, 60.0))
+}
+
+/// Microseconds modulo 2^32.
+#[expect(clippy::cast_possible_truncation, reason = "that is the modulo")]
+pub(super) fn wrapping_us(time: Duration) -> u32 {
+    time.as_micros() as u32
 }
 
 /// Numbering, acknowledgements and streams of one end.
@@ -204,7 +210,13 @@ impl Transport {
     }
 
     /// Appends an ACK, control and data frames, as `fill` says and as many as fit.
-    pub(super) fn write_frames(&mut self, now: Instant, out: &mut Vec<u8>, max_bytes: usize, fill: Fill) -> Vec<Cargo> {
+    pub(super) fn write_frames(
+        &mut self,
+        now: Instant,
+        out: &mut Vec<u8>,
+        max_bytes: usize,
+        fill: Fill,
+    ) -> Vec<Cargo> {
         let mut cargo = Vec::new();
         let limit = max_bytes - fill.reserved_bytes.min(max_bytes);
         if fill.ack && self.received.has_news() {

@@ -6,9 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{
-    LAYERS, NetworkName, Node, Parameters, Provider, Role, Topology, UnixTime,
-};
+use super::{LAYERS, NetworkName, Node, Parameters, Provider, Role, Topology, UnixTime};
 use crate::address::Address;
 use crate::keys::{EncryptionKey, Identity};
 
@@ -247,7 +245,8 @@ impl Topology {
 
 impl Parameters {
     fn check(&self) -> Result<(), DocumentError> {
-        let out_of_range = |name, value, range| Err(DocumentError::OutOfRange { name, value, range });
+        let out_of_range =
+            |name, value, range| Err(DocumentError::OutOfRange { name, value, range });
         let micros = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
         if !(MIN_PAYLOAD_BYTES..=MAX_PAYLOAD_BYTES).contains(&self.payload_bytes) {
             return out_of_range("payload_bytes", self.payload_bytes as u64, "1024 to 32768");

@@ -1,7 +1,6 @@
 //! The topology: which nodes and providers a network has, as a document signed by its authorities.
 //!
-//! [`signed`] is the file and its signatures, [`document`] the text inside it, [`route`] the choice
-//! of a way through it.
+//! [`sign`] and [`verify`] make and read its file, [`random_route`] chooses a way through it.
 
 mod document;
 mod route;

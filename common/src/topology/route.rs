@@ -13,7 +13,9 @@ use crate::address::Address;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NoRoute {
     /// Its gateway is not in the topology.
-    #[error("the gateway of the address is not in the topology: the address belongs to another network, or its gateway has left")]
+    #[error(
+        "the gateway of the address is not in the topology: the address belongs to another network, or its gateway has left"
+    )]
     UnknownGateway,
 }
 
@@ -34,7 +36,7 @@ pub fn random_route(
 ) -> Result<Route, NoRoute> {
     let gateway = topology.gateway(&recipient.gateway).ok_or(NoRoute::UnknownGateway)?;
     let mut hops = Vec::with_capacity(LAYERS + 2);
-    for layer in 1..=LAYERS as u8 {
+    for layer in (1..).take(LAYERS) {
         let mix = topology.mixes(layer).choose(rng).expect("a topology has a mix in each layer");
         let delay = exponential(mean_delay, rng).min(topology.parameters.max_delay);
         hops.push(hop(mix, delay));
@@ -46,7 +48,8 @@ pub fn random_route(
         delay: Duration::ZERO,
     });
     let destination = *recipient.identity.as_bytes();
-    Ok(Route::new(&hops, destination, identifier).expect("five hops and delays of at most a minute"))
+    Ok(Route::new(&hops, destination, identifier)
+        .expect("five hops and delays of at most a minute"))
 }
 
 fn hop(node: &Node, delay: Duration) -> Hop {

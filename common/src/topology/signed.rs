@@ -34,7 +34,9 @@ pub struct Authorities {
 
 /// The authorities contradict each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{threshold} of {count} signatures: more than half of the authorities, and not more than all, must sign")]
+#[error(
+    "{threshold} of {count} signatures: more than half of the authorities, and not more than all, must sign"
+)]
 pub struct AuthoritiesError {
     threshold: usize,
     count: usize,
@@ -71,9 +73,7 @@ pub enum TopologyError {
         seconds_ago: u64,
     },
     /// The document is not in force yet.
-    #[error(
-        "the topology becomes valid in {seconds} s: set this machine's clock, or wait"
-    )]
+    #[error("the topology becomes valid in {seconds} s: set this machine's clock, or wait")]
     NotYetValid {
         /// In how many seconds.
         seconds: u64,
@@ -131,8 +131,8 @@ pub fn verify(
     if file.len() > MAX_DOCUMENT_BYTES {
         return Err(TopologyError::NotATopology("it is larger than 8 MiB"));
     }
-    let text = std::str::from_utf8(file)
-        .map_err(|_| TopologyError::NotATopology("it is not text"))?;
+    let text =
+        std::str::from_utf8(file).map_err(|_| TopologyError::NotATopology("it is not text"))?;
     let text = text
         .strip_prefix(FIRST_LINE)
         .and_then(|rest| rest.strip_prefix('\n'))
@@ -140,9 +140,8 @@ pub fn verify(
     let (signatures, body) = if let Some(body) = text.strip_prefix('\n') {
         ("", body)
     } else {
-        text.split_once("\n\n").ok_or(TopologyError::NotATopology(
-            "no empty line follows the signatures",
-        ))?
+        text.split_once("\n\n")
+            .ok_or(TopologyError::NotATopology("no empty line follows the signatures"))?
     };
     let message = signed_bytes(body);
     let mut signers = BTreeSet::new();
@@ -156,8 +155,7 @@ pub fn verify(
             .ok_or(TopologyError::NotATopology("a line before the empty one is no signature"))?;
         let authority: Identity = authority.parse()?;
         let signature: Signature = signature.parse()?;
-        if authorities.keys.contains(&authority) && authority.verify(&message, &signature).is_ok()
-        {
+        if authorities.keys.contains(&authority) && authority.verify(&message, &signature).is_ok() {
             signers.insert(authority);
         }
     }

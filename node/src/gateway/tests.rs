@@ -1,1 +1,607 @@
+//! Gateways and clients over loopback, honest and not.
 
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{SinkExt, StreamExt};
+use mixsocks_client::gateway::{
+    GatewayLinkConfig, GatewayLinkError, GatewayReceiver, GatewaySender, GatewayState, LinkState,
+    UPLINK_QUEUE_PACKETS, connect,
+};
+use mixsocks_common::gateway::client::{ClientHandshake, ClientSetup, ClientStep};
+use mixsocks_common::gateway::keepalive::{CLOSE_AFTER, PAD_AFTER};
+use mixsocks_common::gateway::message::{ClientMessage, GatewayMessage, Refusal};
+use mixsocks_common::gateway::token::Token;
+use mixsocks_common::gateway::transcript::{Binding, EXPORTER_LABEL};
+use mixsocks_common::keys::IdentityKey;
+use mixsocks_common::link::{FrameBody, FrameCodec, tls};
+use mixsocks_common::topology::Role;
+use mixsocks_sphinx::{Hop, Packet, Peeled, Route, SecretKey, build_packets, finish, open_headers};
+use tokio::io::AsyncReadExt;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
+
+use super::*;
+use crate::link::testnet::{ENTRY, EXIT, PAYLOAD_LEN, TestNet, soon, topology, until_dropped};
+
+/// A TCP forwarder that can cut its connections, and whose backend can move.
+struct Proxy {
+    address: SocketAddr,
+    backend: Arc<Mutex<Option<SocketAddr>>>,
+    cuts: watch::Sender<u32>,
+    _tasks: JoinSet<()>,
+}
+
+impl Proxy {
+    async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let backend = Arc::new(Mutex::new(None::<SocketAddr>));
+        let (cuts, cut) = watch::channel(0);
+        let mut tasks = JoinSet::new();
+        let to = backend.clone();
+        tasks.spawn(async move {
+            let mut connections = JoinSet::new();
+            loop {
+                let (mut client, _) = listener.accept().await.unwrap();
+                let (to, mut cut) = (*to.lock().unwrap(), cut.clone());
+                connections.spawn(async move {
+                    let Some(to) = to else { return };
+                    let Ok(mut server) = TcpStream::connect(to).await else { return };
+                    cut.mark_unchanged();
+                    tokio::select! {
+                        _ = tokio::io::copy_bidirectional(&mut client, &mut server) => {}
+                        _ = cut.changed() => {}
+                    }
+                });
+            }
+        });
+        Self { address, backend, cuts, _tasks: tasks }
+    }
+
+    fn cut(&self) {
+        self.cuts.send_modify(|cuts| *cuts += 1);
+    }
+}
+
+/// The gateway [`EXIT`] of a test network, behind a proxy, and its clients.
+struct GatewayNet {
+    net: TestNet,
+    proxy: Proxy,
+    directory: tempfile::TempDir,
+}
+
+/// A client's keys and files.
+#[derive(Clone)]
+struct Person {
+    key: Arc<IdentityKey>,
+    sphinx_key: Arc<SecretKey>,
+    token_file: PathBuf,
+}
+
+impl GatewayNet {
+    async fn new() -> Self {
+        let mut net = TestNet::new().await;
+        let proxy = Proxy::start().await;
+        let mut nodes = net.topology.nodes().to_vec();
+        for gateway in [ENTRY, EXIT] {
+            // The other gateway's address is the same: who dials it meets the wrong one.
+            nodes[gateway].role = Role::Gateway { client_address: proxy.address };
+        }
+        net.topology = Arc::new(topology("test", nodes));
+        Self { net, proxy, directory: tempfile::tempdir().unwrap() }
+    }
+
+    async fn start(&mut self) -> Gateway {
+        let listener = self.net.listener(EXIT);
+        self.start_on(listener, "gateway").await
+    }
+
+    /// Again, after it was stopped; other nodes do not find it any more.
+    async fn restart(&mut self, data: &str) -> Gateway {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        self.start_on(listener, data).await
+    }
+
+    async fn start_on(&mut self, link_listener: TcpListener, data: &str) -> Gateway {
+        let data_dir = self.directory.path().join(data);
+        std::fs::create_dir_all(&data_dir).unwrap();
+        let gateway = Gateway::start(GatewayConfig {
+            identity: self.net.keys[EXIT].clone(),
+            sphinx_key: self.net.sphinx_key(EXIT),
+            topology: self.net.topology.clone(),
+            link_listener,
+            client_listener: TcpListener::bind("127.0.0.1:0").await.unwrap(),
+            data_dir,
+        })
+        .unwrap();
+        *self.proxy.backend.lock().unwrap() = Some(gateway.client_address());
+        gateway
+    }
+
+    /// The last mix's links, over which packets reach the gateway.
+    fn last_mix(&self) -> LinkPool {
+        LinkPool::start(self.net.context(3).0).unwrap()
+    }
+
+    /// The first mix, to which clients send.
+    fn first_mix(&mut self) -> (LinkListener, mpsc::Receiver<Packet>) {
+        let (packets, received) = mpsc::channel(1024);
+        let context = self.net.context(1).0;
+        (LinkListener::start(context, self.net.listener(1), packets).unwrap(), received)
+    }
+
+    fn person(&self) -> Person {
+        let mut rng = rand::rng();
+        let key = Arc::new(IdentityKey::generate(&mut rng));
+        let token_file = self.directory.path().join(key.identity().to_string());
+        Person { key, sphinx_key: Arc::new(SecretKey::generate(&mut rng)), token_file }
+    }
+
+    fn config(&self, person: &Person) -> GatewayLinkConfig {
+        GatewayLinkConfig {
+            topology: self.net.topology.clone(),
+            gateway: self.net.identity(EXIT),
+            identity: person.key.clone(),
+            token_file: person.token_file.clone(),
+            invitation: None,
+        }
+    }
+
+    async fn connect(&self, person: &Person) -> (GatewaySender, GatewayReceiver, GatewayState) {
+        soon(connect(self.config(person))).await.unwrap()
+    }
+
+    /// Packets for the gateway that name `next_hop`, numbered from `first`.
+    fn packets(
+        &self,
+        next_hop: [u8; 32],
+        key: &SecretKey,
+        numbers: std::ops::Range<u64>,
+    ) -> Vec<Packet> {
+        let gateway = self.net.hop(EXIT, Duration::ZERO);
+        let client = Hop { address: next_hop, key: key.public_key(), delay: Duration::ZERO };
+        let texts: Vec<_> = numbers.map(u64::to_be_bytes).collect();
+        let route = |_| Route::new(&[gateway, client], next_hop, [8; 16]).unwrap();
+        let requests: Vec<_> = texts.iter().map(|text| (route(()), &text[..])).collect();
+        let built = build_packets(&mut rand::rng(), PAYLOAD_LEN, &requests);
+        built.into_iter().map(Result::unwrap).collect()
+    }
+
+    fn packets_for(&self, person: &Person, numbers: std::ops::Range<u64>) -> Vec<Packet> {
+        self.packets(*person.key.identity().as_bytes(), &person.sphinx_key, numbers)
+    }
+}
+
+/// The number in a packet that has reached its client.
+fn number(person: &Person, packet: Packet) -> u64 {
+    let opened = open_headers(&person.sphinx_key, vec![packet]).remove(0).unwrap();
+    match finish(vec![opened]).remove(0).unwrap() {
+        Peeled::Final { payload, .. } => {
+            u64::from_be_bytes(payload.into_plaintext().unwrap().try_into().unwrap())
+        }
+        Peeled::Forward { .. } => panic!("not the last hop"),
+    }
+}
+
+/// Bytes that look like a packet; gateways do not open what clients send.
+fn packet(fill: u8) -> Packet {
+    let bytes = vec![fill; mixsocks_sphinx::HEADER_LEN + PAYLOAD_LEN];
+    Packet::from_bytes(bytes, PAYLOAD_LEN).unwrap()
+}
+
+async fn until_state(state: &mut GatewayState, is_it: impl FnMut(&LinkState) -> bool) {
+    soon(state.wait_for(is_it)).await.unwrap();
+}
+
+/// A client that sends what it likes.
+struct RawClient {
+    socket: WebSocketStream<TlsStream<TcpStream>>,
+    binding: Binding,
+    codec: FrameCodec,
+}
+
+impl RawClient {
+    async fn dial(net: &GatewayNet) -> Self {
+        let config = tls::gateway_client_config(net.net.identity(EXIT)).unwrap();
+        let stream = TcpStream::connect(net.proxy.address).await.unwrap();
+        let connector = TlsConnector::from(config);
+        let stream = soon(connector.connect(tls::server_name(), stream)).await.unwrap();
+        let session = stream.get_ref().1;
+        let exporter = session.export_keying_material([0; 32], EXPORTER_LABEL, None).unwrap();
+        let handshake = Box::pin(tokio_tungstenite::client_async("ws://gateway.invalid/", stream));
+        let (socket, _) = soon(handshake).await.unwrap();
+        let codec = FrameCodec::new(net.net.topology.packet_bytes());
+        Self { socket, binding: Binding::Session(exporter), codec }
+    }
+
+    async fn send(&mut self, message: Message) {
+        // The gateway may have closed already.
+        let _ = soon(self.socket.send(message)).await;
+    }
+
+    fn control(&self, message: &ClientMessage) -> Message {
+        let mut frame = Vec::new();
+        self.codec.encode_control(0, &message.encode(), &mut frame).unwrap();
+        Message::Binary(frame.into())
+    }
+
+    fn packet(&self, counter: u64, next_hop: &[u8; 32]) -> Message {
+        let mut frame = Vec::new();
+        self.codec.encode_packet(counter, next_hop, packet(1).as_bytes(), &mut frame);
+        Message::Binary(frame.into())
+    }
+
+    /// The next frame; `None` when the gateway closes.
+    async fn frame(&mut self) -> Option<Bytes> {
+        match soon(self.socket.next()).await {
+            Some(Ok(Message::Binary(bytes))) => Some(bytes),
+            _ => None,
+        }
+    }
+
+    async fn message(&mut self) -> Option<GatewayMessage> {
+        let frame = self.frame().await?;
+        match self.codec.decode(&frame).unwrap().body {
+            FrameBody::Control(body) => Some(GatewayMessage::decode(body).unwrap()),
+            body => panic!("{body:?}"),
+        }
+    }
+
+    async fn is_closed(&mut self) -> bool {
+        while self.frame().await.is_some() {}
+        true
+    }
+
+    /// Registers if there is no token, and logs in.
+    async fn log_in(
+        &mut self,
+        net: &GatewayNet,
+        person: &Person,
+        token: Option<Token>,
+    ) -> Result<(), Refusal> {
+        let setup = ClientSetup {
+            network: net.net.topology.network.clone(),
+            gateway: net.net.identity(EXIT),
+            key: person.key.clone(),
+            binding: self.binding.clone(),
+            token,
+            invitation: None,
+            resume: None,
+        };
+        let (mut state, mut message) = ClientHandshake::start(setup, &mut rand::rng());
+        loop {
+            self.send(self.control(&message)).await;
+            let answer = self.message().await.unwrap();
+            (state, message) = match state.handle_message(answer).unwrap() {
+                ClientStep::Send { state, message } => (state, message),
+                ClientStep::Store { state, message, .. } => (state, message),
+                ClientStep::Established(_) => return Ok(()),
+                ClientStep::Refused(refusal) => return Err(refusal),
+                ClientStep::Ended(message) => panic!("{message:?}"),
+            };
+        }
+    }
+}
+
+#[tokio::test]
+async fn registers_once_and_logs_in_after_a_restart() {
+    let mut net = GatewayNet::new().await;
+    let person = net.person();
+    let mut tokens = BTreeSet::new();
+    for round in 0..2 {
+        let gateway = if round == 0 { net.start().await } else { net.restart("gateway").await };
+        for _ in 0..2 {
+            let (_, receiver, mut state) = net.connect(&person).await;
+            tokens.insert(std::fs::read(&person.token_file).unwrap());
+            drop(receiver);
+            until_state(&mut state, |state| matches!(state, LinkState::Closed)).await;
+        }
+        soon(gateway.shutdown()).await;
+    }
+    assert_eq!(tokens.len(), 1, "the same token throughout");
+}
+
+#[tokio::test]
+async fn a_wrong_token_is_refused_and_a_client_registers_again() {
+    let mut net = GatewayNet::new().await;
+    let _gateway = net.start().await;
+    let person = net.person();
+    let guess = Some(Token::generate(&mut rand::rng()));
+    let mut raw = RawClient::dial(&net).await;
+    assert_eq!(raw.log_in(&net, &person, guess.clone()).await, Err(Refusal::UnknownToken));
+    assert!(raw.is_closed().await);
+    drop(net.connect(&person).await);
+    let first = std::fs::read(&person.token_file).unwrap();
+    let mut raw = RawClient::dial(&net).await;
+    assert_eq!(raw.log_in(&net, &person, guess).await, Err(Refusal::UnknownToken));
+    // Somebody with the same key registers, as after the loss of the token: the first one is out.
+    let mut raw = RawClient::dial(&net).await;
+    assert_eq!(raw.log_in(&net, &person, None).await, Ok(()));
+    drop(net.connect(&person).await);
+    assert_ne!(std::fs::read(&person.token_file).unwrap(), first);
+}
+
+#[tokio::test]
+async fn the_newest_connection_wins() {
+    let mut net = GatewayNet::new().await;
+    let _gateway = net.start().await;
+    let person = net.person();
+    let (sender, mut receiver, mut state) = net.connect(&person).await;
+    let (_sender, _receiver, new_state) = net.connect(&person).await;
+    until_state(&mut state, |state| matches!(state, LinkState::Evicted)).await;
+    assert!(soon(receiver.recv()).await.is_none());
+    assert!(soon(sender.send(([1; 32], packet(1)))).await.is_err());
+    assert!(matches!(*new_state.borrow(), LinkState::Connected));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cut_loses_and_repeats_nothing() {
+    const COUNT: u64 = 600;
+    let mut net = GatewayNet::new().await;
+    let gateway = net.start().await;
+    let person = net.person();
+    let (_sender, mut receiver, mut state) = net.connect(&person).await;
+    let last_mix = net.last_mix();
+    let mut numbers = Vec::new();
+    for packet in net.packets_for(&person, 0..COUNT) {
+        last_mix.send(&net.net.identity(EXIT), packet);
+    }
+    for n in 0..COUNT {
+        if n % 100 == 50 {
+            net.proxy.cut();
+        }
+        numbers.push(number(&person, soon(receiver.recv()).await.unwrap()));
+    }
+    numbers.sort_unstable();
+    assert_eq!(numbers, (0..COUNT).collect::<Vec<_>>());
+    until_state(&mut state, |state| matches!(state, LinkState::Connected)).await;
+    assert_eq!(gateway.counters().snapshot().dropped_total(), 0);
+    assert!(receiver.try_recv().is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn cuts_lose_and_repeat_nothing_upwards() {
+    const COUNT: u8 = 200;
+    let mut net = GatewayNet::new().await;
+    let gateway = net.start().await;
+    let (_mix, mut packets) = net.first_mix();
+    let mix = *net.net.identity(1).as_bytes();
+    let (sender, _receiver, _) = net.connect(&net.person()).await;
+    for n in 0..COUNT {
+        if n % 50 == 25 {
+            net.proxy.cut();
+        }
+        soon(sender.send((mix, packet(n)))).await.unwrap();
+    }
+    for n in 0..COUNT {
+        assert_eq!(soon(packets.recv()).await.unwrap(), packet(n));
+    }
+    assert_eq!(gateway.counters().snapshot().dropped_total(), 0);
+}
+
+#[tokio::test]
+async fn packets_for_anybody_but_its_clients_are_dropped() {
+    let mut net = GatewayNet::new().await;
+    let gateway = net.start().await;
+    let (known, unknown) = (net.person(), net.person());
+    let (_sender, mut receiver, _) = net.connect(&known).await;
+    let mut packets = net.packets_for(&unknown, 0..2);
+    for node in [1, ENTRY, EXIT] {
+        // Not even other nodes: nobody uses a gateway to reach them.
+        let next_hop = *net.net.identity(node).as_bytes();
+        packets.extend(net.packets(next_hop, &net.net.sphinx_keys[node], 0..1));
+    }
+    packets.extend(net.net.packets(&[EXIT], &[Duration::ZERO]));
+    packets.extend(net.packets_for(&known, 7..8));
+    let last_mix = net.last_mix();
+    packets.into_iter().for_each(|packet| last_mix.send(&net.net.identity(EXIT), packet));
+    assert_eq!(number(&known, soon(receiver.recv()).await.unwrap()), 7);
+    until_dropped(gateway.counters(), DropReason::UnknownClient, 5).await;
+    until_dropped(gateway.counters(), DropReason::FinalHopHere, 1).await;
+}
+
+#[tokio::test]
+async fn clients_reach_the_first_layer_only() {
+    let mut net = GatewayNet::new().await;
+    let gateway = net.start().await;
+    let (_mix, mut packets) = net.first_mix();
+    let (sender, _receiver, _) = net.connect(&net.person()).await;
+    let hops = [2, 3, ENTRY, EXIT].map(|node| *net.net.identity(node).as_bytes());
+    for hop in hops.into_iter().chain([[9; 32], *net.net.identity(1).as_bytes()]) {
+        soon(sender.send((hop, packet(5)))).await.unwrap();
+    }
+    assert_eq!(soon(packets.recv()).await.unwrap(), packet(5));
+    until_dropped(gateway.counters(), DropReason::WrongLayer, 4).await;
+    until_dropped(gateway.counters(), DropReason::UnknownNextHop, 1).await;
+}
+
+#[tokio::test]
+async fn whoever_breaks_the_protocol_is_closed() {
+    let mut net = GatewayNet::new().await;
+    let gateway = net.start().await;
+    let mix = *net.net.identity(1).as_bytes();
+    let mut breaches = 0;
+    let frame_bytes = FrameCodec::new(net.net.topology.packet_bytes()).frame_bytes();
+    let binary = |len: usize, fill: u8| Message::Binary(vec![fill; len].into());
+    for is_logged_in in [false, true] {
+        let authenticate = ClientMessage::OtherVersion(1);
+        let of = |raw: &RawClient| {
+            vec![
+                binary(frame_bytes - 1, 0),
+                binary(frame_bytes + 1, 0),
+                binary(frame_bytes, 7),
+                binary(0, 0),
+                Message::Text("hello".into()),
+                // Beyond what was sent.
+                raw.packet(1, &mix),
+                raw.control(&authenticate),
+            ]
+        };
+        let count = of(&RawClient::dial(&net).await).len();
+        for at in 0..count {
+            let mut raw = RawClient::dial(&net).await;
+            if is_logged_in {
+                raw.log_in(&net, &net.person(), None).await.unwrap();
+            }
+            let message = of(&raw).swap_remove(at);
+            raw.send(message).await;
+            assert!(raw.is_closed().await);
+            breaches += 1;
+            until_dropped(gateway.counters(), DropReason::MalformedFrame, breaches).await;
+        }
+    }
+    // And the gateway still serves the others.
+    net.connect(&net.person()).await;
+}
+
+#[tokio::test]
+async fn silent_connections_keep_nobody_out() {
+    let mut net = GatewayNet::new().await;
+    let gateway = net.start().await;
+    let mut silent = Vec::new();
+    for _ in 0..3 * MAX_HALF_OPEN_PER_SOURCE {
+        silent.push(soon(TcpStream::connect(gateway.client_address())).await.unwrap());
+    }
+    let (_sender, _receiver, state) = net.connect(&net.person()).await;
+    assert!(matches!(*state.borrow(), LinkState::Connected));
+    // The oldest ones were closed.
+    let mut byte = [0];
+    assert!(matches!(soon(silent[0].read(&mut byte)).await, Ok(0) | Err(_)));
+}
+
+#[tokio::test]
+async fn registrations_are_limited_and_logins_are_not() {
+    let mut net = GatewayNet::new().await;
+    let _gateway = net.start().await;
+    let person = net.person();
+    drop(net.connect(&person).await);
+    let refusal = loop {
+        let mut raw = RawClient::dial(&net).await;
+        if let Err(refusal) = raw.log_in(&net, &net.person(), None).await {
+            break refusal;
+        }
+    };
+    assert!(matches!(refusal, Refusal::RateLimited { .. }), "{refusal}");
+    drop(net.connect(&person).await);
+}
+
+#[tokio::test]
+async fn silent_strangers_are_closed_in_time() {
+    let mut net = GatewayNet::new().await;
+    let gateway = net.start().await;
+    let mut stranger = soon(TcpStream::connect(gateway.client_address())).await.unwrap();
+    tokio::time::pause();
+    let start = Instant::now();
+    let mut byte = [0];
+    assert!(matches!(soon(stranger.read(&mut byte)).await, Ok(0) | Err(_)));
+    assert!(start.elapsed() >= login::LOGIN_TIMEOUT);
+}
+
+#[tokio::test]
+async fn a_silent_client_gets_pads_and_is_closed_in_time() {
+    let mut net = GatewayNet::new().await;
+    let _gateway = net.start().await;
+    let mut raw = RawClient::dial(&net).await;
+    raw.log_in(&net, &net.person(), None).await.unwrap();
+    tokio::time::pause();
+    let start = Instant::now();
+    let mut pads = 0;
+    while let Some(Ok(Message::Binary(frame))) = raw.socket.next().await {
+        assert_eq!(raw.codec.decode(&frame).unwrap().body, FrameBody::Pad);
+        pads += 1;
+        assert!(start.elapsed() >= PAD_AFTER * pads);
+    }
+    assert!(pads >= 1 && start.elapsed() >= CLOSE_AFTER, "{pads} {:?}", start.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_link_survives_every_restart_and_packets_wait() {
+    let mut net = GatewayNet::new().await;
+    let mut gateway = net.start().await;
+    let (_mix, mut packets) = net.first_mix();
+    let mix = *net.net.identity(1).as_bytes();
+    let person = net.person();
+    let (sender, _receiver, mut state) = net.connect(&person).await;
+    let first = std::fs::read(&person.token_file).unwrap();
+    // The second time with an empty disk.
+    for data in ["gateway", "new"] {
+        soon(gateway.shutdown()).await;
+        until_state(&mut state, |state| matches!(state, LinkState::Reconnecting { .. })).await;
+        for _ in 0..UPLINK_QUEUE_PACKETS {
+            sender.try_send((mix, packet(1))).unwrap();
+        }
+        assert!(sender.try_send((mix, packet(1))).is_err(), "the queue is bounded");
+        gateway = net.restart(data).await;
+        until_state(&mut state, |state| matches!(state, LinkState::Connected)).await;
+        for _ in 0..UPLINK_QUEUE_PACKETS {
+            assert_eq!(soon(packets.recv()).await.unwrap(), packet(1));
+        }
+        let same = std::fs::read(&person.token_file).unwrap() == first;
+        assert_eq!(same, data == "gateway");
+    }
+}
+
+#[tokio::test]
+async fn errors_say_what_is_wrong() {
+    let mut net = GatewayNet::new().await;
+    let person = net.person();
+    let config = || net.config(&person);
+    let unused = {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        listener.local_addr().unwrap()
+    };
+    let mut nodes = net.net.topology.nodes().to_vec();
+    nodes[EXIT].role = Role::Gateway { client_address: unused };
+    let nowhere = GatewayLinkConfig { topology: Arc::new(topology("test", nodes)), ..config() };
+    let error = soon(connect(nowhere)).await.unwrap_err();
+    assert!(matches!(error, GatewayLinkError::Unreachable { .. }), "{error}");
+    assert!(error.to_string().contains(&unused.to_string()), "{error}");
+
+    let mix = GatewayLinkConfig { gateway: net.net.identity(1), ..config() };
+    let error = soon(connect(mix)).await.unwrap_err();
+    assert!(matches!(error, GatewayLinkError::UnknownGateway(_)), "{error}");
+
+    std::fs::write(&person.token_file, "nonsense").unwrap();
+    let error = soon(connect(config())).await.unwrap_err();
+    assert!(error.to_string().contains(person.token_file.to_str().unwrap()), "{error}");
+    std::fs::remove_file(&person.token_file).unwrap();
+
+    let wrong = GatewayLinkConfig { gateway: net.net.identity(ENTRY), ..config() };
+    let nodes = net.net.topology.nodes().to_vec();
+    let other = GatewayLinkConfig { topology: Arc::new(topology("other", nodes)), ..config() };
+    let _gateway = net.start().await;
+    let error = soon(connect(wrong)).await.unwrap_err();
+    assert!(matches!(error, GatewayLinkError::WrongKey { .. }), "{error}");
+    for identity in [net.net.identity(ENTRY), net.net.identity(EXIT)] {
+        assert!(error.to_string().contains(&identity.to_string()), "{error}");
+    }
+    let error = soon(connect(other)).await.unwrap_err();
+    assert!(matches!(error, GatewayLinkError::Refused(Refusal::WrongNetwork)), "{error}");
+}
+
+#[tokio::test]
+async fn a_gateway_that_the_topology_does_not_have_does_not_start() {
+    let net = GatewayNet::new().await;
+    let start = async |identity: usize, sphinx_key: usize| {
+        Gateway::start(GatewayConfig {
+            identity: net.net.keys[identity].clone(),
+            sphinx_key: net.net.sphinx_key(sphinx_key),
+            topology: net.net.topology.clone(),
+            link_listener: TcpListener::bind("127.0.0.1:0").await.unwrap(),
+            client_listener: TcpListener::bind("127.0.0.1:0").await.unwrap(),
+            data_dir: net.directory.path().to_owned(),
+        })
+    };
+    assert!(matches!(start(1, 1).await, Err(GatewayError::NotAGateway(_))));
+    assert!(matches!(start(EXIT, ENTRY).await, Err(GatewayError::WrongSphinxKey(_))));
+}

@@ -45,10 +45,7 @@ mod tests {
         for doublings in 0..40u32 {
             let longest = (FIRST * 2u32.pow(doublings.min(10))).min(LONGEST);
             let wait = backoff.next_wait(&mut rng);
-            assert!(
-                (longest / 2..=longest).contains(&wait),
-                "{doublings}: {wait:?}"
-            );
+            assert!((longest / 2..=longest).contains(&wait), "{doublings}: {wait:?}");
         }
         backoff.reset();
         assert!(backoff.next_wait(&mut rng) <= FIRST);

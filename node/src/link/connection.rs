@@ -50,9 +50,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             outgoing: Vec::new(),
         };
         let hello = context.hello.encode();
-        connection
-            .codec
-            .encode_control(0, &hello, &mut connection.outgoing)?;
+        connection.codec.encode_control(0, &hello, &mut connection.outgoing)?;
         connection.flush().await?;
         match connection.next().await? {
             Incoming::Control(message) => context.hello.check(&message)?,

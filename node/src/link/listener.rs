@@ -154,11 +154,7 @@ impl Acceptor {
                 let link = self.links.spawn(async move {
                     let since = Instant::now();
                     let why = take_packets(*connection, &context, packets).await;
-                    Ended {
-                        peer,
-                        lived: since.elapsed(),
-                        why,
-                    }
+                    Ended { peer, lived: since.elapsed(), why }
                 });
                 // The newest wins: the old one may be dead without knowing.
                 if let Some(old) = self.by_peer.insert(peer, link) {

@@ -32,10 +32,7 @@ impl NextHops {
     /// [`DropReason::UnknownNextHop`] when no node has this identity (it may be a client),
     /// [`DropReason::WrongLayer`] when it is a node that this one must not send to.
     pub fn resolve(&self, next_hop: &[u8; 32]) -> Result<Identity, DropReason> {
-        match self
-            .nodes
-            .binary_search_by(|(node, _)| node.as_bytes().cmp(next_hop))
-        {
+        match self.nodes.binary_search_by(|(node, _)| node.as_bytes().cmp(next_hop)) {
             Ok(at) if self.nodes[at].1 => Ok(self.nodes[at].0),
             Ok(_) => Err(DropReason::WrongLayer),
             Err(_) => Err(DropReason::UnknownNextHop),
@@ -44,9 +41,6 @@ impl NextHops {
 
     /// The nodes that may be sent to, sorted by identity.
     pub fn reachable(&self) -> impl Iterator<Item = &Identity> {
-        self.nodes
-            .iter()
-            .filter(|(_, reachable)| *reachable)
-            .map(|(node, _)| node)
+        self.nodes.iter().filter(|(_, reachable)| *reachable).map(|(node, _)| node)
     }
 }

@@ -78,11 +78,7 @@ impl LinkPool {
             neighbours.insert(*identity, Neighbour { queue, is_down });
             tasks.spawn(dialler.run());
         }
-        Ok(Self {
-            neighbours,
-            context,
-            tasks,
-        })
+        Ok(Self { neighbours, context, tasks })
     }
 
     /// Queues a packet for a neighbour; never waits. A packet that cannot be queued is dropped and
@@ -99,13 +95,10 @@ impl LinkPool {
         if neighbour.is_down.load(Ordering::Relaxed) {
             return Err(DropReason::LinkDown);
         }
-        neighbour
-            .queue
-            .try_send(packet)
-            .map_err(|error| match error {
-                mpsc::error::TrySendError::Full(_) => DropReason::QueueFull,
-                mpsc::error::TrySendError::Closed(_) => DropReason::LinkDown,
-            })
+        neighbour.queue.try_send(packet).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => DropReason::QueueFull,
+            mpsc::error::TrySendError::Closed(_) => DropReason::LinkDown,
+        })
     }
 
     /// Closes all links, and returns when they are closed. Queued packets are lost.
@@ -168,11 +161,7 @@ impl Dialler {
     }
 
     async fn dial(&self) -> Result<Dialled, LinkFailure> {
-        within(
-            SETUP_TIMEOUT,
-            dial(&self.context, &self.node, self.tls.clone()),
-        )
-        .await
+        within(SETUP_TIMEOUT, dial(&self.context, &self.node, self.tls.clone())).await
     }
 
     /// Carries packets until the link ends, or until the pool is gone.
@@ -244,13 +233,9 @@ pub(super) async fn dial(
     node: &Node,
     tls: Arc<ClientConfig>,
 ) -> Result<Dialled, LinkFailure> {
-    let stream = TcpStream::connect(node.link_address)
-        .await
-        .map_err(LinkFailure::Connect)?;
+    let stream = TcpStream::connect(node.link_address).await.map_err(LinkFailure::Connect)?;
     stream.set_nodelay(true)?;
-    let stream = TlsConnector::from(tls)
-        .connect(tls::server_name(), stream)
-        .await?;
+    let stream = TlsConnector::from(tls).connect(tls::server_name(), stream).await?;
     let (connection, _) = Connection::open(stream, |stream| stream.get_ref().1, context).await?;
     Ok(connection)
 }

@@ -42,9 +42,7 @@ impl TestNet {
             let link_address = listener.local_addr().unwrap();
             let role = match u8::try_from(number).unwrap() {
                 layer @ 1..=3 => Role::Mix { layer },
-                _ => Role::Gateway {
-                    client_address: link_address,
-                },
+                _ => Role::Gateway { client_address: link_address },
             };
             nodes.push(Node {
                 identity: key.identity(),
@@ -57,12 +55,7 @@ impl TestNet {
             listeners.push(Some(listener));
         }
         let topology = Arc::new(topology("test", nodes));
-        Self {
-            keys,
-            sphinx_keys,
-            topology,
-            listeners,
-        }
+        Self { keys, sphinx_keys, topology, listeners }
     }
 
     pub(crate) fn identity(&self, number: usize) -> Identity {
@@ -90,17 +83,12 @@ impl TestNet {
     /// One packet per delay, numbered from 0 in the plaintext, over the nodes `route`; the last of
     /// them is where it ends.
     pub(crate) fn packets(&self, route: &[usize], delays: &[Duration]) -> Vec<Packet> {
-        let texts: Vec<_> = (0..delays.len())
-            .map(|n| (n as u64).to_be_bytes())
-            .collect();
+        let texts: Vec<_> = (0..delays.len()).map(|n| (n as u64).to_be_bytes()).collect();
         let requests: Vec<_> = delays
             .iter()
             .zip(&texts)
             .map(|(delay, text)| {
-                let hops: Vec<_> = route
-                    .iter()
-                    .map(|number| self.hop(*number, *delay))
-                    .collect();
+                let hops: Vec<_> = route.iter().map(|number| self.hop(*number, *delay)).collect();
                 (Route::new(&hops, [7; 32], [8; 16]).unwrap(), &text[..])
             })
             .collect();
@@ -110,11 +98,7 @@ impl TestNet {
 
     pub(crate) fn hop(&self, number: usize, delay: Duration) -> Hop {
         let node = &self.topology.nodes()[number];
-        Hop {
-            address: *node.identity.as_bytes(),
-            key: node.sphinx_key.public_key(),
-            delay,
-        }
+        Hop { address: *node.identity.as_bytes(), key: node.sphinx_key.public_key(), delay }
     }
 }
 
@@ -131,9 +115,7 @@ pub(crate) fn topology(network: &str, nodes: Vec<Node>) -> Topology {
 
 /// Awaits something that happens soon or never.
 pub(crate) async fn soon<T>(event: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, event)
-        .await
-        .expect("it happens in the end")
+    tokio::time::timeout(PATIENCE, event).await.expect("it happens in the end")
 }
 
 /// Waits until so many packets have been dropped for this reason.

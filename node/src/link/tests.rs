@@ -92,10 +92,7 @@ async fn only_nodes_of_the_layer_before_get_in() {
         assert!(dial_from(&net, stranger, MIX).await.is_err());
     }
     assert!(dial_from(&net, ENTRY, MIX).await.is_ok());
-    assert!(
-        dial_from(&net, EXIT, MIX).await.is_ok(),
-        "every gateway may send to layer 1"
-    );
+    assert!(dial_from(&net, EXIT, MIX).await.is_ok(), "every gateway may send to layer 1");
 }
 
 #[tokio::test]
@@ -130,38 +127,23 @@ async fn a_breach_closes_the_link_and_is_counted() {
     let mut reserved = frame(0, &me);
     reserved[7] = 1;
     let mut second_hello = Vec::new();
-    codec
-        .encode_control(0, b"hello again", &mut second_hello)
-        .unwrap();
+    codec.encode_control(0, b"hello again", &mut second_hello).unwrap();
     let mut full_pad = Vec::new();
     codec.encode_pad(0, &mut full_pad);
     *full_pad.last_mut().unwrap() = 1;
-    let breaches = [
-        frame(0, &other),
-        frame(1, &me),
-        unknown_kind,
-        reserved,
-        second_hello,
-        full_pad,
-    ];
+    let breaches =
+        [frame(0, &other), frame(1, &me), unknown_kind, reserved, second_hello, full_pad];
     for (count, breach) in (1..).zip(breaches) {
         let mut connection = dial_from(&net, ENTRY, MIX).await.unwrap();
         connection.push_packet(&net.identity(MIX), &good);
         connection.push_bytes(&breach);
         connection.push_packet(&net.identity(MIX), &packet(2));
         connection.flush().await.unwrap();
-        assert_eq!(
-            soon(packets.recv()).await.unwrap(),
-            good,
-            "what came before it counts"
-        );
+        assert_eq!(soon(packets.recv()).await.unwrap(), good, "what came before it counts");
         assert!(is_closed(&mut connection).await);
         until_dropped(&counters, DropReason::MalformedFrame, count).await;
     }
-    assert!(
-        packets.try_recv().is_err(),
-        "nothing behind a breach is taken"
-    );
+    assert!(packets.try_recv().is_err(), "nothing behind a breach is taken");
 }
 
 #[tokio::test]
@@ -228,11 +210,7 @@ async fn a_full_queue_drops_and_counts() {
     }
     assert_eq!(counters.snapshot().dropped(DropReason::QueueFull), 10);
     pool.send(&net.identity(2), packet(1));
-    assert_eq!(
-        counters.snapshot().dropped(DropReason::UnknownNextHop),
-        1,
-        "no neighbour"
-    );
+    assert_eq!(counters.snapshot().dropped(DropReason::UnknownNextHop), 1, "no neighbour");
 }
 
 #[tokio::test]
@@ -285,10 +263,7 @@ async fn a_ping_is_answered() {
     for _ in 0..3 {
         connection.push_pad();
         connection.flush().await.unwrap();
-        assert!(matches!(
-            soon(connection.next()).await.unwrap(),
-            Incoming::Pad
-        ));
+        assert!(matches!(soon(connection.next()).await.unwrap(), Incoming::Pad));
     }
 }
 
@@ -300,14 +275,8 @@ async fn a_peer_that_answers_no_ping_is_dialled_again() {
     context.ping_interval = Duration::from_millis(20);
     let _pool = LinkPool::start(context).unwrap();
     let mut connection = accept_by_hand(&net, &socket).await;
-    assert!(
-        matches!(soon(connection.next()).await.unwrap(), Incoming::Pad),
-        "the ping"
-    );
-    assert!(
-        soon(connection.next()).await.is_err(),
-        "closed without another ping"
-    );
+    assert!(matches!(soon(connection.next()).await.unwrap(), Incoming::Pad), "the ping");
+    assert!(soon(connection.next()).await.is_err(), "closed without another ping");
     accept_by_hand(&net, &socket).await;
 }
 
@@ -330,15 +299,9 @@ async fn packets_against_the_direction_close_the_link() {
 async fn next_hops_are_told_apart() {
     let net = TestNet::new().await;
     let hops = NextHops::new(&net.topology, &net.identity(2));
-    assert_eq!(
-        hops.resolve(net.identity(3).as_bytes()),
-        Ok(net.identity(3))
-    );
+    assert_eq!(hops.resolve(net.identity(3).as_bytes()), Ok(net.identity(3)));
     for wrong in [ENTRY, 1, 2, EXIT] {
-        assert_eq!(
-            hops.resolve(net.identity(wrong).as_bytes()),
-            Err(DropReason::WrongLayer)
-        );
+        assert_eq!(hops.resolve(net.identity(wrong).as_bytes()), Err(DropReason::WrongLayer));
     }
     assert_eq!(hops.resolve(&[0; 32]), Err(DropReason::UnknownNextHop));
     assert_eq!(hops.reachable().collect::<Vec<_>>(), [&net.identity(3)]);

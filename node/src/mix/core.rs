@@ -53,19 +53,13 @@ impl MixCore {
     /// [`DropReason::UnknownNextHop`] or [`DropReason::WrongLayer`] for this one,
     /// [`DropReason::DelayQueueFull`] for this or another one.
     pub fn handle_peeled(&mut self, now: Instant, peeled: Peeled) -> Result<(), DropReason> {
-        let Peeled::Forward {
-            next_hop,
-            delay,
-            packet,
-        } = peeled
-        else {
+        let Peeled::Forward { next_hop, delay, packet } = peeled else {
             return Err(DropReason::FinalHopHere);
         };
         let next_hop = self.next_hops.resolve(&next_hop)?;
         let deadline = now + delay.min(self.max_delay);
         self.handled += 1;
-        self.held
-            .insert((deadline, self.handled), (next_hop, packet));
+        self.held.insert((deadline, self.handled), (next_hop, packet));
         if self.held.len() > self.max_held {
             self.held.pop_last();
             return Err(DropReason::DelayQueueFull);
@@ -75,9 +69,7 @@ impl MixCore {
 
     /// When the next packet is due.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.held
-            .first_key_value()
-            .map(|((deadline, _), _)| *deadline)
+        self.held.first_key_value().map(|((deadline, _), _)| *deadline)
     }
 
     /// The next packet whose deadline is not after `now`, and whom to send it to.
@@ -106,11 +98,7 @@ mod tests {
     fn forward(next_hop: [u8; 32], delay: Duration, fill: u8) -> Peeled {
         let bytes = vec![fill; HEADER_LEN + PAYLOAD_LEN];
         let packet = Packet::from_bytes(bytes, PAYLOAD_LEN).unwrap();
-        Peeled::Forward {
-            next_hop,
-            delay,
-            packet,
-        }
+        Peeled::Forward { next_hop, delay, packet }
     }
 
     fn fills(core: &mut MixCore, now: Instant) -> Vec<u8> {
@@ -131,8 +119,7 @@ mod tests {
         let (mut core, next) = core(10).await;
         let start = Instant::now();
         for (delay, fill) in [(5, 1), (3, 2), (5, 3), (0, 4)] {
-            core.handle_peeled(start, forward(next, delay * MILLISECOND, fill))
-                .unwrap();
+            core.handle_peeled(start, forward(next, delay * MILLISECOND, fill)).unwrap();
         }
         assert_eq!(core.poll_timeout(), Some(start));
         assert_eq!(fills(&mut core, start), [4]);
@@ -147,11 +134,7 @@ mod tests {
     async fn no_delay_is_longer_than_the_networks_maximum() {
         let (mut core, next) = core(10).await;
         let start = Instant::now();
-        for delay in [
-            MAX_DELAY + MILLISECOND,
-            Duration::from_nanos(u64::MAX),
-            Duration::MAX,
-        ] {
+        for delay in [MAX_DELAY + MILLISECOND, Duration::from_nanos(u64::MAX), Duration::MAX] {
             core.handle_peeled(start, forward(next, delay, 1)).unwrap();
         }
         assert_eq!(fills(&mut core, start + MAX_DELAY), [1, 1, 1]);
@@ -163,18 +146,11 @@ mod tests {
         let (mut core, next) = core(3).await;
         let start = Instant::now();
         for (delay, fill) in [(10, 1), (20, 2), (15, 3)] {
-            core.handle_peeled(start, forward(next, delay * MILLISECOND, fill))
-                .unwrap();
+            core.handle_peeled(start, forward(next, delay * MILLISECOND, fill)).unwrap();
         }
         let full = Err(DropReason::DelayQueueFull);
-        assert_eq!(
-            core.handle_peeled(start, forward(next, 20 * MILLISECOND, 4)),
-            full
-        );
-        assert_eq!(
-            core.handle_peeled(start, forward(next, MILLISECOND, 5)),
-            full
-        );
+        assert_eq!(core.handle_peeled(start, forward(next, 20 * MILLISECOND, 4)), full);
+        assert_eq!(core.handle_peeled(start, forward(next, MILLISECOND, 5)), full);
         assert_eq!(core.held(), 3);
         assert_eq!(fills(&mut core, start + MAX_DELAY), [5, 1, 3]);
     }
@@ -189,10 +165,7 @@ mod tests {
             assert_eq!(core.handle_peeled(now, peeled), Err(DropReason::WrongLayer));
         }
         let peeled = forward([1; 32], MILLISECOND, 1);
-        assert_eq!(
-            core.handle_peeled(now, peeled),
-            Err(DropReason::UnknownNextHop)
-        );
+        assert_eq!(core.handle_peeled(now, peeled), Err(DropReason::UnknownNextHop));
         assert_eq!((core.held(), core.poll_timeout()), (0, None));
     }
 
@@ -221,10 +194,7 @@ mod tests {
                 assert_eq!(fills(&mut core, now), expected);
                 assert!(core.poll_timeout().is_none_or(|deadline| deadline > now));
             }
-            assert_eq!(
-                core.poll_timeout(),
-                model.first().map(|(deadline, ..)| *deadline)
-            );
+            assert_eq!(core.poll_timeout(), model.first().map(|(deadline, ..)| *deadline));
             assert_eq!(core.held(), model.len());
         }
     }

@@ -65,20 +65,10 @@ impl Mix {
     /// # Panics
     /// Outside of a Tokio runtime.
     pub fn start(config: MixConfig) -> Result<Self, LinkFailure> {
-        let MixConfig {
-            identity,
-            sphinx_key,
-            topology,
-            listener,
-        } = config;
+        let MixConfig { identity, sphinx_key, topology, listener } = config;
         let counters = Arc::new(Counters::default());
         let core = MixCore::new(&topology, &identity.identity(), MAX_HELD_PACKETS);
-        let peeler = Peeler::new(
-            sphinx_key,
-            MAX_REPLAY_TAGS,
-            counters.clone(),
-            &mut rand::rng(),
-        );
+        let peeler = Peeler::new(sphinx_key, MAX_REPLAY_TAGS, counters.clone(), &mut rand::rng());
         let peeler = Arc::new(peeler);
         let context = LinkContext::new(identity, topology, counters.clone());
         let pool = Arc::new(LinkPool::start(context.clone())?);
@@ -92,12 +82,7 @@ impl Mix {
             tasks.spawn(peel(packets.clone(), peeler.clone(), batches.clone()));
         }
         tasks.spawn(hold(core, peeled, pool.clone(), counters.clone()));
-        Ok(Self {
-            counters,
-            listener,
-            tasks,
-            pool,
-        })
+        Ok(Self { counters, listener, tasks, pool })
     }
 
     /// What it has counted since its start.
@@ -124,11 +109,7 @@ async fn peel(
 ) {
     loop {
         let mut batch = Vec::with_capacity(PEEL_BATCH_PACKETS);
-        let count = packets
-            .lock()
-            .await
-            .recv_many(&mut batch, PEEL_BATCH_PACKETS)
-            .await;
+        let count = packets.lock().await.recv_many(&mut batch, PEEL_BATCH_PACKETS).await;
         if count == 0 {
             return;
         }

@@ -27,10 +27,7 @@ fn entry(net: &TestNet) -> LinkPool {
 fn exit(net: &mut TestNet) -> (LinkListener, mpsc::Receiver<Packet>) {
     let (context, _) = net.context(EXIT);
     let (sender, packets) = mpsc::channel(8);
-    (
-        LinkListener::start(context, net.listener(EXIT), sender).unwrap(),
-        packets,
-    )
+    (LinkListener::start(context, net.listener(EXIT), sender).unwrap(), packets)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -40,18 +37,11 @@ async fn three_mixes_carry_a_thousand_packets_each_once() {
     let (_exit, mut arrived) = exit(&mut net);
     let mixes = [3, 2, 1].map(|number| start(&mut net, number));
     let entry = entry(&net);
-    let delays: Vec<_> = (0..PACKETS as u64)
-        .map(|n| Duration::from_micros(n * 7 % 5000))
-        .collect();
+    let delays: Vec<_> = (0..PACKETS as u64).map(|n| Duration::from_micros(n * 7 % 5000)).collect();
     for packet in net.packets(&ROUTE, &delays) {
         entry.send(&net.identity(1), packet);
     }
-    let peeler = Peeler::new(
-        net.sphinx_key(EXIT),
-        PACKETS,
-        Arc::default(),
-        &mut rand::rng(),
-    );
+    let peeler = Peeler::new(net.sphinx_key(EXIT), PACKETS, Arc::default(), &mut rand::rng());
     let mut numbers = Vec::new();
     for _ in 0..PACKETS {
         let packet = soon(arrived.recv()).await.unwrap();
@@ -68,11 +58,7 @@ async fn three_mixes_carry_a_thousand_packets_each_once() {
         let counts = mix.counters().clone();
         soon(mix.shutdown()).await;
         let counts = counts.snapshot();
-        assert_eq!(
-            (counts.packets_in, counts.dropped_total()),
-            (1000, 0),
-            "{counts}"
-        );
+        assert_eq!((counts.packets_in, counts.dropped_total()), (1000, 0), "{counts}");
     }
     assert!(arrived.try_recv().is_err(), "and no more");
 }
@@ -124,10 +110,7 @@ async fn crafted_routes_end_here() {
     until_dropped(mix.counters(), DropReason::WrongLayer, 4).await;
 
     // A hop of the sender's own.
-    let own = Hop {
-        address: [9; 32],
-        ..net.hop(2, Duration::ZERO)
-    };
+    let own = Hop { address: [9; 32], ..net.hop(2, Duration::ZERO) };
     let route = Route::new(&[net.hop(1, Duration::ZERO), own], [7; 32], [8; 16]).unwrap();
     let built = build_packets(&mut rand::rng(), PAYLOAD_LEN, &[(route, &b"text"[..])]);
     send(built.into_iter().map(Result::unwrap).collect());

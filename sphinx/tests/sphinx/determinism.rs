@@ -67,9 +67,7 @@ fn a_seed_decides_a_surb_but_for_its_padding_and_macs() {
         // The first hop's address and the seed.
         assert_eq!(one.as_bytes()[HEADER_LEN..], other.as_bytes()[HEADER_LEN..]);
         let packets = use_surbs(1024, vec![(one, b"hello"), (other, b"hello")]);
-        let [one, other] = <[_; 2]>::try_from(packets)
-            .unwrap()
-            .map(|used| used.unwrap().1);
+        let [one, other] = <[_; 2]>::try_from(packets).unwrap().map(|used| used.unwrap().1);
         assert_same_but_for_padding(&journey(&network, one), &journey(&network, other.clone()));
         // What the creator keeps is the same: that of one opens the reply to the other.
         let payload = network.travel(other, |_, packet| packet);

@@ -24,8 +24,7 @@ pub(crate) fn packet(
     let shared = x25519_dalek::x25519(*hop.to_bytes(), group_element);
     let hkdf = Hkdf::<Sha256>::new(Some(EXPANDED_SHARED_SECRET_HKDF_SALT), &shared);
     let mut keys = [0; 32];
-    hkdf.expand(EXPANDED_SHARED_SECRET_HKDF_INFO, &mut keys)
-        .unwrap();
+    hkdf.expand(EXPANDED_SHARED_SECRET_HKDF_INFO, &mut keys).unwrap();
     let (stream_key, mac_key) = keys.split_at(16);
 
     let mut encrypted = *routing;

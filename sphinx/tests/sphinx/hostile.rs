@@ -19,10 +19,7 @@ use crate::forge::{self, FINAL, FORWARD, ROUTING_LEN};
 use crate::network::{self, IDENTIFIER, Network, change, peel};
 
 fn tag(key: &SecretKey, packet: Packet) -> ReplayTag {
-    open_headers(key, vec![packet])
-        .remove(0)
-        .unwrap()
-        .replay_tag()
+    open_headers(key, vec![packet]).remove(0).unwrap().replay_tag()
 }
 
 /// The group element of nobody in particular.
@@ -31,10 +28,7 @@ fn group_element() -> [u8; 32] {
 }
 
 fn node(key: &PublicKey) -> Node {
-    Node::new(
-        NodeAddressBytes::from_bytes([1; 32]),
-        x25519_dalek::PublicKey::from(*key.as_bytes()),
-    )
+    Node::new(NodeAddressBytes::from_bytes([1; 32]), x25519_dalek::PublicKey::from(*key.as_bytes()))
 }
 
 fn destination() -> Destination {
@@ -47,15 +41,8 @@ fn an_odd_first_byte_of_the_version_does_not_panic() {
     for first in 1..=u8::MAX {
         let packet = forge::packet(&key, group_element(), &forge::routing(FINAL, [first, 1, 4]));
         assert!(matches!(peel(&key, packet), Ok(Peeled::Final { .. })));
-        let packet = forge::packet(
-            &key,
-            group_element(),
-            &forge::routing(FORWARD, [first, 3, 9]),
-        );
-        assert_eq!(
-            peel(&key, packet).unwrap_err(),
-            PeelError::UnknownVersion(777)
-        );
+        let packet = forge::packet(&key, group_element(), &forge::routing(FORWARD, [first, 3, 9]));
+        assert_eq!(peel(&key, packet).unwrap_err(), PeelError::UnknownVersion(777));
     }
 }
 
@@ -87,12 +74,7 @@ fn versions_of_other_builders_are_refused_at_the_first_hop() {
         let packet = SphinxPacketBuilder::new()
             .with_version(version)
             .with_initial_secret(&StaticSecret::from([5; 32]))
-            .build_packet(
-                b"hello",
-                &nodes,
-                &destination(),
-                &[Delay::new_from_nanos(1); 3],
-            )
+            .build_packet(b"hello", &nodes, &destination(), &[Delay::new_from_nanos(1); 3])
             .unwrap();
         let packet = Packet::from_bytes(packet.to_bytes(), 1024).unwrap();
         match peel(&network.keys[0], packet) {
@@ -126,10 +108,8 @@ fn the_longest_delay_is_reported_as_it_is() {
 #[test]
 fn group_elements_of_low_order_are_refused_even_with_a_valid_mac() {
     let key = SecretKey::from_bytes([3; 32]);
-    let mut points: Vec<_> = EIGHT_TORSION
-        .iter()
-        .map(|point| point.to_montgomery().to_bytes())
-        .collect();
+    let mut points: Vec<_> =
+        EIGHT_TORSION.iter().map(|point| point.to_montgomery().to_bytes()).collect();
     // −1, 0 and 1 near p.
     for low in [0xec, 0xed, 0xee] {
         points.push(encoding_near_p(low));
@@ -248,9 +228,7 @@ fn a_surb_of_another_version_has_another_length_or_is_refused_by_the_hop() {
             destination(),
             PAYLOAD_KEYS_SEEDS_VERSION,
         );
-        SURB::new(StaticSecret::from([5; 32]), material)
-            .unwrap()
-            .to_bytes()
+        SURB::new(StaticSecret::from([5; 32]), material).unwrap().to_bytes()
     };
     for hops in 2..=5 {
         let bytes = surb(hops);
@@ -260,10 +238,7 @@ fn a_surb_of_another_version_has_another_length_or_is_refused_by_the_hop() {
     // One of a single hop has the same length, and only the hop can read the version.
     let surb = Surb::from_bytes(&surb(1).try_into().unwrap()).unwrap();
     let (_, packet) = use_surbs(1024, vec![(surb, b"hello")]).remove(0).unwrap();
-    assert_eq!(
-        peel(&key, packet).unwrap_err(),
-        PeelError::UnknownVersion(259)
-    );
+    assert_eq!(peel(&key, packet).unwrap_err(), PeelError::UnknownVersion(259));
 }
 
 proptest! {

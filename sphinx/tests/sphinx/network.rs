@@ -40,9 +40,7 @@ impl Network {
     }
 
     pub(crate) fn packet(&self, rng: &mut StdRng, payload_len: usize, plaintext: &[u8]) -> Packet {
-        build_packets(rng, payload_len, &[(self.route(), plaintext)])
-            .remove(0)
-            .unwrap()
+        build_packets(rng, payload_len, &[(self.route(), plaintext)]).remove(0).unwrap()
     }
 
     pub(crate) fn surb(&self, rng: &mut StdRng) -> (Surb, ReplyRecovery) {
@@ -59,20 +57,12 @@ impl Network {
         for (i, key) in self.keys.iter().enumerate() {
             packet = before_hop(i, packet);
             match peel(key, packet).unwrap() {
-                Peeled::Forward {
-                    next_hop,
-                    delay,
-                    packet: next,
-                } => {
+                Peeled::Forward { next_hop, delay, packet: next } => {
                     assert_eq!(next_hop, self.hops[i + 1].address);
                     assert_eq!(delay, self.hops[i].delay);
                     packet = next;
                 }
-                Peeled::Final {
-                    destination,
-                    identifier,
-                    payload,
-                } => {
+                Peeled::Final { destination, identifier, payload } => {
                     assert_eq!(i + 1, self.keys.len());
                     assert_eq!((destination, identifier), (DESTINATION, IDENTIFIER));
                     return payload;

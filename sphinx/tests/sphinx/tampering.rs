@@ -17,9 +17,8 @@ fn each_bit_of_the_header_is_protected() {
     let mut rng = network::rng(1);
     let network = Network::new(&mut rng, 5);
     let packet = network.packet(&mut rng, 64, b"hello");
-    let packets = (0..HEADER_LEN * 8)
-        .map(|bit| change(&packet, |bytes| flip(bytes, bit)))
-        .collect();
+    let packets =
+        (0..HEADER_LEN * 8).map(|bit| change(&packet, |bytes| flip(bytes, bit))).collect();
     let opened = open_headers(&network.keys[0], packets);
     for (bit, result) in opened.into_iter().enumerate() {
         match result {
@@ -34,10 +33,7 @@ fn a_packet_for_another_hop_is_refused() {
     let mut rng = network::rng(2);
     let network = Network::new(&mut rng, 2);
     let packet = network.packet(&mut rng, 64, b"hello");
-    assert_eq!(
-        peel(&network.keys[1], packet).unwrap_err(),
-        PeelError::BadMac
-    );
+    assert_eq!(peel(&network.keys[1], packet).unwrap_err(), PeelError::BadMac);
 }
 
 proptest! {
