@@ -35,7 +35,7 @@ fn wrong_command_lines() {
         (&["up", "--profile", "private"], "only the profile \"fast\""),
         (&["up", "--socks", "localhost"], "127.0.0.1:1080"),
         (&["bnech"], "did you mean \"bench\"?"),
-        (&["client", "--authority", "x", "--topology", "y"], "base58"),
+        (&["client", "--authority", "0OIl", "--topology", "y"], "base58"),
         (&["client", "--provider", "abc@def", "--topology", "y"], "<identity>.<encryption>@"),
     ] {
         fails(mixsocks().args(arguments), 2, &[word, "--help"]);
@@ -58,7 +58,7 @@ impl PaperNetwork {
         let nobody: SocketAddr = nobody.local_addr().unwrap();
         let mut roles: Vec<_> = (1..=3).map(|layer| Role::Mix { layer }).collect();
         roles.extend((0..gateways).map(|_| Role::Gateway { client_address: nobody }));
-        let mut key = || IdentityKey::generate(&mut rand::rng()).identity();
+        let key = || IdentityKey::generate(&mut rand::rng()).identity();
         let nodes: Vec<_> = roles
             .into_iter()
             .map(|role| Node {

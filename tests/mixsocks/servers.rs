@@ -66,7 +66,8 @@ fn answer_http(stream: TcpStream) -> std::io::Result<()> {
                 writer.write_all(&[b'.'; 16 * 1024])?;
             }
         }
-        _ => panic!("unexpected request: {head:?}"),
+        // A test that only looks whether the port is open.
+        _ => return Ok(()),
     };
     let length = reply.len();
     let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");

@@ -148,19 +148,19 @@ pub(crate) fn client_of(network_dir: &std::path::Path, data_dir: &std::path::Pat
 #[test]
 fn a_password_is_asked_for() {
     let data_dir = tempfile::tempdir().unwrap();
-    let options = ["--allow-private", "--socks-user", "alice:secret", "-vvv"];
+    let options = ["--allow-private", "--socks-user", "alice:tr0ub4dor", "-vvv"];
     let proxy = Proxy::up(data_dir.path(), &options);
     let url = format!("http://{}/bytes/10/1", http());
-    let Some(wrong) = proxy.curl(&["--proxy-user", "alice:wrong", "-o", "/dev/null", &url]) else {
+    let Some(wrong) = proxy.curl(&["--proxy-user", "alice:hunter2", "-o", "/dev/null", &url]) else {
         return;
     };
     assert!(!wrong.wait().status.success());
-    let right = proxy.curl(&["--proxy-user", "alice:secret", "-o", "/dev/null", &url]).unwrap();
+    let right = proxy.curl(&["--proxy-user", "alice:tr0ub4dor", "-o", "/dev/null", &url]).unwrap();
     succeeded(&right.wait());
     proxy.process.signal("INT");
     let ended = proxy.process.wait();
     let log = ended.stdout + &ended.stderr;
-    assert!(!log.contains("secret") && !log.contains("wrong"), "{log}");
+    assert!(!log.contains("tr0ub4dor") && !log.contains("hunter2"), "{log}");
 }
 
 #[test]
