@@ -64,7 +64,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     result
 }
 
-/// The error and its causes in one line. A cause that the line already quotes is not repeated.
+/// The error, its causes and what helps in one line. A cause that the line already quotes is not
+/// repeated.
 fn describe(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain().map(ToString::to_string) {
@@ -73,6 +74,13 @@ fn describe(error: &anyhow::Error) -> String {
         } else if !line.contains(&cause) {
             line = format!("{line}: {cause}");
         }
+    }
+    let is_full = |cause: &(dyn std::error::Error + 'static)| {
+        let error = cause.downcast_ref::<std::io::Error>();
+        error.is_some_and(|error| error.kind() == std::io::ErrorKind::StorageFull)
+    };
+    if error.chain().any(is_full) {
+        line.push_str("; free some space, or choose another place with --data-dir");
     }
     line
 }

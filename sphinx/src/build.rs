@@ -1,11 +1,11 @@
 //! Building packets: what a sender does.
 
 use rand::CryptoRng;
-use sphinx_packet::SphinxPacketBuilder;
+use sphinx_packet::payload::Payload;
 use thiserror::Error;
 
-use crate::key::draw_secret;
-use crate::{MIN_PAYLOAD_LEN, Packet, Route, VERSION, max_plaintext};
+use crate::header::build_header;
+use crate::{MIN_PAYLOAD_LEN, Packet, Route, max_plaintext};
 
 /// Why a packet or a SURB cannot be built. All of it is the caller's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -61,13 +61,10 @@ fn build_packet<R: CryptoRng + ?Sized>(
     if plaintext.len() > max {
         return Err(BuildError::PlaintextTooLong { len: plaintext.len(), max });
     }
-    let packet = SphinxPacketBuilder::new()
-        .with_version(VERSION)
-        .with_payload_size(payload_len)
-        .with_initial_secret(&draw_secret(rng))
-        .build_packet(plaintext, route.nodes(), route.destination(), route.delays())
-        .expect("the route and both lengths are checked");
-    Ok(Packet::join(&packet.header, packet.payload.as_bytes()))
+    let header = build_header(rng, route);
+    let payload = Payload::encapsulate_message(plaintext, &header.seeds, payload_len)
+        .expect("both lengths are checked");
+    Ok(Packet::join(&header.bytes, payload.as_bytes()))
 }
 
 #[cfg(test)]

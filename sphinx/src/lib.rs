@@ -14,7 +14,8 @@
 //!
 //! # Format
 //!
-//! Version 260 of the format of the `sphinx-packet` crate, which does the work. Header (offset,
+//! Version 260 of the format of the `sphinx-packet` crate, which opens packets and does the payloads;
+//! headers are built here, with a third of its multiplications. Header (offset,
 //! length):
 //!
 //! | offset | length | field |
@@ -34,12 +35,8 @@
 //! # What a seed decides
 //!
 //! Each packet and SURB draws exactly 32 bytes, its initial secret, from the generator that the
-//! caller passes; requests that are refused draw nothing. That decides the group element, the
-//! replay tags and group elements at every hop, the routing information that hops see, the bytes of
-//! the payload, and what a SURB's creator keeps. It does *not* decide the whole header: the last
-//! hop's routing information is padded to 60 bytes × (6 − hops) with bytes of the thread's
-//! generator, 8 bytes of them for a route of 5 hops and 60 more for each hop less. They, and the
-//! MACs over them, differ from run to run. No hop's behaviour depends on them.
+//! caller passes; requests that are refused draw nothing. They decide every byte: the padding of the
+//! last hop's routing information is derived from them as well.
 //!
 //! # What is refused
 //!
@@ -60,6 +57,7 @@
 //! while it works (payload keys, a SURB's seeds while it is built) is out of reach and not wiped.
 
 mod build;
+mod header;
 mod key;
 mod packet;
 mod peel;
@@ -77,7 +75,7 @@ pub use surb::{
 };
 
 use sphinx_packet::version::{SINGLE_SEED_SURB_VERSION, Version};
-use sphinx_packet::{constants, header, payload};
+use sphinx_packet::{constants, payload};
 
 /// Length of a packet's header in bytes.
 pub const HEADER_LEN: usize = 348;
@@ -101,7 +99,7 @@ const VERSION: Version = SINGLE_SEED_SURB_VERSION;
 
 const _: () = {
     assert!(VERSION.0 == 260);
-    assert!(HEADER_LEN == header::HEADER_SIZE);
+    assert!(HEADER_LEN == sphinx_packet::header::HEADER_SIZE);
     assert!(PAYLOAD_OVERHEAD == payload::PAYLOAD_OVERHEAD_SIZE);
     assert!(MAX_HOPS == constants::MAX_PATH_LENGTH);
     assert!(HOP_ADDRESS_LEN == constants::NODE_ADDRESS_LENGTH);

@@ -71,17 +71,8 @@ impl Packet {
         self.0
     }
 
-    /// Joins a built header and a payload.
-    pub(crate) fn join(header: &SphinxHeader, payload: &[u8]) -> Self {
-        let mut bytes = Vec::with_capacity(HEADER_LEN + payload.len());
-        bytes.extend_from_slice(header.shared_secret.as_bytes());
-        bytes.extend(header.routing_info.to_bytes());
-        bytes.extend_from_slice(payload);
-        Self(bytes)
-    }
-
-    /// Joins a header in bytes and a payload.
-    pub(crate) fn join_bytes(header: &[u8; HEADER_LEN], payload: &[u8]) -> Self {
+    /// Joins a header and a payload.
+    pub(crate) fn join(header: &[u8; HEADER_LEN], payload: &[u8]) -> Self {
         let mut bytes = Vec::with_capacity(HEADER_LEN + payload.len());
         bytes.extend_from_slice(header);
         bytes.extend_from_slice(payload);

@@ -12,15 +12,16 @@
 use std::fmt;
 
 use rand::CryptoRng;
+use sphinx_packet::SurbReplyRecovery;
 use sphinx_packet::constants::PAYLOAD_KEY_SEED_SIZE;
-use sphinx_packet::{SURB, SURBMaterial, SurbReplyRecovery};
 use thiserror::Error;
 use zeroize::{ZeroizeOnDrop, Zeroizing};
 
-use crate::key::{draw_secret, is_low_order};
+use crate::header::build_header;
+use crate::key::is_low_order;
 use crate::{
     BuildError, HEADER_LEN, HOP_ADDRESS_LEN, HopAddress, IDENTIFIER_LEN, Identifier,
-    MIN_PAYLOAD_LEN, Packet, Payload, PayloadError, Route, SURB_LEN, VERSION, max_plaintext,
+    MIN_PAYLOAD_LEN, Packet, Payload, PayloadError, Route, SURB_LEN, max_plaintext,
 };
 
 /// A block that lets its holder send one reply. Wiped when dropped, and used only once: using it
@@ -158,17 +159,15 @@ fn build_surb<R: CryptoRng + ?Sized>(
     if route.destination().identifier == [0; IDENTIFIER_LEN] {
         return Err(BuildError::ZeroIdentifier);
     }
-    let material = SURBMaterial::new(
-        route.nodes().to_vec(),
-        route.delays().to_vec(),
-        route.destination().clone(),
-        VERSION,
-    );
-    let (surb, recovery) = SURB::new_recoverable(draw_secret(rng), material)
-        .expect("the route and the identifier are checked");
-    let bytes = Zeroizing::new(surb.to_bytes());
+    let header = build_header(rng, route);
     let mut inline = Box::new(Zeroizing::new([0; SURB_LEN]));
-    inline.copy_from_slice(&bytes);
+    inline[..HEADER_LEN].copy_from_slice(&header.bytes[..]);
+    inline[HEADER_LEN..HEADER_LEN + HOP_ADDRESS_LEN].copy_from_slice(&route.first_hop());
+    let seed = header.seeds.last().expect("a route has a hop");
+    inline[HEADER_LEN + HOP_ADDRESS_LEN..].copy_from_slice(seed);
+    let kept = [&route.destination().identifier[..], header.seeds.as_flattened()].concat();
+    let recovery = SurbReplyRecovery::from_bytes(&Zeroizing::new(kept))
+        .expect("an identifier and a seed for each hop");
     Ok((Surb(inline), ReplyRecovery(recovery)))
 }
 
@@ -206,7 +205,7 @@ fn use_surb(
         payload_len,
     )
     .expect("both lengths are checked");
-    let packet = Packet::join_bytes(surb.header(), payload.as_bytes());
+    let packet = Packet::join(surb.header(), payload.as_bytes());
     Ok((surb.first_hop(), packet))
 }
 
@@ -237,6 +236,7 @@ mod tests {
 
     use rand::SeedableRng;
     use rand::rngs::StdRng;
+    use sphinx_packet::SURB;
 
     use super::*;
     use crate::{Hop, SecretKey};

@@ -151,7 +151,8 @@ fn a_password_is_asked_for() {
     let options = ["--allow-private", "--socks-user", "alice:tr0ub4dor", "-vvv"];
     let proxy = Proxy::up(data_dir.path(), &options);
     let url = format!("http://{}/bytes/10/1", http());
-    let Some(wrong) = proxy.curl(&["--proxy-user", "alice:hunter2", "-o", "/dev/null", &url]) else {
+    let Some(wrong) = proxy.curl(&["--proxy-user", "alice:hunter2", "-o", "/dev/null", &url])
+    else {
         return;
     };
     assert!(!wrong.wait().status.success());
