@@ -1,6 +1,6 @@
 //! `mixsocks`: a local SOCKS5 proxy whose traffic goes through a mixnet.
 //!
-//! [`cli`] is the command line; [`up`], [`client`] and [`bench`] are its commands.
+//! [`cli`] is the command line; [`up`], [`client`] and [`bench`](mod@bench) are its commands.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
 

@@ -13,7 +13,7 @@ use mixsocks_common::topology::{
 
 use crate::data_dir::DataDir;
 
-/// Name of the file that [`write`] makes in a data directory.
+/// Name of the file that [`write()`] makes in a data directory.
 pub(crate) const FILE: &str = "topology";
 
 /// The time by this machine's clock.
