@@ -5,25 +5,21 @@
 //! | line | then |
 //! |---|---|
 //! | `TINY` | the server answers one byte |
-//! | `DOWN <seed> <milliseconds>` | the server sends the pattern for so long, then ends |
-//! | `UP <seed>` | the client sends the pattern and ends; the server answers a [`Verdict`] |
+//! | `DOWN <seed>` | the server sends the pattern for as long as it is wanted |
+//! | `UP <seed>` | the client sends the pattern, and [`Origin::arrived`] tells what has arrived |
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::AbortHandle;
 
 /// Bytes of one read or write.
 pub(super) const CHUNK_BYTES: usize = 16 * 1024;
-
-/// What the kernel may buffer for a sender. Everything that is buffered when the time is up still
-/// has to get through, and makes the measurement longer.
-pub(super) const SEND_BUFFER_BYTES: u32 = 64 * 1024;
 
 /// Longest first line.
 const MAX_LINE_BYTES: u64 = 64;
@@ -32,10 +28,12 @@ const MAX_LINE_BYTES: u64 = 64;
 #[derive(Clone, Debug)]
 pub(super) struct Origin {
     address: SocketAddr,
-    /// By seed, what `DOWN` has sent in full.
-    sent: Arc<Mutex<BTreeMap<u64, u64>>>,
+    arrivals: Arrivals,
     _task: Arc<AbortOnDrop>,
 }
+
+/// By seed, what has arrived of each upload.
+type Arrivals = Arc<Mutex<BTreeMap<u64, Arrived>>>;
 
 #[derive(Debug)]
 struct AbortOnDrop(AbortHandle);
@@ -49,14 +47,13 @@ impl Drop for AbortOnDrop {
 impl Origin {
     /// Starts a server on a free loopback port.
     pub(super) async fn start() -> Result<Self> {
-        let socket = TcpSocket::new_v4()?;
-        socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
-        socket.bind((Ipv4Addr::LOCALHOST, 0).into())?;
-        let listener = socket.listen(128).context("the measuring server cannot listen")?;
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+            .await
+            .context("the measuring server cannot listen")?;
         let address = listener.local_addr()?;
-        let sent = Arc::new(Mutex::new(BTreeMap::new()));
-        let task = tokio::spawn(accept(listener, sent.clone()));
-        Ok(Self { address, sent, _task: Arc::new(AbortOnDrop(task.abort_handle())) })
+        let arrivals = Arrivals::default();
+        let task = tokio::spawn(accept(listener, arrivals.clone()));
+        Ok(Self { address, arrivals, _task: Arc::new(AbortOnDrop(task.abort_handle())) })
     }
 
     /// Where it listens.
@@ -64,18 +61,22 @@ impl Origin {
         self.address
     }
 
-    /// How much `DOWN` with this seed has sent, once it has sent all of it.
-    pub(super) fn sent(&self, seed: u64) -> Option<u64> {
-        self.sent.lock().unwrap_or_else(PoisonError::into_inner).get(&seed).copied()
+    /// What has arrived so far of the upload with this seed.
+    pub(super) fn arrived(&self, seed: u64) -> Arrived {
+        lock(&self.arrivals).get(&seed).copied().unwrap_or_default()
     }
 }
 
-async fn accept(listener: TcpListener, sent: Arc<Mutex<BTreeMap<u64, u64>>>) {
+fn lock(arrivals: &Arrivals) -> MutexGuard<'_, BTreeMap<u64, Arrived>> {
+    arrivals.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn accept(listener: TcpListener, arrivals: Arrivals) {
     let mut connections = tokio::task::JoinSet::new();
     loop {
         tokio::select! {
             Ok((stream, _)) = listener.accept() => {
-                connections.spawn(answer(stream, sent.clone()));
+                connections.spawn(answer(stream, arrivals.clone()));
             }
             Some(_) = connections.join_next() => {}
         }
@@ -83,88 +84,61 @@ async fn accept(listener: TcpListener, sent: Arc<Mutex<BTreeMap<u64, u64>>>) {
 }
 
 /// A connection that breaks shows at the client.
-async fn answer(stream: TcpStream, sent: Arc<Mutex<BTreeMap<u64, u64>>>) -> Result<()> {
+async fn answer(stream: TcpStream, arrivals: Arrivals) -> Result<()> {
     stream.set_nodelay(true)?;
     let mut stream = BufReader::with_capacity(CHUNK_BYTES, stream);
     let mut line = String::new();
     (&mut stream).take(MAX_LINE_BYTES).read_line(&mut line).await?;
     let words: Vec<_> = line.split_whitespace().collect();
     match words[..] {
-        ["TINY"] => stream.write_all(b"!").await?,
-        ["DOWN", seed, milliseconds] => {
-            let seed = seed.parse()?;
-            let duration = Duration::from_millis(milliseconds.parse()?);
-            let count = send(&mut stream, Pattern(seed), duration).await?;
-            sent.lock().unwrap_or_else(PoisonError::into_inner).insert(seed, count);
+        ["TINY"] => {
+            stream.write_all(b"!").await?;
+            stream.shutdown().await?;
         }
+        ["DOWN", seed] => send(&mut stream, Pattern(seed.parse()?)).await?,
         ["UP", seed] => {
-            let verdict = check(&mut stream, Pattern(seed.parse()?)).await?;
-            stream.write_all(&verdict.to_bytes()).await?;
+            let seed = seed.parse()?;
+            let mut arrived = Arrived::default();
+            let mut chunk = vec![0; CHUNK_BYTES];
+            while let read @ 1.. = stream.read(&mut chunk).await? {
+                arrived.take(Pattern(seed), &chunk[..read]);
+                lock(&arrivals).insert(seed, arrived);
+            }
         }
         _ => bail!("unknown request"),
     }
-    stream.shutdown().await?;
     Ok(())
 }
 
-/// Sends the pattern for so long, and returns how many bytes that were.
+/// Sends the pattern without end.
 pub(super) async fn send(
     stream: &mut (impl AsyncWriteExt + Unpin),
     pattern: Pattern,
-    duration: Duration,
-) -> std::io::Result<u64> {
-    let started = Instant::now();
+) -> io::Result<()> {
     let mut chunk = vec![0; CHUNK_BYTES];
-    let mut count = 0;
-    while started.elapsed() < duration {
-        pattern.write(count, &mut chunk);
-        stream.write_all(&chunk).await?;
-        count += CHUNK_BYTES as u64;
-    }
-    Ok(count)
-}
-
-/// Reads to the end and compares with the pattern.
-pub(super) async fn check(
-    stream: &mut (impl AsyncReadExt + Unpin),
-    pattern: Pattern,
-) -> std::io::Result<Verdict> {
-    let mut chunk = vec![0; CHUNK_BYTES];
-    let mut verdict = Verdict { count: 0, first_wrong: None };
+    let mut sent = 0;
     loop {
-        let read = stream.read(&mut chunk).await?;
-        if read == 0 {
-            return Ok(verdict);
-        }
-        if verdict.first_wrong.is_none() {
-            verdict.first_wrong = pattern.first_wrong(verdict.count, &chunk[..read]);
-        }
-        verdict.count += read as u64;
+        pattern.write(sent, &mut chunk);
+        stream.write_all(&chunk).await?;
+        sent += CHUNK_BYTES as u64;
     }
 }
 
-/// How received bytes compare with their pattern.
-///
-/// As bytes: the count (8, big endian), the offset of the first wrong byte (8, big endian, all ones
-/// if there is none).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Verdict {
-    pub(super) count: u64,
+/// What has arrived of a pattern.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Arrived {
+    pub(super) bytes: u64,
+    /// Offset of the first byte that is not what was sent.
     pub(super) first_wrong: Option<u64>,
 }
 
-impl Verdict {
-    pub(super) const LEN: usize = 16;
-
-    fn to_bytes(self) -> [u8; Self::LEN] {
-        let first_wrong = self.first_wrong.unwrap_or(u64::MAX);
-        ((u128::from(self.count) << 64) | u128::from(first_wrong)).to_be_bytes()
-    }
-
-    pub(super) fn from_bytes(bytes: [u8; Self::LEN]) -> Self {
-        let [count, first_wrong] = [0, 8]
-            .map(|at| bytes[at..at + 8].iter().fold(0, |n, byte| (n << 8) | u64::from(*byte)));
-        Self { count, first_wrong: (first_wrong != u64::MAX).then_some(first_wrong) }
+impl Arrived {
+    /// Compares the next bytes with the pattern.
+    pub(super) fn take(&mut self, pattern: Pattern, bytes: &[u8]) {
+        if self.first_wrong.is_none() {
+            self.first_wrong = pattern.first_wrong(self.bytes, bytes);
+        }
+        self.bytes += bytes.len() as u64;
     }
 }
 
@@ -219,10 +193,14 @@ mod tests {
     }
 
     #[test]
-    fn verdicts_round_trip() {
-        for first_wrong in [None, Some(0), Some(1 << 40)] {
-            let verdict = Verdict { count: 123_456_789_012, first_wrong };
-            assert_eq!(Verdict::from_bytes(verdict.to_bytes()), verdict);
-        }
+    fn the_first_wrong_byte_is_remembered() {
+        let mut bytes = vec![0; 100];
+        Pattern(7).write(0, &mut bytes);
+        let mut arrived = Arrived::default();
+        arrived.take(Pattern(7), &bytes[..30]);
+        assert_eq!(arrived, Arrived { bytes: 30, first_wrong: None });
+        arrived.take(Pattern(7), &bytes[31..]);
+        arrived.take(Pattern(7), &bytes);
+        assert_eq!(arrived, Arrived { bytes: 199, first_wrong: Some(30) });
     }
 }

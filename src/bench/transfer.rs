@@ -5,9 +5,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::TcpStream;
+use tokio::time::{timeout, timeout_at};
 
-use super::origin::{Origin, Pattern, SEND_BUFFER_BYTES, Verdict, check, send};
+use super::origin::{Arrived, CHUNK_BYTES, Origin, Pattern, send};
+
+/// A request that takes longer is stuck.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Which way the bytes go, as the program sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +28,7 @@ pub(super) struct Transfer {
     pub(super) duration: Duration,
 }
 
-/// What a transfer has moved, from the request to the last byte's arrival.
+/// What a transfer has moved: what had arrived when its time was up.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Moved {
     pub(super) bytes: u64,
@@ -32,53 +36,65 @@ pub(super) struct Moved {
 }
 
 impl Transfer {
-    /// Runs it, and checks every byte.
+    /// Runs it, and checks every byte that arrives. Then it is cut off, because what is still under
+    /// way would take long and show nothing more.
     pub(super) async fn run(self) -> Result<Moved> {
-        let mut stream = open(self.proxy, self.origin.address()).await?;
+        let opening = open(self.proxy, self.origin.address());
+        let mut stream = timeout(PATIENCE, opening).await.context("a stream is not opened")??;
+        stream.set_zero_linger()?;
         let seed = rand::random();
         let started = Instant::now();
-        let (sent, verdict) = match self.direction {
+        let arrived = match self.direction {
             Direction::Down => {
-                let milliseconds = self.duration.as_millis();
-                stream.write_all(format!("DOWN {seed} {milliseconds}\n").as_bytes()).await?;
-                let verdict = check(&mut stream, Pattern(seed)).await?;
-                (self.origin.sent(seed), verdict)
+                stream.write_all(format!("DOWN {seed}\n").as_bytes()).await?;
+                receive(stream, Pattern(seed), started + self.duration).await?
             }
             Direction::Up => {
                 stream.write_all(format!("UP {seed}\n").as_bytes()).await?;
-                let sent = send(&mut stream, Pattern(seed), self.duration).await?;
-                stream.shutdown().await?;
-                let mut verdict = [0; Verdict::LEN];
-                stream.read_exact(&mut verdict).await.context("the upload was not confirmed")?;
-                (Some(sent), Verdict::from_bytes(verdict))
+                if let Ok(broken) = timeout(self.duration, send(&mut stream, Pattern(seed))).await {
+                    broken.context("the upload broke")?;
+                }
+                self.origin.arrived(seed)
             }
         };
         let seconds = started.elapsed().as_secs_f64();
-        if let Some(offset) = verdict.first_wrong {
+        if let Some(offset) = arrived.first_wrong {
             bail!("byte {offset} arrived wrong");
         }
-        let bytes = verdict.count;
-        ensure!(sent == Some(bytes), "{bytes} bytes arrived, but other than all were sent");
-        Ok(Moved { bytes, seconds })
+        Ok(Moved { bytes: arrived.bytes, seconds })
     }
+}
+
+/// Receives until a point in time.
+async fn receive(mut stream: TcpStream, pattern: Pattern, until: Instant) -> Result<Arrived> {
+    let mut arrived = Arrived::default();
+    let mut chunk = vec![0; CHUNK_BYTES];
+    while let Ok(read) = timeout_at(until.into(), stream.read(&mut chunk)).await {
+        match read.context("the download broke")? {
+            0 => bail!("the download ended early"),
+            read => arrived.take(pattern, &chunk[..read]),
+        }
+    }
+    Ok(arrived)
 }
 
 /// The time of a tiny request, from the connection to the proxy to the first byte of the answer.
 pub(super) async fn tiny(proxy: SocketAddr, origin: SocketAddr) -> Result<Duration> {
     let started = Instant::now();
-    let mut stream = open(proxy, origin).await?;
-    stream.write_all(b"TINY\n").await?;
-    stream.read_u8().await.context("the answer to a tiny request is empty")?;
+    let request = async {
+        let mut stream = open(proxy, origin).await?;
+        stream.write_all(b"TINY\n").await?;
+        stream.read_u8().await.context("the answer to a tiny request is empty")
+    };
+    timeout(PATIENCE, request).await.context("a tiny request got no answer")??;
     Ok(started.elapsed())
 }
 
 /// CONNECT without authentication (RFC 1928).
 async fn open(proxy: SocketAddr, target: SocketAddr) -> Result<TcpStream> {
     const ADDRESS_TYPE_IPV4: u8 = 1;
-    let socket = if proxy.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    socket.set_send_buffer_size(SEND_BUFFER_BYTES)?;
-    let mut stream =
-        socket.connect(proxy).await.with_context(|| format!("no proxy answers at {proxy}"))?;
+    let connected = TcpStream::connect(proxy).await;
+    let mut stream = connected.with_context(|| format!("no proxy answers at {proxy}"))?;
     stream.set_nodelay(true)?;
     let SocketAddr::V4(target) = target else { bail!("the measuring server has an IPv4 address") };
     stream.write_all(&[5, 1, 0]).await?;
