@@ -65,6 +65,7 @@ async fn start(args: &ClientArgs) -> Result<(Client, Address)> {
         None => DataDir::default_path("client")?,
     };
     let dir = DataDir::open(&path)?;
+    dir.require_space()?;
     topology_file::accept(&dir, &args.topology, &topology, args.authority)?;
     let gateway = gateway(&dir, &topology, &provider.gateway)?;
     let way = Way {

@@ -25,6 +25,9 @@ use mixsocks_sphinx::SecretKey;
 use rand::Rng;
 use zeroize::Zeroizing;
 
+/// Room that a start asks for: several times what keys, a topology and registrations take.
+const NEEDED_BYTES: usize = 1024 * 1024;
+
 /// A data directory that this process alone uses, until the value is dropped.
 #[derive(Debug)]
 pub(crate) struct DataDir {
@@ -124,6 +127,17 @@ impl DataDir {
         Ok(Some(text))
     }
 
+    /// Makes sure that there is room for what will be stored, so that a full disk shows before
+    /// anything is begun and not as some part's failure to remember.
+    pub(crate) fn require_space(&self) -> Result<()> {
+        let probe = || {
+            let mut file = tempfile::tempfile_in(&self.path)?;
+            file.write_all(&vec![1; NEEDED_BYTES])?;
+            file.sync_all()
+        };
+        probe().map_err(|error| explain(&error, &self.path))
+    }
+
     /// Reads a text file; `None` when there is none.
     pub(crate) fn read_text(&self, file: &str) -> Result<Option<String>> {
         let path = self.path.join(file);
@@ -191,7 +205,7 @@ fn explain(error: &io::Error, path: &Path) -> anyhow::Error {
             anyhow!("{path} is on a file system that is read-only; {other}")
         }
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
-            anyhow!("there is no space left to write {path}; free some, or {other}")
+            anyhow!("there is no space left for {path}; free some, or {other}")
         }
         ErrorKind::NotADirectory | ErrorKind::AlreadyExists => {
             anyhow!("{path} cannot be a directory, because a file is in its place; {other}")

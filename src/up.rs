@@ -22,6 +22,7 @@ pub(crate) async fn run(args: UpArgs, quiet: bool) -> Result<()> {
         None => DataDir::default_path("up")?,
     };
     let dir = DataDir::open(&path)?;
+    dir.require_space()?;
     let (network, client) = tokio::select! {
         started = Box::pin(start(&dir, &args)) => started?,
         () = signals.next() => return Ok(()),

@@ -274,11 +274,23 @@ impl Drop for SmallDisk {
 
 #[test]
 fn a_full_data_directory() {
-    // Full at the first key, at a later one, and at what gateways store. (1 MiB is enough.)
-    for kib in [4, 32, 128] {
-        let Some(disk) = SmallDisk::mount(kib) else {
-            return println!("skipped: mounting a small disk is not permitted here");
-        };
-        fails(&mut up(disk.0.path()), 1, &["space", "--data-dir"]);
+    const DISK_KIB: u32 = 8 * 1024;
+    let Some(disk) = SmallDisk::mount(DISK_KIB) else {
+        return println!("skipped: mounting a small disk is not permitted here");
+    };
+    let data_dir = disk.0.path().join("data");
+    let filler = disk.0.path().join("filler");
+    let fill = |kib: usize| {
+        // The last bytes may find no room, which is what is wanted.
+        let _ = std::fs::write(&filler, vec![1; kib * 1024]);
+    };
+    // Without room for a lock file, for the first keys, and for all that a start stores.
+    for free_kib in [0, 16, 128] {
+        fill(DISK_KIB as usize - free_kib);
+        fails(&mut up(&data_dir), 1, &["no space left", "--data-dir"]);
     }
+    std::fs::remove_file(&filler).unwrap();
+    drop(crate::process::Proxy::up(&data_dir, &[]));
+    fill(DISK_KIB as usize);
+    fails(&mut up(&data_dir), 1, &["no space left", "--data-dir"]);
 }
