@@ -20,9 +20,13 @@ pub(crate) fn serve(handle: impl Fn(TcpStream) + Clone + Send + 'static) -> Sock
     address
 }
 
+/// Scripts of the page of [`http`].
+pub(crate) const PAGE_PARTS: usize = 20;
+
 /// An HTTP server:
 ///
 /// - `GET /bytes/<length>/<seed>` answers [`body`] of that length and seed;
+/// - `GET /page` is a web page whose [`PAGE_PARTS`] scripts, `GET /part/<n>`, write "part <n>." into it;
 /// - `POST /hash` answers the body's SHA-256 in hexadecimal;
 /// - `GET /endless` never stops.
 pub(crate) fn http() -> SocketAddr {
@@ -51,6 +55,12 @@ fn answer_http(stream: TcpStream) -> std::io::Result<()> {
         ["GET", "", "bytes", length, seed, ..] => {
             body(length.parse().unwrap(), seed.parse().unwrap())
         }
+        ["GET", "", "page", ..] => {
+            let script = |part| format!("<script src=/part/{part}></script>");
+            let scripts: String = (0..PAGE_PARTS).map(script).collect();
+            format!("<!doctype html><title>page</title><body>{scripts}</body>").into_bytes()
+        }
+        ["GET", "", "part", part, ..] => format!("document.write('part {part}.')").into_bytes(),
         ["POST", "", "hash", ..] => {
             let length: usize = header("content-length").unwrap().parse().unwrap();
             if header("expect").is_some() {
