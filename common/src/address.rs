@@ -125,6 +125,40 @@ mod tests {
         assert_eq!(Address::from_bytes(&address.to_bytes()), Ok(address));
     }
 
+    /// Published public keys: RFC 8032 section 7.1 test 1, RFC 7748 section 6.1 (Alice's), RFC 8032
+    /// section 7.1 test 2.
+    #[test]
+    fn known_bytes_and_text() {
+        #[rustfmt::skip]
+        let bytes: [u8; ADDRESS_LEN] = [
+            0xd7, 0x5a, 0x98, 0x01, 0x82, 0xb1, 0x0a, 0xb7, 0xd5, 0x4b, 0xfe, 0xd3, 0xc9, 0x64, 0x07, 0x3a,
+            0x0e, 0xe1, 0x72, 0xf3, 0xda, 0xa6, 0x23, 0x25, 0xaf, 0x02, 0x1a, 0x68, 0xf7, 0x07, 0x51, 0x1a,
+            0x85, 0x20, 0xf0, 0x09, 0x89, 0x30, 0xa7, 0x54, 0x74, 0x8b, 0x7d, 0xdc, 0xb4, 0x3e, 0xf7, 0x5a,
+            0x0d, 0xbf, 0x3a, 0x0d, 0x26, 0x38, 0x1a, 0xf4, 0xeb, 0xa4, 0xa9, 0x8e, 0xaa, 0x9b, 0x4e, 0x6a,
+            0x3d, 0x40, 0x17, 0xc3, 0xe8, 0x43, 0x89, 0x5a, 0x92, 0xb7, 0x0a, 0xa7, 0x4d, 0x1b, 0x7e, 0xbc,
+            0x9c, 0x98, 0x2c, 0xcf, 0x2e, 0xc4, 0x96, 0x8c, 0xc0, 0xcd, 0x55, 0xf1, 0x2a, 0xf4, 0x66, 0x0c,
+        ];
+        let text = "FVen3X669xLzsi6N2V91DoiyzHzg1uAgqiT8jZ9nS96Z.\
+                    9xgMXw7nrN39BoN9rJuGV6B9LwBNYXAJAMfeACcdyLMP@\
+                    586Z7H2vpX9qNhN2T4e9Utugie3ogjbxzGaMtM3E6HR5";
+        let address = Address::from_bytes(&bytes).unwrap();
+        assert_eq!(address.to_bytes(), bytes);
+        assert_eq!(address.to_string(), text);
+        assert_eq!(text.parse(), Ok(address));
+    }
+
+    #[test]
+    fn each_part_must_be_a_key() {
+        let good = address().to_bytes();
+        for (part, word) in [(0, "identity"), (1, "encryption key"), (2, "gateway")] {
+            let mut bytes = good;
+            // Zero is a point of low order on both curves.
+            bytes[part * KEY_LEN..][..KEY_LEN].fill(0);
+            let error = Address::from_bytes(&bytes).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        }
+    }
+
     #[test]
     fn wrong_texts_name_the_part() {
         let good = address().to_string();

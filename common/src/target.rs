@@ -228,6 +228,31 @@ mod tests {
         bytes.clear();
         "192.0.2.7:80".parse::<Target>().unwrap().encode(&mut bytes);
         assert_eq!(bytes, [1, 192, 0, 2, 7, 0, 80]);
+        bytes.clear();
+        "[2001:db8::7]:22".parse::<Target>().unwrap().encode(&mut bytes);
+        assert_eq!(bytes, b"\x04\x20\x01\x0d\xb8\0\0\0\0\0\0\0\0\0\0\0\x07\0\x16");
+    }
+
+    #[test]
+    fn bytes_that_are_no_target() {
+        for (bytes, error) in [
+            (&b""[..], TargetError::Truncated),
+            (b"\x02\xc0\0\x02\x07\0\x50", TargetError::UnknownType(2)),
+            (b"\x03\0\0\x50", TargetError::HostLength(0)),
+            (&[&[3, 254][..], &[b'a'; 254], &[0, 80]].concat(), TargetError::HostLength(254)),
+            (b"\x03\x01 \0\x50", TargetError::HostCharacter),
+            (b"\x03\x02\xc3\xa4\0\x50", TargetError::HostCharacter),
+            (b"\x03\x01\xff\0\x50", TargetError::HostCharacter),
+        ] {
+            assert_eq!(Target::decode(&mut &bytes[..]), Err(error), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn what_follows_a_target_is_left_alone() {
+        let mut input = &b"\x01\xc0\0\x02\x07\0\x50rest"[..];
+        assert!(Target::decode(&mut input).is_ok());
+        assert_eq!(input, b"rest");
     }
 
     #[test]
