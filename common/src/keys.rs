@@ -39,6 +39,9 @@ pub enum KeyError {
     /// The bytes are a low-order point of Curve25519, whose shared secrets anybody knows.
     #[error("the bytes are a low-order X25519 key, which would protect nothing")]
     LowOrder,
+    /// The bytes are a number of 2^255 − 19 or more, so that the key has another spelling.
+    #[error("the bytes are not an X25519 key in its canonical encoding")]
+    NonCanonical,
 }
 
 /// A signature does not belong to the message and the key it came with.
@@ -211,9 +214,13 @@ impl EncryptionKey {
     /// Parses the 32 bytes of a public key (RFC 7748).
     ///
     /// # Errors
-    /// [`KeyError::LowOrder`] for the points whose shared secrets are the same for everybody.
+    /// [`KeyError::LowOrder`] for the points whose shared secrets are the same for everybody;
+    /// [`KeyError::NonCanonical`] for keys that are spelled in another way than they should be.
     pub fn from_bytes(bytes: [u8; KEY_LEN]) -> Result<Self, KeyError> {
-        PublicKey::from_bytes(bytes).map(Self).map_err(|_| KeyError::LowOrder)
+        PublicKey::from_bytes(bytes).map(Self).map_err(|error| match error {
+            mixsocks_sphinx::KeyError::LowOrderPoint => KeyError::LowOrder,
+            mixsocks_sphinx::KeyError::NonCanonical => KeyError::NonCanonical,
+        })
     }
 
     /// The 32 bytes of the key.
@@ -313,6 +320,16 @@ mod tests {
         let mut neutral = [0u8; 32];
         neutral[0] = 1;
         assert_eq!(Identity::from_bytes(neutral), Err(KeyError::NotAnIdentity));
+    }
+
+    #[test]
+    fn a_second_spelling_of_a_key_is_called_that() {
+        // The base point, u = 9, and the same with the ignored top bit set.
+        let mut key = [0u8; 32];
+        key[0] = 9;
+        assert!(EncryptionKey::from_bytes(key).is_ok());
+        key[31] = 0x80;
+        assert_eq!(EncryptionKey::from_bytes(key), Err(KeyError::NonCanonical));
     }
 
     #[test]

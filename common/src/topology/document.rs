@@ -24,8 +24,13 @@ const MAX_DELAY: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DocumentError {
     /// It is not the TOML that a topology is made of.
-    #[error("it does not read as a topology: {0}")]
-    Syntax(String),
+    #[error("line {line} does not read as a topology: {problem}")]
+    Syntax {
+        /// The line of the file, from 1.
+        line: usize,
+        /// What is wrong there.
+        problem: String,
+    },
     /// The network name has other characters than a–z, 0–9 and hyphen, or too many.
     #[error("the network name {0:?} must be 1 to 64 of the characters a-z, 0-9 and hyphen")]
     NetworkName(String),
@@ -53,7 +58,7 @@ pub enum DocumentError {
         /// What is wrong.
         problem: &'static str,
     },
-    /// Two nodes, or two providers, have the same name.
+    /// Two nodes, or two providers, have something in common that each must have for itself.
     #[error("{0} appears twice")]
     Duplicate(String),
     /// A provider is registered with a gateway that the document does not have.
@@ -146,10 +151,11 @@ impl Topology {
         Ok(topology)
     }
 
-    /// Reads the text of a document whose signatures have been checked.
-    pub(super) fn from_toml(text: &str) -> Result<Self, DocumentError> {
+    /// Reads the text of a document whose signatures have been checked; it begins at `first_line` of
+    /// its file.
+    pub(super) fn from_toml(text: &str, first_line: usize) -> Result<Self, DocumentError> {
         let raw: RawTopology =
-            toml::from_str(text).map_err(|error| DocumentError::Syntax(error.to_string()))?;
+            toml::from_str(text).map_err(|error| syntax_error(&error, text, first_line))?;
         let network = NetworkName::new(&raw.network)
             .ok_or_else(|| DocumentError::NetworkName(raw.network.clone()))?;
         let parameters = Parameters {
@@ -205,12 +211,10 @@ impl Topology {
             }
         }
         let mut mixes = [0usize; LAYERS];
-        let mut identities = BTreeSet::new();
+        let mut distinct = DistinctNodes::default();
         let mut gateways = BTreeSet::new();
         for node in &self.nodes {
-            if !identities.insert(node.identity) {
-                return Err(DocumentError::Duplicate(format!("node {}", node.identity)));
-            }
+            distinct.add(node)?;
             match node.role {
                 Role::Mix { layer } => match mixes.get_mut(usize::from(layer).wrapping_sub(1)) {
                     Some(count) => *count += 1,
@@ -240,6 +244,39 @@ impl Topology {
             }
         }
         Ok(())
+    }
+}
+
+/// What the library says in several lines, with the text quoted, in one line.
+fn syntax_error(error: &toml::de::Error, text: &str, first_line: usize) -> DocumentError {
+    let before = error.span().map_or(0, |span| span.start);
+    let line = first_line + text.bytes().take(before).filter(|byte| *byte == b'\n').count();
+    let problem = error.message().lines().collect::<Vec<_>>().join(" ");
+    DocumentError::Syntax { line, problem }
+}
+
+/// What nodes must not have in common: a machine that is listed as two nodes would see two hops of
+/// a route.
+#[derive(Default)]
+struct DistinctNodes {
+    identities: BTreeSet<Identity>,
+    sphinx_keys: BTreeSet<EncryptionKey>,
+    link_addresses: BTreeSet<SocketAddr>,
+}
+
+impl DistinctNodes {
+    fn add(&mut self, node: &Node) -> Result<(), DocumentError> {
+        let Node { identity, sphinx_key, link_address, .. } = node;
+        let twice = if !self.identities.insert(*identity) {
+            format!("node {identity}")
+        } else if !self.sphinx_keys.insert(*sphinx_key) {
+            format!("sphinx_key {sphinx_key}")
+        } else if !self.link_addresses.insert(*link_address) {
+            format!("link_address {link_address}")
+        } else {
+            return Ok(());
+        };
+        Err(DocumentError::Duplicate(twice))
     }
 }
 

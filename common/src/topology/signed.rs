@@ -46,17 +46,26 @@ pub struct AuthoritiesError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TopologyError {
     /// The file is not a topology at all.
-    #[error("this is not a topology file: {0}")]
+    #[error("this is not a topology file: {0}; get the one that the network's operators publish")]
     NotATopology(&'static str),
     /// A key or signature in the first lines does not read.
-    #[error("a signature line is damaged: {0}")]
+    #[error("a signature line is damaged: {0}; get the file once more")]
     SignatureLine(#[from] KeyError),
-    /// The document was changed, or others than the pinned authorities signed it.
+    /// A pinned authority's signature is there, but does not fit the contents.
+    #[error("the file was changed after {authority} signed it; get it once more")]
+    Changed {
+        /// The authority.
+        authority: Identity,
+    },
+    /// No pinned authority has signed, rightly or wrongly.
     #[error(
-        "{valid} of {needed} needed signatures are right: the file was changed, or belongs to a network with other authorities"
+        "others than the given authority signed it: it belongs to another network, or the authority's key is not the right one"
     )]
-    Signatures {
-        /// Signatures of pinned authorities that are right.
+    OtherAuthorities,
+    /// Some pinned authorities have signed, but too few.
+    #[error("{valid} of {needed} needed authorities signed it; get one that more of them signed")]
+    TooFewSignatures {
+        /// Signatures of pinned authorities.
         valid: usize,
         /// How many are needed.
         needed: usize,
@@ -131,9 +140,9 @@ pub fn verify(
     if file.len() > MAX_DOCUMENT_BYTES {
         return Err(TopologyError::NotATopology("it is larger than 8 MiB"));
     }
-    let text =
+    let file =
         std::str::from_utf8(file).map_err(|_| TopologyError::NotATopology("it is not text"))?;
-    let text = text
+    let text = file
         .strip_prefix(FIRST_LINE)
         .and_then(|rest| rest.strip_prefix('\n'))
         .ok_or(TopologyError::NotATopology("its first line is not \"mixsocks-topology 1\""))?;
@@ -145,6 +154,7 @@ pub fn verify(
     };
     let message = signed_bytes(body);
     let mut signers = BTreeSet::new();
+    let mut changed = None;
     for (index, line) in signatures.lines().enumerate() {
         if index == MAX_SIGNATURES {
             return Err(TopologyError::NotATopology("it has more than 64 signatures"));
@@ -155,15 +165,27 @@ pub fn verify(
             .ok_or(TopologyError::NotATopology("a line before the empty one is no signature"))?;
         let authority: Identity = authority.parse()?;
         let signature: Signature = signature.parse()?;
-        if authorities.keys.contains(&authority) && authority.verify(&message, &signature).is_ok() {
-            signers.insert(authority);
+        if authorities.keys.contains(&authority) {
+            match authority.verify(&message, &signature) {
+                Ok(()) => {
+                    signers.insert(authority);
+                }
+                Err(_) => changed = changed.or(Some(authority)),
+            }
         }
     }
     if signers.len() < authorities.threshold {
-        let (valid, needed) = (signers.len(), authorities.threshold);
-        return Err(TopologyError::Signatures { valid, needed });
+        return Err(match (changed, signers.len()) {
+            (Some(authority), _) => TopologyError::Changed { authority },
+            (None, 0) => TopologyError::OtherAuthorities,
+            (None, valid) => {
+                TopologyError::TooFewSignatures { valid, needed: authorities.threshold }
+            }
+        });
     }
-    let topology = Topology::from_toml(body)?;
+    let lines_before =
+        file[..file.len() - body.len()].bytes().filter(|byte| *byte == b'\n').count();
+    let topology = Topology::from_toml(body, lines_before + 1)?;
     if now < topology.valid_from {
         return Err(TopologyError::NotYetValid { seconds: topology.valid_from.0 - now.0 });
     }
@@ -179,24 +201,29 @@ fn signed_bytes(body: &str) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{LAYERS, NetworkName, Node, Parameters, Provider, Role};
+    use super::super::{
+        LAYERS, MAX_NODES, MAX_PROVIDERS, NetworkName, Node, Parameters, Provider, Role,
+    };
     use super::*;
     use crate::address::Address;
     use mixsocks_sphinx::SecretKey;
+    use std::net::SocketAddr;
+    use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
     use std::time::Duration;
 
     fn node(role: Role) -> Node {
+        static PORTS: AtomicU16 = AtomicU16::new(9000);
         let mut rng = rand::rng();
         Node {
             identity: IdentityKey::generate(&mut rng).identity(),
             sphinx_key: SecretKey::generate(&mut rng).public_key().into(),
-            link_address: "127.0.0.1:9000".parse().unwrap(),
+            link_address: SocketAddr::from(([127, 0, 0, 1], PORTS.fetch_add(1, Relaxed))),
             role,
         }
     }
 
     fn nodes() -> Vec<Node> {
-        let client_address = "127.0.0.1:9001".parse().unwrap();
+        let client_address = "127.0.0.1:9".parse().unwrap();
         let mut nodes: Vec<_> = (1..=3).map(|layer| node(Role::Mix { layer })).collect();
         nodes.extend((0..2).map(|_| node(Role::Gateway { client_address })));
         nodes
@@ -263,11 +290,80 @@ mod tests {
             let file = sign(&topology(), signers);
             verify(file.as_bytes(), &two_of_three, UnixTime(150)).map(|_| ())
         };
-        let too_few = Err(TopologyError::Signatures { valid: 1, needed: 2 });
+        let too_few = Err(TopologyError::TooFewSignatures { valid: 1, needed: 2 });
         assert_eq!(check(&[&keys[0], &keys[0]]), too_few);
         assert_eq!(check(&[&keys[0], &stranger]), too_few);
-        assert_eq!(check(&[]), Err(TopologyError::Signatures { valid: 0, needed: 2 }));
+        assert_eq!(check(&[]), Err(TopologyError::OtherAuthorities));
+        assert_eq!(check(&[&stranger]), Err(TopologyError::OtherAuthorities));
         assert_eq!(check(&[&stranger, &keys[2], &keys[0]]), Ok(()));
+    }
+
+    #[test]
+    fn a_changed_file_is_told_from_one_of_strangers() {
+        let keys: Vec<_> = (0..2).map(|_| IdentityKey::generate(&mut rand::rng())).collect();
+        let file = sign(&topology(), &[&keys[0]]).replace("epoch = 7", "epoch = 8");
+        let check = |pinned| verify(file.as_bytes(), &authorities(&[pinned], 1), UnixTime(150));
+        let authority = keys[0].identity();
+        assert_eq!(check(&keys[0]), Err(TopologyError::Changed { authority }));
+        assert_eq!(check(&keys[1]), Err(TopologyError::OtherAuthorities));
+        let errors = [check(&keys[0]), check(&keys[1])].map(|result| result.unwrap_err());
+        assert!(errors[0].to_string().contains("was changed"));
+        assert!(errors[1].to_string().contains("another network"));
+    }
+
+    /// Signs any text, and reads it.
+    fn read_signed(body: &str) -> Result<Topology, TopologyError> {
+        let key = IdentityKey::generate(&mut rand::rng());
+        let signature = key.sign(&signed_bytes(body));
+        let file = format!("{FIRST_LINE}\nsignature {} {signature}\n\n{body}", key.identity());
+        verify(file.as_bytes(), &authorities(&[&key], 1), UnixTime(150))
+    }
+
+    #[test]
+    fn signed_texts_that_break_a_rule_are_refused_in_one_line() {
+        let good = topology().to_toml();
+        assert!(read_signed(&good).is_ok());
+        let mix = "role = \"mix\"\n";
+        let client_address = "client_address = \"127.0.0.1:9\"\n";
+        for (from, to, words) in [
+            (
+                "epoch = 7",
+                "epoch = 7\ncolour = \"red\"",
+                &["line 6 ", "unknown field `colour`"][..],
+            ),
+            ("payload_bytes", "payload_bits", &["unknown field `payload_bits`"]),
+            (mix, "role = \"mixer\"\n", &["unknown variant `mixer`"]),
+            (mix, &format!("{mix}{client_address}"), &["a mix has no client_address"]),
+            ("layer = 1\n", "", &["a mix needs a layer"]),
+            ("layer = 1\n", "layer = 0\n", &["its layer must be 1, 2 or 3"]),
+            (client_address, "", &["a gateway needs a client_address"]),
+            (client_address, &format!("layer = 1\n{client_address}"), &["a gateway has no layer"]),
+            ("epoch = 7", "epoch = -7", &["line 5 ", "integer"]),
+            ("epoch = 7", "epoch = ", &["line 5 "]),
+            ("network = \"test\"", "", &["missing field `network`"]),
+            ("\"test\"", "\"Test\"", &["the network name \"Test\""]),
+            ("\"test\"", "\"\"", &["the network name \"\""]),
+            ("\"test\"", &format!("\"{}\"", "a".repeat(65)), &["1 to 64"]),
+            ("payload_bytes = 2048", "payload_bytes = 1023", &["is 1023", "1024 to 32768"]),
+            ("payload_bytes = 2048", "payload_bytes = 32769", &["is 32769", "1024 to 32768"]),
+            ("max_delay_us = 10000000", "max_delay_us = 60000001", &["at most 60000000"]),
+            ("mean_delay_us = 15000", "mean_delay_us = 10000001", &["at most max_delay_us"]),
+        ] {
+            let changed = good.replacen(from, to, 1);
+            assert_ne!(changed, good, "{from}");
+            let error = read_signed(&changed).unwrap_err();
+            assert!(matches!(error, TopologyError::Document(_)), "{error}");
+            let line = error.to_string();
+            assert_eq!(line.lines().count(), 1, "{line}");
+            for word in words {
+                assert!(line.contains(word), "{word}: {line}");
+            }
+        }
+        for limit in ["payload_bytes = 1024", "payload_bytes = 32768"] {
+            assert!(read_signed(&good.replace("payload_bytes = 2048", limit)).is_ok(), "{limit}");
+        }
+        let longest = good.replace("max_delay_us = 10000000", "max_delay_us = 60000000");
+        assert!(read_signed(&longest).is_ok());
     }
 
     #[test]
@@ -306,9 +402,6 @@ mod tests {
             );
         }
         assert_eq!(topology_of(nodes()[..3].to_vec(), vec![]), Err(DocumentError::NoGateway));
-        let mut twice = nodes();
-        twice.push(twice[0].clone());
-        assert!(matches!(topology_of(twice, vec![]), Err(DocumentError::Duplicate(_))));
         let mut fourth = nodes();
         fourth.push(node(Role::Mix { layer: 4 }));
         assert!(matches!(topology_of(fourth, vec![]), Err(DocumentError::Node { .. })));
@@ -317,6 +410,60 @@ mod tests {
             topology_of(nodes(), vec![provider]),
             Err(DocumentError::UnknownGateway(_))
         ));
+    }
+
+    #[test]
+    fn nothing_of_a_node_or_provider_appears_twice() {
+        let refused = |nodes: Vec<Node>, providers: Vec<Provider>, word: &str| {
+            let Err(DocumentError::Duplicate(what)) = topology_of(nodes, providers) else {
+                panic!("a {word} was accepted twice");
+            };
+            assert!(what.starts_with(word), "{word}: {what}");
+        };
+        // A node that is new but for one thing that it has from another role's node.
+        let like = |change: fn(&mut Node, &Node)| {
+            let mut nodes = nodes();
+            let mut double = node(Role::Mix { layer: 2 });
+            change(&mut double, &nodes[4]);
+            nodes.push(double);
+            nodes
+        };
+        refused(like(|double, node| double.identity = node.identity), vec![], "node");
+        refused(like(|double, node| double.sphinx_key = node.sphinx_key), vec![], "sphinx_key");
+        refused(
+            like(|double, node| double.link_address = node.link_address),
+            vec![],
+            "link_address",
+        );
+        assert!(topology_of(like(|_, _| {}), vec![]).is_ok());
+
+        let nodes = nodes();
+        let provider = |name: &str, gateway: &Node| Provider {
+            name: name.to_owned(),
+            address: Address {
+                identity: gateway.identity,
+                encryption: gateway.sphinx_key,
+                gateway: gateway.identity,
+            },
+            policy: String::new(),
+        };
+        let twice = vec![provider("exit", &nodes[3]), provider("exit", &nodes[4])];
+        refused(nodes.clone(), twice, "provider \"exit\"");
+        let two = vec![provider("exit", &nodes[3]), provider("way out", &nodes[3])];
+        assert!(topology_of(nodes, two).is_ok());
+    }
+
+    #[test]
+    fn too_many_nodes_or_providers_are_refused() {
+        // Counted before anything else is looked at, so that copies do.
+        let too_many = |what, result: Result<Topology, DocumentError>| {
+            let max = MAX_NODES;
+            assert_eq!(result, Err(DocumentError::TooMany { what, count: max + 1, max }));
+        };
+        const _: () = assert!(MAX_NODES == MAX_PROVIDERS);
+        too_many("nodes", topology_of(vec![nodes()[0].clone(); MAX_NODES + 1], vec![]));
+        let provider = topology().providers()[0].clone();
+        too_many("providers", topology_of(nodes(), vec![provider; MAX_PROVIDERS + 1]));
     }
 
     #[test]
