@@ -135,6 +135,13 @@ pub(crate) struct ClientArgs {
     pub(crate) traffic: TrafficArgs,
     /// Where keys and the registration are kept, so that the address stays the same.
     #[arg(long, value_name = "DIR", env = "MIXSOCKS_DATA_DIR")]
+    #[command(flatten)]
+    pub(crate) timing: TimingArgs,
+}
+
+/// How packets leave.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct TimingArgs {
     pub(crate) data_dir: Option<PathBuf>,
 }
 
@@ -149,7 +156,7 @@ pub(crate) struct BenchArgs {
     )]
     pub(crate) socks: Option<SocketAddr>,
     #[command(flatten)]
-    pub(crate) traffic: TrafficArgs,
+    pub(crate) timing: TimingArgs,
     /// How long each transfer runs.
     #[arg(
         long, value_name = "N", default_value_t = 5,

@@ -34,7 +34,7 @@ pub(crate) async fn run(args: ClientArgs, quiet: bool) -> Result<()> {
         crate::say(&proxy);
     } else {
         let client = client.address();
-        let weakness = weakness(args.traffic.profile);
+        let weakness = weakness(args.timing.profile);
         crate::say(&format!(
             "provider  {provider}\n\
              client    {client}\n\
@@ -51,29 +51,18 @@ pub(crate) async fn run(args: ClientArgs, quiet: bool) -> Result<()> {
 }
 
 async fn start(args: &ClientArgs) -> Result<(Client, Address)> {
-    let topology = topology_file::read(&args.topology, args.authority)?;
-    let max_delay = topology.parameters.max_delay;
-    if args.traffic.mean_delay.is_some_and(|mean| mean > max_delay) {
-        let max_delay = humantime::format_duration(max_delay);
-        bail!(
-            "--mean-delay is too long: the mixes of this network hold a packet {max_delay} at most"
-        );
-    }
-    let provider = choose_provider(&topology, args.provider.as_ref())?;
+    let file = topology_file::read(&args.topology, args.authority)?;
+    let provider = choose_provider(&file.topology, args.provider.as_ref())?;
     let path = match &args.data_dir {
         Some(path) => path.clone(),
         None => DataDir::default_path("client")?,
     };
     let dir = DataDir::open(&path)?;
     dir.require_space()?;
-    topology_file::accept(&dir, &args.topology, &topology, args.authority)?;
+    topology_file::accept(&dir, &args.topology, &file, args.authority)?;
+    let topology = Arc::new(file.topology);
     let gateway = gateway(&dir, &topology, &provider.gateway)?;
-    let way = Way {
-        topology: Arc::new(topology),
-        gateway,
-        provider,
-        mean_delay: args.traffic.mean_delay,
-    };
+    let way = Way { topology, gateway, provider };
     Ok((proxy::connect(&dir, way).await?, provider))
 }
 

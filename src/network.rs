@@ -82,7 +82,7 @@ impl Network {
         publish(dir, &authority, options.mean_delay, nodes, advert)?;
         // From here on everybody knows what the file says, and nothing else.
         let file = dir.path().join(topology_file::FILE);
-        let topology = Arc::new(topology_file::read(&file, authority.identity())?);
+        let topology = Arc::new(topology_file::read(&file, authority.identity())?.topology);
 
         let mut gateways = Vec::new();
         for seat in gateway_seats {

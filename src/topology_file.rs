@@ -1,11 +1,11 @@
 //! The topology as a file: read and verified, or signed and written.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::topology::{
     Authorities, MAX_DOCUMENT_BYTES, Topology, TopologyError, UnixTime, sign, verify,
@@ -21,22 +21,49 @@ pub(crate) fn now() -> UnixTime {
     UnixTime(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()))
 }
 
-/// Reads a topology file that `authority` must have signed.
-pub(crate) fn read(path: &Path, authority: Identity) -> Result<Topology> {
-    let file = read_bytes(path)?;
-    verify(&file, &only(authority)?, now())
-        .with_context(|| format!("the topology file {} cannot be used", path.display()))
+/// A topology file that was read and verified. It is read only once, so that what is stored is
+/// what was verified, and a pipe will do.
+#[derive(Debug)]
+pub(crate) struct VerifiedFile {
+    pub(crate) topology: Topology,
+    bytes: Vec<u8>,
 }
 
-/// Accepts a topology that was read, unless it is older than one that was accepted before, or
-/// another one of the same epoch: both would let somebody choose which network a client sees.
+/// Reads a topology file that `authority` must have signed.
+pub(crate) fn read(path: &Path, authority: Identity) -> Result<VerifiedFile> {
+    let bytes = read_bytes(path).map_err(|error| {
+        anyhow!(
+            "cannot read the topology file {}: {error}; --topology names the file that the \
+             network's operators publish",
+            path.display()
+        )
+    })?;
+    let topology = verify(&bytes, &only(authority)?, now())
+        .with_context(|| format!("the topology file {} cannot be used", path.display()))?;
+    Ok(VerifiedFile { topology, bytes })
+}
+
+/// Accepts a file that was read, unless it is of another network than the one that was accepted
+/// before, older, or another one of the same epoch: each would let somebody choose which network a
+/// client sees.
 pub(crate) fn accept(
     dir: &DataDir,
     path: &Path,
-    topology: &Topology,
+    file: &VerifiedFile,
     authority: Identity,
 ) -> Result<()> {
+    let topology = &file.topology;
     if let Some(latest) = latest(dir, authority)? {
+        if topology.network != latest.network {
+            bail!(
+                "the topology file {} is of network {:?}, but {} was used with network {:?} before; \
+                 choose another directory for another network with --data-dir",
+                path.display(),
+                topology.network.as_str(),
+                dir.path().display(),
+                latest.network.as_str()
+            );
+        }
         let (new, old) = (topology.epoch, latest.epoch);
         if new < old {
             bail!(
@@ -53,7 +80,7 @@ pub(crate) fn accept(
             );
         }
     }
-    dir.write(FILE, &read_bytes(path)?)
+    dir.write(FILE, &file.bytes)
 }
 
 /// Signs a topology and writes it into the data directory.
@@ -68,7 +95,8 @@ pub(crate) fn latest(dir: &DataDir, authority: Identity) -> Result<Option<Topolo
     if !path.exists() {
         return Ok(None);
     }
-    let file = read_bytes(&path)?;
+    let file = read_bytes(&path)
+        .map_err(|error| anyhow!("cannot read {}: {error}; delete it", path.display()))?;
     let authorities = only(authority)?;
     let now = now();
     let topology = match verify(&file, &authorities, now) {
@@ -94,14 +122,10 @@ fn only(authority: Identity) -> Result<Authorities> {
 }
 
 /// Reads one byte more than is allowed at most, so that [`verify`] sees what is too long.
-fn read_bytes(path: &Path) -> Result<Vec<u8>> {
-    let mut file = Vec::new();
-    let result = File::open(path)
-        .and_then(|opened| opened.take(MAX_DOCUMENT_BYTES as u64 + 1).read_to_end(&mut file));
-    if let Err(error) = result {
-        bail!("cannot read the topology file {}: {error}", path.display());
-    }
-    Ok(file)
+fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MAX_DOCUMENT_BYTES as u64 + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -109,6 +133,9 @@ mod tests {
     use super::*;
     use mixsocks_common::topology::{NetworkName, Node, Parameters, Role};
     use std::time::Duration;
+
+    /// In force whatever the clock says.
+    const FOR_EVER: std::ops::Range<u64> = 0..u64::MAX >> 1;
 
     struct Fixture {
         parent: tempfile::TempDir,
@@ -122,13 +149,14 @@ mod tests {
             let parent = tempfile::tempdir().unwrap();
             let dir = DataDir::open(&parent.path().join("data")).unwrap();
             let authority = dir.identity_key("authority.key").unwrap();
-            let client_address = "127.0.0.1:9".parse().unwrap();
+            let address = |port| std::net::SocketAddr::from(([127, 0, 0, 1], port));
+            let client_address = address(9);
             let mut roles: Vec<_> = (1..=3).map(|layer| Role::Mix { layer }).collect();
             roles.push(Role::Gateway { client_address });
-            let nodes = roles.into_iter().enumerate().map(|(n, role)| Node {
+            let nodes = (1..).zip(roles).map(|(n, role)| Node {
                 identity: dir.identity_key(&format!("{n}.id")).unwrap().identity(),
                 sphinx_key: dir.sphinx_key(&format!("{n}.key")).unwrap().public_key().into(),
-                link_address: "127.0.0.1:9".parse().unwrap(),
+                link_address: address(n),
                 role,
             });
             let nodes = nodes.collect();
@@ -146,10 +174,14 @@ mod tests {
             Topology::new(network, epoch, validity, parameters, self.nodes.clone(), vec![]).unwrap()
         }
 
-        fn accept(&self, topology: &Topology) -> Result<()> {
-            let path = self.parent.path().join("file");
-            std::fs::write(&path, sign(topology, &[&self.authority])).unwrap();
-            accept(&self.dir, &path, topology, self.authority.identity())
+        fn path(&self) -> std::path::PathBuf {
+            self.parent.path().join("file")
+        }
+
+        fn accept(&self, topology: Topology) -> Result<()> {
+            let bytes = sign(&topology, &[&self.authority]).into_bytes();
+            let file = VerifiedFile { topology, bytes };
+            accept(&self.dir, &self.path(), &file, self.authority.identity())
         }
     }
 
@@ -158,7 +190,7 @@ mod tests {
         let fixture = Fixture::new();
         let authority = fixture.authority.identity();
         assert!(latest(&fixture.dir, authority).unwrap().is_none());
-        for validity in [0..1, 100..200, 0..u64::MAX >> 1, 1 << 40..1 << 41] {
+        for validity in [0..1, 100..200, FOR_EVER, 1 << 40..1 << 41] {
             let topology = fixture.topology(7, validity);
             write(&fixture.dir, &topology, &fixture.authority).unwrap();
             assert_eq!(latest(&fixture.dir, authority).unwrap(), Some(topology));
@@ -171,12 +203,60 @@ mod tests {
     #[test]
     fn a_client_never_goes_back() {
         let fixture = Fixture::new();
-        fixture.accept(&fixture.topology(7, 0..100)).unwrap();
-        fixture.accept(&fixture.topology(7, 0..100)).unwrap();
-        let error = fixture.accept(&fixture.topology(7, 0..101)).unwrap_err().to_string();
+        fixture.accept(fixture.topology(7, 0..100)).unwrap();
+        fixture.accept(fixture.topology(7, 0..100)).unwrap();
+        let error = fixture.accept(fixture.topology(7, 0..101)).unwrap_err().to_string();
         assert!(error.contains("signed two"), "{error}");
-        fixture.accept(&fixture.topology(8, 0..101)).unwrap();
-        let error = fixture.accept(&fixture.topology(7, 0..100)).unwrap_err().to_string();
+        fixture.accept(fixture.topology(8, 0..101)).unwrap();
+        let error = fixture.accept(fixture.topology(7, 0..100)).unwrap_err().to_string();
         assert!(error.contains("fetch the newest"), "{error}");
+    }
+
+    #[test]
+    fn a_client_stays_with_its_network() {
+        let fixture = Fixture::new();
+        fixture.accept(fixture.topology(7, 0..100)).unwrap();
+        let mut other = fixture.topology(8, 0..100);
+        other.network = NetworkName::new("other").unwrap();
+        let error = fixture.accept(other).unwrap_err().to_string();
+        assert!(error.contains("network \"other\"") && error.contains("--data-dir"), "{error}");
+        let latest = latest(&fixture.dir, fixture.authority.identity()).unwrap().unwrap();
+        assert_eq!((latest.network.as_str(), latest.epoch), ("test", 7));
+    }
+
+    #[test]
+    fn what_was_verified_is_stored_even_if_the_file_has_changed_since() {
+        let fixture = Fixture::new();
+        let authority = fixture.authority.identity();
+        let signed = sign(&fixture.topology(7, FOR_EVER), &[&fixture.authority]);
+        std::fs::write(fixture.path(), &signed).unwrap();
+        let file = read(&fixture.path(), authority).unwrap();
+        std::fs::write(fixture.path(), "something else").unwrap();
+        accept(&fixture.dir, &fixture.path(), &file, authority).unwrap();
+        assert_eq!(fixture.dir.read_text(FILE).unwrap(), Some(signed));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_pipe_is_as_good_as_a_file() {
+        use std::io::Write;
+        use std::os::fd::AsRawFd;
+        let fixture = Fixture::new();
+        let authority = fixture.authority.identity();
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let signed = sign(&fixture.topology(7, FOR_EVER), &[&fixture.authority]);
+        writer.write_all(signed.as_bytes()).unwrap();
+        drop(writer);
+        let path = std::path::PathBuf::from(format!("/dev/fd/{}", reader.as_raw_fd()));
+        let file = read(&path, authority).unwrap();
+        accept(&fixture.dir, &path, &file, authority).unwrap();
+        assert_eq!(fixture.dir.read_text(FILE).unwrap(), Some(signed));
+    }
+
+    #[test]
+    fn a_file_that_is_not_there() {
+        let fixture = Fixture::new();
+        let error = read(&fixture.path(), fixture.authority.identity()).unwrap_err().to_string();
+        assert!(error.contains("cannot read") && error.contains("--topology"), "{error}");
     }
 }

@@ -30,7 +30,7 @@ pub(crate) async fn run(args: UpArgs, quiet: bool) -> Result<()> {
     if quiet {
         crate::say(&proxy_line(address));
     } else {
-        crate::say(&greeting(&network, &client, &path, address, args.traffic.profile));
+        crate::say(&greeting(&network, &client, &path, address, args.traffic.timing.profile));
     }
     proxy::serve(listener, client, &mut signals, network.shutdown()).await;
     Ok(())
@@ -47,7 +47,6 @@ async fn start(dir: &DataDir, args: &UpArgs) -> Result<(Network, Client)> {
         topology: network.topology().clone(),
         gateway: network.client_gateway(),
         provider: network.provider_address(),
-        mean_delay: None,
     };
     let client = proxy::connect(dir, way).await?;
     Ok((network, client))

@@ -43,7 +43,7 @@ impl Network {
         }
         command.args(["--quiet", "up", "--socks", "127.0.0.1:0", "--allow-private"]);
         command.arg("--data-dir").arg(data_dir.path());
-        command.arg("--profile").arg(traffic.profile.to_string());
+        command.arg("--profile").arg(traffic.timing.profile.to_string());
         if let Some(mean_delay) = traffic.mean_delay {
             command.arg("--mean-delay").arg(humantime::format_duration(mean_delay).to_string());
         }

@@ -75,7 +75,7 @@ async fn measure(args: &BenchArgs) -> Result<Report> {
     let traffic = args.socks.is_none().then_some(args.traffic);
     Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
-        profile: traffic.map(|traffic| traffic.profile.to_string()),
+        profile: traffic.map(|traffic| traffic.timing.profile.to_string()),
         mean_delay_ms: traffic
             .map(|traffic| traffic.mean_delay.unwrap_or(DEFAULT_MEAN_DELAY).as_secs_f64() * 1e3),
         start_seconds,

@@ -46,6 +46,7 @@ fn wrong_command_lines() {
 }
 
 /// A network that exists on paper only: nobody listens at its addresses.
+    name: &'static str,
 struct PaperNetwork {
     folder: TempDir,
     authority: IdentityKey,
@@ -61,12 +62,12 @@ impl PaperNetwork {
         let mut roles: Vec<_> = (1..=3).map(|layer| Role::Mix { layer }).collect();
         roles.extend((0..gateways).map(|_| Role::Gateway { client_address: nobody }));
         let key = || IdentityKey::generate(&mut rand::rng()).identity();
-        let nodes: Vec<_> = roles
-            .into_iter()
-            .map(|role| Node {
+        let nodes: Vec<_> = (1..)
+            .zip(roles)
+            .map(|(port, role)| Node {
                 identity: key(),
                 sphinx_key: SecretKey::generate(&mut rng).public_key().into(),
-                link_address: nobody,
+                link_address: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
                 role,
             })
             .collect();
@@ -77,7 +78,7 @@ impl PaperNetwork {
         };
         let authority = IdentityKey::generate(&mut rand::rng());
         let folder = tempfile::tempdir().unwrap();
-        Self { folder, authority, nodes, provider }
+        Self { name: "paper", folder, authority, nodes, provider }
     }
 
     /// A document in force from one time to another, in seconds from now.
@@ -91,7 +92,7 @@ impl PaperNetwork {
         };
         let provider =
             Provider { name: "paper".to_owned(), address: self.provider, policy: String::new() };
-        let name = NetworkName::new("paper").unwrap();
+        let name = NetworkName::new(self.name).unwrap();
         let topology = Topology::new(
             name,
             epoch,
@@ -125,7 +126,7 @@ fn unusable_topologies() {
     let changed = good.replace("payload_bytes = 2048", "payload_bytes = 2049");
     assert_ne!(good, changed);
     for (document, words) in [
-        (&b"\x00\xff\xfe binary"[..], &["not a topology"][..]),
+        (&b"\x00\xff\xfe binary"[..], &["not a topology", "get the one"][..]),
         (b"", &["not a topology"]),
         (b"[some]\ntoml = 1\n", &["not a topology", "first line"]),
         (&good.as_bytes()[..good.len() / 2], &["the file was changed"]),
@@ -138,8 +139,9 @@ fn unusable_topologies() {
     }
     let stranger = PaperNetwork::new(2);
     let file = network.file(stranger.document(1, -10, 1000));
-    fails(&mut network.client(&file), 1, &["other authorities"]);
-    fails(&mut network.client(Path::new("/nowhere/topology")), 1, &["/nowhere/topology"]);
+    fails(&mut network.client(&file), 1, &["others than the given authority", "another network"]);
+    let nowhere = Path::new("/nowhere/topology");
+    fails(&mut network.client(nowhere), 1, &["/nowhere/topology", "--topology names"]);
 }
 
 #[test]
@@ -150,6 +152,16 @@ fn an_older_topology() {
     let file = network.file(network.document(7, -10, 1000));
     fails(&mut network.client(&file), 1, &["epoch 7", "epoch 8", "newest"]);
 }
+#[test]
+fn a_topology_of_another_network() {
+    let mut network = PaperNetwork::new(2);
+    let file = network.file(network.document(8, -10, 1000));
+    fails(&mut network.client(&file), 1, &["gateway"]);
+    network.name = "cardboard";
+    let file = network.file(network.document(9, -10, 1000));
+    fails(&mut network.client(&file), 1, &["network \"cardboard\"", "\"paper\"", "--data-dir"]);
+}
+
 
 #[test]
 fn an_unreachable_gateway() {
