@@ -1,12 +1,15 @@
 //! The command line: every option, also as a `MIXSOCKS_…` variable, parsed once into what it means.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::builder::BoolishValueParser;
-use clap::{ArgAction, Args, Parser, Subcommand};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::parser::ValueSource;
+use clap::{ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use mixsocks_client::socks;
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::Identity;
@@ -25,13 +28,61 @@ const MAX_BENCH_SECONDS: u64 = 600;
     subcommand_required = true,
     arg_required_else_help = true,
     disable_help_subcommand = true,
-    after_help = "Options of up and client are also variables: --mean-delay 5ms is MIXSOCKS_MEAN_DELAY=5ms."
+    after_help = "Options of up and client are also variables: --socks [::1]:9050 is MIXSOCKS_SOCKS=[::1]:9050. An option wins over a variable."
 )]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) verbosity: Verbosity,
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+impl Cli {
+    /// Understands a command line. Of two options that exclude each other, one of the command line
+    /// wins over one of a variable, which may have been set for another command.
+    pub(crate) fn from_words(
+        words: impl IntoIterator<Item = OsString>,
+    ) -> Result<Self, clap::Error> {
+        let mut command = Self::command();
+        let matches = command.try_get_matches_from_mut(words)?;
+        let mut cli = Self::from_arg_matches(&matches).map_err(|e| e.format(&mut command))?;
+        let Verbosity { verbose, quiet } = &mut cli.verbosity;
+        if *quiet && *verbose > 0 {
+            match stronger(&matches, "quiet", "verbose")? {
+                "quiet" => *verbose = 0,
+                _ => *quiet = false,
+            }
+        }
+        if let (Command::Bench(args), Some((_, matches))) = (&mut cli.command, matches.subcommand())
+            && args.socks.is_some()
+            && args.traffic.mean_delay.is_some()
+        {
+            // --socks is never a variable's here: that one is for up and client.
+            stronger(matches, "socks", "mean_delay")?;
+            args.traffic.mean_delay = None;
+        }
+        Ok(cli)
+    }
+}
+
+/// Which of two options counts that exclude each other.
+fn stronger<'a>(
+    matches: &ArgMatches,
+    one: &'a str,
+    other: &'a str,
+) -> Result<&'a str, clap::Error> {
+    let is_word = |id| matches.value_source(id) == Some(ValueSource::CommandLine);
+    match (is_word(one), is_word(other)) {
+        (true, false) => Ok(one),
+        (false, true) => Ok(other),
+        _ => {
+            let name = |id: &str| ContextValue::String(format!("--{}", id.replace('_', "-")));
+            let mut error = clap::Error::new(ErrorKind::ArgumentConflict);
+            error.insert(ContextKind::InvalidArg, name(one));
+            error.insert(ContextKind::PriorArg, name(other));
+            Err(error)
+        }
+    }
 }
 
 /// What to do.
@@ -53,8 +104,7 @@ pub(crate) struct Verbosity {
     pub(crate) verbose: u8,
     /// Say only where the proxy listens, and errors.
     #[arg(
-        short, long, global = true, env = "MIXSOCKS_QUIET", value_parser = BoolishValueParser::new(),
-        conflicts_with = "verbose"
+        short, long, global = true, env = "MIXSOCKS_QUIET", value_parser = BoolishValueParser::new()
     )]
     pub(crate) quiet: bool,
 }
@@ -85,6 +135,13 @@ pub(crate) struct TrafficArgs {
         long, value_name = "DURATION", env = "MIXSOCKS_MEAN_DELAY", value_parser = parse_mean_delay
     )]
     pub(crate) mean_delay: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) timing: TimingArgs,
+}
+
+/// How packets leave.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct TimingArgs {
     /// How sending is timed: "fast" sends when there is something to send.
     #[arg(
         long, value_name = "PROFILE", env = "MIXSOCKS_PROFILE", default_value = "fast",
@@ -132,16 +189,9 @@ pub(crate) struct ClientArgs {
     #[command(flatten)]
     pub(crate) listen: ListenArgs,
     #[command(flatten)]
-    pub(crate) traffic: TrafficArgs,
+    pub(crate) timing: TimingArgs,
     /// Where keys and the registration are kept, so that the address stays the same.
     #[arg(long, value_name = "DIR", env = "MIXSOCKS_DATA_DIR")]
-    #[command(flatten)]
-    pub(crate) timing: TimingArgs,
-}
-
-/// How packets leave.
-#[derive(Clone, Copy, Debug, Args)]
-pub(crate) struct TimingArgs {
     pub(crate) data_dir: Option<PathBuf>,
 }
 
@@ -150,13 +200,10 @@ pub(crate) struct TimingArgs {
 pub(crate) struct BenchArgs {
     /// Measure this proxy (its provider must reach this machine's loopback addresses) instead of a
     /// network that is started for the measurement.
-    #[arg(
-        long, value_name = "ADDR:PORT", value_parser = parse_socket_address,
-        conflicts_with = "mean_delay"
-    )]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = parse_socket_address)]
     pub(crate) socks: Option<SocketAddr>,
     #[command(flatten)]
-    pub(crate) timing: TimingArgs,
+    pub(crate) traffic: TrafficArgs,
     /// How long each transfer runs.
     #[arg(
         long, value_name = "N", default_value_t = 5,
@@ -260,7 +307,6 @@ fn parse_mean_delay(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_definition_is_consistent() {

@@ -21,8 +21,6 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser;
-
 use crate::cli::{Cli, Command};
 
 /// What still runs after a command has ended, such as a name look-up, is left behind after this.
@@ -31,7 +29,7 @@ const LEFT_BEHIND_AFTER: Duration = Duration::from_millis(100);
 fn main() -> ExitCode {
     let words: Vec<String> =
         std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::from_words(std::env::args_os()) {
         Ok(cli) => cli,
         Err(error) if !error.use_stderr() => error.exit(),
         Err(error) if words.len() == 1 => error.exit(),

@@ -45,7 +45,12 @@ fn problem(error: &clap::Error, root: &Command, command: Option<&Command>) -> St
                 None => format!("{argument}: {value:?} is wrong"),
             }
         }
-        ErrorKind::MissingRequiredArgument => format!("{argument} is missing"),
+        ErrorKind::MissingRequiredArgument => match error.get(ContextKind::InvalidArg) {
+            Some(ContextValue::Strings(several)) if several.len() > 1 => {
+                format!("{argument} are missing")
+            }
+            _ => format!("{argument} is missing"),
+        },
         ErrorKind::ArgumentConflict => {
             let other = context(ContextKind::PriorArg);
             if other.is_empty() || other == argument {
@@ -72,15 +77,34 @@ fn unknown_command(word: &str, root: &Command) -> String {
 
 fn unknown_option(argument: &str, root: &Command, command: Option<&Command>) -> String {
     let word = argument.split('=').next().unwrap_or_default();
-    let Some(command) = command else {
-        if word.starts_with('-')
-            && root.get_subcommands().any(|c| options(c, root).contains(&word.into()))
-        {
-            return format!("{word} goes after the command, as in `mixsocks up {word} …`");
-        }
-        return unknown_word(word, &options(root, root));
+    match command {
+        Some(command) => unknown_word(word, &options(command, root)),
+        None => unknown_before_the_command(word, root),
+    }
+}
+
+/// There, an option that belongs to a command is what was meant most likely.
+fn unknown_before_the_command(word: &str, root: &Command) -> String {
+    let own = options(root, root);
+    let of_commands = root.get_subcommands().flat_map(|command| options(command, root));
+    let all: Vec<String> = own.iter().cloned().chain(of_commands).collect();
+    let is_known = all.iter().any(|option| option == word);
+    let meant = if is_known { Some(word) } else { nearest(word, all.iter().map(String::as_str)) };
+    let of = |option: &str| {
+        let has = |command: &&Command| options(command, root).iter().any(|own| own == option);
+        root.get_subcommands().find(has).map_or("up", Command::get_name)
     };
-    unknown_word(word, &options(command, root))
+    match meant {
+        Some(option) if word.starts_with('-') && !own.iter().any(|own| own == option) => {
+            let place = format!("after the command, as in `mixsocks {} {option} …`", of(option));
+            if is_known {
+                format!("{word} goes {place}")
+            } else {
+                format!("there is no option {word}; did you mean {option}? It goes {place}")
+            }
+        }
+        _ => unknown_word(word, &own),
+    }
 }
 
 fn unknown_word(word: &str, options: &[String]) -> String {
@@ -97,18 +121,19 @@ fn unknown_word(word: &str, options: &[String]) -> String {
 fn options(command: &Command, root: &Command) -> Vec<String> {
     let global = root.get_arguments().filter(|argument| argument.is_global_set());
     let names = command.get_arguments().chain(global).filter_map(clap::Arg::get_long);
-    names.chain(["help"]).map(|name| format!("--{name}")).collect()
+    // These two are clap's own.
+    let version = command.get_version().map(|_| "version");
+    names.chain(["help"]).chain(version).map(|name| format!("--{name}")).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
 
     fn line(words: &[&str]) -> String {
         let words: Vec<String> =
             ["mixsocks"].iter().chain(words).map(|word| (*word).to_owned()).collect();
-        describe(&Cli::try_parse_from(&words).unwrap_err(), &words)
+        describe(&Cli::from_words(words.iter().map(Into::into)).unwrap_err(), &words)
     }
 
     #[test]
@@ -121,15 +146,24 @@ mod tests {
             (&["pu"], "did you mean \"up\"?"),
             (&["frobnicate"], "there are up, client, bench"),
             (&["--allow-private", "up"], "as in `mixsocks up --allow-private"),
+            (&["--topology", "x", "client"], "as in `mixsocks client --topology"),
+            (&["--sokcs", "127.0.0.1:1", "up"], "did you mean --socks? It goes after the command"),
+            (&["--secnods", "1", "bench"], "as in `mixsocks bench --seconds"),
+            (&["--verson"], "did you mean --version?"),
+            (&["--xyzzy", "up"], "no option --xyzzy (see `mixsocks --help`)"),
+            (&["up", "--version"], "no option --version"),
             (&["up", "stray"], "\"stray\" is not expected here"),
             (&["up", "--socks", "1080"], "such as 127.0.0.1:1080"),
             (&["up", "--socks"], "--socks <ADDR:PORT> needs a value"),
             (&["up", "--mean-delay", "15"], "such as 15ms"),
             (&["up", "--mean-delay", "11s"], "longer than 10s"),
             (&["up", "--profile", "private"], "only the profile \"fast\""),
-            (&["client"], "--topology <FILE> and --authority <KEY> is missing"),
+            (&["client"], "--topology <FILE> and --authority <KEY> are missing"),
+            (&["client", "--topology", "x"], "--authority <KEY> is missing"),
+            (&["client", "--mean-delay", "1ms"], "there is no option --mean-delay"),
             (&["client", "--provider", "a@b"], "<identity>.<encryption>@<gateway identity>"),
-            (&["up", "-v", "-q"], "exclude each other"),
+            (&["up", "-v", "-q"], "--quiet and --verbose exclude each other"),
+            (&["bench", "--socks", "[::1]:1", "--mean-delay", "0"], "exclude each other"),
             (&["bench", "--seconds", "0"], "1..=600"),
         ] {
             let line = line(words);

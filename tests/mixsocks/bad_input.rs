@@ -41,6 +41,7 @@ fn wrong_command_lines() {
         (&["client", "--provider", "abc@def", "--topology", "y"], "<identity>.<encryption>@"),
     ] {
         fails(mixsocks().args(arguments), 2, &[word, "--help"]);
+    fails(mixsocks().args(["-q", "-v", "up"]), 2, &["--quiet and --verbose exclude each other"]);
     }
     fails(mixsocks().arg("up").env("MIXSOCKS_MEAN_DELAY", "soon"), 2, &["--mean-delay", "15ms"]);
 }
