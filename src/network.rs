@@ -20,7 +20,7 @@ use tokio::net::TcpListener;
 
 use crate::cli::MAX_DELAY;
 use crate::data_dir::DataDir;
-use crate::topology_file;
+use crate::{logging, topology_file};
 
 /// What a network without other wishes uses.
 pub(crate) const DEFAULT_MEAN_DELAY: Duration = Duration::from_millis(15);
@@ -43,6 +43,8 @@ pub(crate) struct NetworkOptions {
 
 /// A running network.
 pub(crate) struct Network {
+    /// The first field, so that it is dropped before the parts.
+    intact: logging::Intact,
     topology: Arc<Topology>,
     provider_address: Address,
     client_gateway: Identity,
@@ -89,12 +91,14 @@ impl Network {
             gateways.push(seat.start(&topology)?);
         }
         let mut mixes = Vec::new();
+        // Declared behind the nodes, so that it goes before them when something fails from here on.
+        let intact = logging::Intact::new();
         for seat in mix_seats {
             mixes.push(seat.start(&topology)?);
         }
         let provider_address = provider_keys.address;
         let provider = provider_keys.start(dir, &topology, options).await?;
-        Ok(Self { topology, provider_address, client_gateway, mixes, gateways, provider })
+        Ok(Self { intact, topology, provider_address, client_gateway, mixes, gateways, provider })
     }
 
     /// The topology, as it was read from its file.
@@ -114,6 +118,7 @@ impl Network {
 
     /// Stops everything, the ends first.
     pub(crate) async fn shutdown(self) {
+        drop(self.intact);
         self.provider.shutdown().await;
         for gateway in self.gateways {
             gateway.shutdown().await;

@@ -74,7 +74,8 @@ pub(crate) async fn connect(dir: &DataDir, way: Way) -> Result<Client> {
     Client::connect(config).await.context("the client cannot connect")
 }
 
-/// Serves programs until a signal comes; then `stop` has [`STOP_TIME`], unless another signal comes.
+/// Serves programs until a signal comes; then the client says goodbye, and after it `stop` takes down
+/// what it used. Both have [`STOP_TIME`], unless another signal comes.
 pub(crate) async fn serve(
     listener: SocksListener,
     client: Client,
@@ -83,8 +84,10 @@ pub(crate) async fn serve(
 ) {
     let opener = client.clone();
     listener.serve(opener, signals.next()).await;
-    let stopped = async {
+    let stopped = async move {
         client.shutdown().await;
+        // This is what closes the link to the gateway.
+        drop(client);
         stop.await;
     };
     tokio::select! {

@@ -17,8 +17,6 @@ use crate::process::{mixsocks, run};
 
 /// Runs to the end, which must come soon and be an error of one line with these words.
 fn fails(command: &mut Command, code: i32, words: &[&str]) {
-    // What the nodes of a network that is being taken down again say about each other is no error.
-    command.env("MIXSOCKS_QUIET", "1");
     let ended = run(command);
     assert_eq!(ended.status.code(), Some(code), "{command:?}: {ended:?}");
     assert!(ended.stderr.starts_with("error: "), "{command:?}: {ended:?}");
