@@ -193,8 +193,9 @@ fn refuse_readable_by_others(_: &File, _: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Says what to do about an error at a path of the data directory.
-fn explain(error: &io::Error, path: &Path) -> anyhow::Error {
+/// Says what to do about an error at a path of the data directory. What helps against a full disk
+/// is said where errors are printed, as other parts store things too.
+pub(crate) fn explain(error: &io::Error, path: &Path) -> anyhow::Error {
     let path = path.display();
     let other = "choose another place with --data-dir";
     match error.kind() {
@@ -205,7 +206,7 @@ fn explain(error: &io::Error, path: &Path) -> anyhow::Error {
             anyhow!("{path} is on a file system that is read-only; {other}")
         }
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
-            anyhow!("there is no space left for {path}; free some, or {other}")
+            io::Error::new(error.kind(), format!("there is no space left for {path}")).into()
         }
         ErrorKind::NotADirectory | ErrorKind::AlreadyExists => {
             anyhow!("{path} cannot be a directory, because a file is in its place; {other}")

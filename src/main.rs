@@ -17,7 +17,7 @@ mod topology_file;
 mod up;
 mod usage_error;
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -74,8 +74,8 @@ fn describe(error: &anyhow::Error) -> String {
         }
     }
     let is_full = |cause: &(dyn std::error::Error + 'static)| {
-        let error = cause.downcast_ref::<std::io::Error>();
-        error.is_some_and(|error| error.kind() == std::io::ErrorKind::StorageFull)
+        let kind = cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        matches!(kind, Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
     };
     if error.chain().any(is_full) {
         line.push_str("; free some space, or choose another place with --data-dir");
@@ -107,5 +107,18 @@ mod tests {
             .context("the client does not start")
             .unwrap_err();
         assert_eq!(describe(&error), "the client does not start: cannot read x: disk is on fire");
+    }
+
+    #[test]
+    fn a_full_disk_is_explained_once_wherever_it_shows() {
+        const HELP: &str = "; free some space, or choose another place with --data-dir";
+        for kind in [ErrorKind::StorageFull, ErrorKind::QuotaExceeded] {
+            let full = std::io::Error::new(kind, "no room");
+            let error = data_dir::explain(&full, "data/x".as_ref());
+            assert_eq!(describe(&error), format!("there is no space left for data/x{HELP}"));
+            // A part that stores something by itself.
+            let error = anyhow::Error::new(full).context("the token cannot be stored");
+            assert_eq!(describe(&error), format!("the token cannot be stored: no room{HELP}"));
+        }
     }
 }
