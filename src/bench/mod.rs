@@ -66,6 +66,7 @@ async fn measure(args: &BenchArgs) -> Result<Report> {
     let down = bench.throughput("one stream down", Direction::Down, 1).await?;
     let up = bench.throughput("one stream up", Direction::Up, 1).await?;
     let ten_down = bench.throughput("ten streams down", Direction::Down, STREAMS).await?;
+    let ten_up = bench.throughput("ten streams up", Direction::Up, STREAMS).await?;
     let idle_cpu_percent = bench.idle().await?;
     let memory = bench.network.as_ref().and_then(Network::memory);
     bench.progress.finish_and_clear();
@@ -83,6 +84,7 @@ async fn measure(args: &BenchArgs) -> Result<Report> {
         down,
         up,
         ten_down,
+        ten_up,
         idle_cpu_percent,
         resident_mib: memory.map(|memory| memory.resident_mib),
         peak_resident_mib: memory.map(|memory| memory.peak_resident_mib),
@@ -91,7 +93,7 @@ async fn measure(args: &BenchArgs) -> Result<Report> {
 
 /// Shown on a terminal only.
 fn progress_bar() -> ProgressBar {
-    const STEPS: u64 = 5;
+    const STEPS: u64 = 6;
     let bar = ProgressBar::new(STEPS);
     let style = ProgressStyle::with_template("{bar:20} {pos}/{len} {msg} ({elapsed})");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));

@@ -21,6 +21,7 @@ pub(super) struct Report {
     pub(super) down: Throughput,
     pub(super) up: Throughput,
     pub(super) ten_down: Throughput,
+    pub(super) ten_up: Throughput,
     pub(super) idle_cpu_percent: Option<f64>,
     pub(super) resident_mib: Option<f64>,
     pub(super) peak_resident_mib: Option<f64>,
@@ -110,6 +111,7 @@ impl fmt::Display for Report {
         self.down.row(f, "one stream down")?;
         self.up.row(f, "one stream up")?;
         self.ten_down.row(f, "ten streams down")?;
+        self.ten_up.row(f, "ten streams up")?;
         if let Some(percent) = self.idle_cpu_percent {
             writeln!(f, "{:<20}{percent:>9.2} %      of one core", "idle")?;
         }

@@ -13,7 +13,7 @@ use mixsocks_common::topology::{
 use mixsocks_sphinx::SecretKey;
 use tempfile::TempDir;
 
-use crate::process::{mixsocks, run};
+use crate::process::{mixsocks, run, skip, up};
 
 /// Runs to the end, which must come soon and be an error of one line with these words.
 fn fails(command: &mut Command, code: i32, words: &[&str]) {
@@ -39,14 +39,14 @@ fn wrong_command_lines() {
         (&["client", "--provider", "abc@def", "--topology", "y"], "<identity>.<encryption>@"),
     ] {
         fails(mixsocks().args(arguments), 2, &[word, "--help"]);
-    fails(mixsocks().args(["-q", "-v", "up"]), 2, &["--quiet and --verbose exclude each other"]);
     }
     fails(mixsocks().arg("up").env("MIXSOCKS_MEAN_DELAY", "soon"), 2, &["--mean-delay", "15ms"]);
+    fails(mixsocks().args(["-q", "-v", "up"]), 2, &["--quiet and --verbose exclude each other"]);
 }
 
 /// A network that exists on paper only: nobody listens at its addresses.
-    name: &'static str,
 struct PaperNetwork {
+    name: &'static str,
     folder: TempDir,
     authority: IdentityKey,
     nodes: Vec<Node>,
@@ -151,6 +151,7 @@ fn an_older_topology() {
     let file = network.file(network.document(7, -10, 1000));
     fails(&mut network.client(&file), 1, &["epoch 7", "epoch 8", "newest"]);
 }
+
 #[test]
 fn a_topology_of_another_network() {
     let mut network = PaperNetwork::new(2);
@@ -160,7 +161,6 @@ fn a_topology_of_another_network() {
     let file = network.file(network.document(9, -10, 1000));
     fails(&mut network.client(&file), 1, &["network \"cardboard\"", "\"paper\"", "--data-dir"]);
 }
-
 
 #[test]
 fn an_unreachable_gateway() {
@@ -188,12 +188,6 @@ fn providers_that_cannot_be_used() {
     let lonely = PaperNetwork::new(1);
     let file = lonely.file(lonely.document(1, -10, 1000));
     fails(&mut lonely.client(&file), 1, &["no gateway but the provider's own"]);
-}
-
-fn up(data_dir: &Path) -> Command {
-    let mut command = mixsocks();
-    command.args(["up", "--socks", "127.0.0.1:0"]).arg("--data-dir").arg(data_dir);
-    command
 }
 
 #[test]
@@ -248,7 +242,7 @@ fn a_data_directory_without_permission() {
         // Nothing is forbidden to root.
         command.uid(NOBODY).gid(NOBODY);
         if command.get_program().to_str().is_some_and(|path| !open_to_all(Path::new(path))) {
-            return println!("skipped: other users cannot run the program where it was built");
+            return skip("other users cannot run the program where it was built");
         }
     }
     fails(&mut command, 1, &["no permission", "--data-dir"]);
@@ -287,7 +281,7 @@ impl Drop for SmallDisk {
 fn a_full_data_directory() {
     const DISK_KIB: u32 = 8 * 1024;
     let Some(disk) = SmallDisk::mount(DISK_KIB) else {
-        return println!("skipped: mounting a small disk is not permitted here");
+        return skip("mounting a small disk is not permitted here");
     };
     let data_dir = disk.0.path().join("data");
     let filler = disk.0.path().join("filler");

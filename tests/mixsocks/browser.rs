@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::process::{Process, shared_network};
+use crate::process::{Process, shared_network, skip};
 use crate::servers::{PAGE_PARTS, http};
 
 #[test]
@@ -24,7 +24,7 @@ fn chromium_shows_a_page_whose_name_only_the_provider_can_resolve() {
     let browser = match Process::try_start(&mut chromium) {
         Ok(browser) => browser,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return println!("skipped: chromium is not installed");
+            return skip("chromium is not installed");
         }
         Err(error) => panic!("chromium does not start: {error}"),
     };

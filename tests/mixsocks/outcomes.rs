@@ -1,6 +1,6 @@
 //! A program is told what really happened to its request.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 
 use crate::process::{Proxy, shared_network};
@@ -34,7 +34,11 @@ fn refused() {
     let network = shared_network();
     let target = closed_port();
     assert_eq!(reply_code(network.proxy.address, &socks::ip(target)), 5);
-    let Some(curl) = network.proxy.curl(&[&format!("http://{target}/")]) else { return };
+    curl_is_refused(&network.proxy, &format!("http://{target}/"));
+}
+
+fn curl_is_refused(proxy: &Proxy, url: &str) {
+    let Some(curl) = proxy.curl(&[url]) else { return };
     assert_eq!(curl.wait().status.code(), Some(97), "curl's code for an error of the proxy");
 }
 
@@ -44,6 +48,7 @@ fn a_name_that_does_not_exist() {
     let name = "nobody.gone.mixsocks.test";
     assert_eq!(reply_code(network.proxy.address, &socks::name(name, 80)), 4);
     assert!(network.name_server.asked(name) > 0);
+    curl_is_refused(&network.proxy, &format!("http://{name}/"));
 }
 
 #[test]
@@ -65,6 +70,7 @@ fn forbidden_by_policy() {
     ] {
         assert_eq!(reply_code(proxy.address, &target), 2, "{what}");
     }
+    curl_is_refused(&proxy, &format!("http://{server}/"));
 }
 
 #[test]
@@ -90,20 +96,24 @@ fn other_commands_and_address_types() {
 fn bytes_that_are_not_socks() {
     let network = shared_network();
     let noise: Vec<u8> = body(1000, 9);
-    for bytes in [
-        &b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n"[..],
-        b"CONNECT example.com:443 HTTP/1.1\r\n\r\n",
-        b"\x04\x01\x00\x50\x7f\x00\x00\x01\x00",
-        b"\x16\x03\x01\x02\x00\x01",
-        b"\x05\x00",
-        b"\x05\x01\x02\x01\x03",
-        &noise,
+    for (bytes, answered) in [
+        (&b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n"[..], &b"HTTP/1.1 400 "[..]),
+        (b"CONNECT example.com:443 HTTP/1.1\r\n\r\n", b"HTTP/1.1 400 "),
+        (b"\x04\x01\x00\x50\x7f\x00\x00\x01\x00", b"\x00\x5b\x00\x00\x00\x00\x00\x00"),
+        (b"\x16\x03\x01\x02\x00\x01", b""),
+        (b"\x05\x00", b""),
+        // Any password will do when none is asked for, but this one is cut short.
+        (b"\x05\x01\x02\x01\x03", b"\x05\x02"),
+        (&noise, b""),
     ] {
         let mut stream = socks::dial(network.proxy.address);
         stream.write_all(bytes).unwrap();
-        // Closed or reset, but not left open.
         let mut answer = Vec::new();
-        let _ = stream.read_to_end(&mut answer);
+        if let Err(error) = stream.read_to_end(&mut answer) {
+            // Not left open until the deadline; bytes that nobody has read make a reset of it.
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{bytes:?}: {error}");
+        }
+        assert!(answer.starts_with(answered), "{bytes:?}: {answer:?}");
         assert!(answer.len() < 1000, "{answer:?}");
     }
     let target = socks::ip(http());

@@ -25,6 +25,20 @@ pub(crate) fn mixsocks() -> Command {
     command
 }
 
+/// Says that a test cannot be run here. Where everything that tests need is meant to be there, as in
+/// `.ci/run`, that is a failure.
+pub(crate) fn skip(why: &str) {
+    assert!(std::env::var_os("MIXSOCKS_TEST_NO_SKIP").is_none(), "not to be skipped: {why}");
+    println!("skipped: {why}");
+}
+
+/// `mixsocks up` on a free port.
+pub(crate) fn up(data_dir: &Path) -> Command {
+    let mut command = mixsocks();
+    command.args(["up", "--socks", "127.0.0.1:0"]).arg("--data-dir").arg(data_dir);
+    command
+}
+
 /// A child and what it has written so far; killed when dropped.
 pub(crate) struct Process {
     child: Child,
@@ -164,9 +178,7 @@ pub(crate) struct Proxy {
 impl Proxy {
     /// `mixsocks up` on a free port, with these further options.
     pub(crate) fn up(data_dir: &Path, options: &[&str]) -> Self {
-        let mut command = mixsocks();
-        command.args(["up", "--socks", "127.0.0.1:0"]).arg("--data-dir").arg(data_dir);
-        Self::start(command.args(options))
+        Self::start(up(data_dir).args(options))
     }
 
     /// Starts a command that prints where its proxy listens.
@@ -192,7 +204,7 @@ impl Proxy {
         match Process::try_start(&mut command) {
             Ok(curl) => Some(curl),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                println!("skipped: curl is not installed");
+                skip("curl is not installed");
                 None
             }
             Err(error) => panic!("curl does not start: {error}"),
