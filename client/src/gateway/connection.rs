@@ -24,6 +24,8 @@ use super::GatewayLinkError;
 const URL: &str = "ws://mixsocks.invalid/";
 /// What a TLS record carries at most.
 const READ_BUFFER_BYTES: usize = 16 * 1024;
+/// Bytes that are gathered before they are written.
+const WRITE_BUFFER_BYTES: usize = 128 * 1024;
 
 pub(super) type Socket = WebSocketStream<TlsStream<TcpStream>>;
 
@@ -56,11 +58,7 @@ impl Dialler {
         let exporter = session
             .export_keying_material([0u8; EXPORTER_LEN], EXPORTER_LABEL, None)
             .map_err(|error| self.link_error(error.into()))?;
-        let frame_bytes = self.codec.frame_bytes();
-        let config = WebSocketConfig::default()
-            .read_buffer_size(READ_BUFFER_BYTES)
-            .max_message_size(Some(frame_bytes))
-            .max_frame_size(Some(frame_bytes));
+        let config = websocket_config(self.codec.frame_bytes());
         let (socket, _) =
             tokio_tungstenite::client_async_with_config(URL, stream, Some(config)).await?;
         Ok((Connection { socket, codec: self.codec }, Binding::Session(exporter)))
@@ -102,22 +100,33 @@ impl Connection {
     }
 }
 
+/// What a websocket may hold. Whoever writes waits beyond [`WRITE_BUFFER_BYTES`], so that no more
+/// than one frame and a farewell come on top, each with its websocket header: two frames have room
+/// for both.
+fn websocket_config(frame_bytes: usize) -> WebSocketConfig {
+    WebSocketConfig::default()
+        .read_buffer_size(READ_BUFFER_BYTES)
+        .write_buffer_size(WRITE_BUFFER_BYTES)
+        .max_write_buffer_size(WRITE_BUFFER_BYTES + 2 * frame_bytes)
+        .max_message_size(Some(frame_bytes))
+        .max_frame_size(Some(frame_bytes))
+}
+
 /// Waits for the bytes of a frame. Can be cancelled without loss.
 pub(super) async fn next_frame<S>(stream: &mut S) -> Result<bytes::Bytes, GatewayLinkError>
 where
     S: StreamExt<Item = Result<Message, tokio_tungstenite::tungstenite::Error>> + Unpin,
 {
-    loop {
-        match stream.next().await {
-            Some(Ok(Message::Binary(bytes))) => return Ok(bytes),
-            // The websocket answers pings by itself.
-            Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
-            Some(Ok(Message::Text(_) | Message::Frame(_))) => {
-                return Err(GatewayLinkError::Unexpected("text message"));
-            }
-            Some(Ok(Message::Close(_))) | None => return Err(GatewayLinkError::Closed),
-            Some(Err(error)) => return Err(error.into()),
+    match stream.next().await {
+        Some(Ok(Message::Binary(bytes))) => Ok(bytes),
+        // Neither end sends pings, and the websocket has queued its answer before it tells of one:
+        // the answers would pile up for a peer that does not read, so the first one ends it.
+        Some(Ok(Message::Ping(_) | Message::Pong(_))) => Err(GatewayLinkError::Unexpected("ping")),
+        Some(Ok(Message::Text(_) | Message::Frame(_))) => {
+            Err(GatewayLinkError::Unexpected("text message"))
         }
+        Some(Ok(Message::Close(_))) | None => Err(GatewayLinkError::Closed),
+        Some(Err(error)) => Err(error.into()),
     }
 }
 
@@ -130,4 +139,26 @@ pub(super) fn control_frame(
     let mut frame = Vec::with_capacity(codec.frame_bytes());
     codec.encode_control(counter, &message.encode(), &mut frame)?;
     Ok(Message::Binary(frame.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::stream::iter;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_gateway_that_sends_pings_breaks_the_protocol() {
+        for message in [Message::Ping(bytes::Bytes::new()), Message::Pong(bytes::Bytes::new())] {
+            let error = next_frame(&mut iter([Ok(message)])).await.unwrap_err();
+            assert!(matches!(error, GatewayLinkError::Unexpected("ping")), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_bounded_and_leaves_room_for_one_frame_more() {
+        let config = websocket_config(2444);
+        assert_eq!(config.max_write_buffer_size, WRITE_BUFFER_BYTES + 2 * 2444);
+        assert_eq!(config.write_buffer_size, WRITE_BUFFER_BYTES);
+    }
 }

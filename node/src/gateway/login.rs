@@ -36,6 +36,8 @@ pub(super) const LOGIN_TIMEOUT: Duration = Duration::from_secs(10);
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// What a TLS record carries at most.
 const READ_BUFFER_BYTES: usize = 16 * 1024;
+/// Bytes that are gathered before they are written.
+const WRITE_BUFFER_BYTES: usize = 128 * 1024;
 
 pub(super) type Socket = WebSocketStream<TlsStream<TcpStream>>;
 
@@ -189,11 +191,7 @@ impl Doorkeeper {
         let exporter = session
             .export_keying_material([0u8; EXPORTER_LEN], EXPORTER_LABEL, None)
             .map_err(LinkError::Tls)?;
-        let frame_bytes = self.codec.frame_bytes();
-        let config = WebSocketConfig::default()
-            .read_buffer_size(READ_BUFFER_BYTES)
-            .max_message_size(Some(frame_bytes))
-            .max_frame_size(Some(frame_bytes));
+        let config = websocket_config(self.codec.frame_bytes());
         let socket = tokio_tungstenite::accept_async_with_config(stream, Some(config)).await?;
         Ok((socket, Binding::Session(exporter)))
     }
@@ -273,21 +271,32 @@ impl Doorkeeper {
     }
 }
 
+/// What a websocket may hold. Whoever writes waits beyond [`WRITE_BUFFER_BYTES`], so that no more
+/// than one frame and a farewell come on top, each with its websocket header: two frames have room
+/// for both.
+fn websocket_config(frame_bytes: usize) -> WebSocketConfig {
+    WebSocketConfig::default()
+        .read_buffer_size(READ_BUFFER_BYTES)
+        .write_buffer_size(WRITE_BUFFER_BYTES)
+        .max_write_buffer_size(WRITE_BUFFER_BYTES + 2 * frame_bytes)
+        .max_message_size(Some(frame_bytes))
+        .max_frame_size(Some(frame_bytes))
+}
+
 /// Waits for the bytes of a frame. Can be cancelled without loss.
 pub(super) async fn next_frame(
     stream: &mut (impl StreamExt<Item = Result<Message, tungstenite::Error>> + Unpin),
 ) -> Result<bytes::Bytes, ConnectionError> {
-    loop {
-        match stream.next().await {
-            Some(Ok(Message::Binary(bytes))) => return Ok(bytes),
-            // The websocket answers pings by itself.
-            Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
-            Some(Ok(Message::Text(_) | Message::Frame(_))) => {
-                return Err(ConnectionError::Unexpected("text message"));
-            }
-            Some(Ok(Message::Close(_))) | None => return Err(ConnectionError::Closed),
-            Some(Err(error)) => return Err(error.into()),
+    match stream.next().await {
+        Some(Ok(Message::Binary(bytes))) => Ok(bytes),
+        // Neither end sends pings, and the websocket has queued its answer before it tells of one:
+        // the answers would pile up for a peer that does not read, so the first one ends it.
+        Some(Ok(Message::Ping(_) | Message::Pong(_))) => Err(ConnectionError::Unexpected("ping")),
+        Some(Ok(Message::Text(_) | Message::Frame(_))) => {
+            Err(ConnectionError::Unexpected("text message"))
         }
+        Some(Ok(Message::Close(_))) | None => Err(ConnectionError::Closed),
+        Some(Err(error)) => Err(error.into()),
     }
 }
 
@@ -320,4 +329,32 @@ pub(super) fn control_frame(
     let mut frame = Vec::with_capacity(codec.frame_bytes());
     codec.encode_control(counter, &message.encode(), &mut frame)?;
     Ok(Message::Binary(frame.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+    use tokio_tungstenite::tungstenite::protocol::Role;
+
+    use super::*;
+
+    /// The writer waits for a peer that does not read; neither it nor its farewell meets the bound.
+    #[tokio::test]
+    async fn a_peer_that_does_not_read_stops_the_writer_below_the_bound() {
+        for frame_bytes in [1024 + 396, 32 * 1024 + 396] {
+            let (stream, _peer) = tokio::io::duplex(1000);
+            let config = websocket_config(frame_bytes);
+            let mut socket =
+                WebSocketStream::from_raw_socket(stream, Role::Server, Some(config)).await;
+            let frame = || Message::Binary(vec![0; frame_bytes].into());
+            let mut taken = 0;
+            while let Some(result) = socket.feed(frame()).now_or_never() {
+                result.unwrap();
+                taken += frame_bytes;
+                assert!(taken <= config.max_write_buffer_size);
+            }
+            assert!(taken > WRITE_BUFFER_BYTES);
+            assert!(socket.close(None).now_or_never().is_none(), "it waits, and does not fail");
+        }
+    }
 }

@@ -442,6 +442,8 @@ async fn whoever_breaks_the_protocol_is_closed() {
                 binary(frame_bytes, 7),
                 binary(0, 0),
                 Message::Text("hello".into()),
+                Message::Ping(Bytes::new()),
+                Message::Pong(Bytes::new()),
                 // Beyond what was sent.
                 raw.packet(1, &mix),
                 raw.control(&authenticate),
