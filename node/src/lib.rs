@@ -7,3 +7,4 @@ pub mod gateway;
 pub mod link;
 pub mod mix;
 pub mod peel;
+mod sources;

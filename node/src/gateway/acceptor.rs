@@ -1,7 +1,5 @@
 //! Takes connections of clients, and owns the tasks that serve them.
 
-use std::collections::VecDeque;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,15 +10,13 @@ use tokio::time::sleep;
 use tracing::{debug, warn};
 
 use super::carrier::{Uplink, carry};
-use super::limits::Source;
 use super::login::{ConnectionError, Doorkeeper, LoggedIn};
+use crate::sources::{HalfOpen, HalfOpenLimits, Source};
 
-/// Connections that may be between their first byte and their login. One more puts out the oldest:
-/// somebody who holds many open and stays silent then delays nobody, while refusing the newest
-/// would lock everybody out.
+/// Connections that may be between their first byte and their login. One more puts out the oldest.
 pub const MAX_HALF_OPEN: usize = 512;
-/// As many of them may come from one IPv4 address or one IPv6 network of 64 bits, so that one
-/// source does not put out the others.
+/// As many of them may come from one IPv4 address or one IPv6 network of 64 bits; many people may
+/// share one.
 pub const MAX_HALF_OPEN_PER_SOURCE: usize = 64;
 /// How long to wait when the system has no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -48,7 +44,10 @@ impl Acceptor {
             uplink: Arc::new(uplink),
             stopped,
             logins: JoinSet::new(),
-            half_open: HalfOpen::new(),
+            half_open: HalfOpen::new(HalfOpenLimits {
+                total: MAX_HALF_OPEN,
+                per_source: MAX_HALF_OPEN_PER_SOURCE,
+            }),
             connections: JoinSet::new(),
         }
     }
@@ -62,7 +61,7 @@ impl Acceptor {
                 accepted = listener.accept() => match accepted {
                     Ok((stream, address)) => {
                         said_accept_fails = false;
-                        self.handle_accepted(stream, address);
+                        self.handle_accepted(stream, address.ip().into());
                     }
                     Err(error) => {
                         if !said_accept_fails {
@@ -84,8 +83,7 @@ impl Acceptor {
         }
     }
 
-    fn handle_accepted(&mut self, stream: TcpStream, address: SocketAddr) {
-        let source = Source::from(address.ip());
+    fn handle_accepted(&mut self, stream: TcpStream, source: Source) {
         if let Some(oldest) = self.half_open.make_room(source) {
             debug!("too many half-open connections: the oldest is closed");
             oldest.abort();
@@ -123,74 +121,5 @@ fn handle_end(done: Result<(), JoinError>) {
             warn!("a connection failed in this gateway: {error}");
         }
         _ => {}
-    }
-}
-
-/// Connections that have not logged in, the oldest first.
-struct HalfOpen<T>(VecDeque<(Source, T)>);
-
-impl<T> HalfOpen<T> {
-    fn new() -> Self {
-        Self(VecDeque::new())
-    }
-
-    /// Takes out what must go before one more may come from `source`.
-    fn make_room(&mut self, source: Source) -> Option<T> {
-        let mut of_source = (0..self.0.len()).filter(|at| self.0[*at].0 == source);
-        let oldest_of_source = of_source.next();
-        let at = if 1 + of_source.count() >= MAX_HALF_OPEN_PER_SOURCE {
-            oldest_of_source?
-        } else if self.0.len() >= MAX_HALF_OPEN {
-            0
-        } else {
-            return None;
-        };
-        self.0.remove(at).map(|(_, connection)| connection)
-    }
-
-    fn push(&mut self, source: Source, connection: T) {
-        self.0.push_back((source, connection));
-    }
-
-    fn remove(&mut self, is_it: impl Fn(&T) -> bool) {
-        self.0.retain(|(_, connection)| !is_it(connection));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::net::IpAddr;
-
-    use super::*;
-
-    #[test]
-    fn a_source_that_holds_connections_open_puts_out_its_own() {
-        let mut half_open = HalfOpen::new();
-        let (flooder, other) = (
-            Source::from(IpAddr::from([192, 0, 2, 1])),
-            Source::from(IpAddr::from([192, 0, 2, 2])),
-        );
-        half_open.push(other, usize::MAX);
-        for n in 0..1000usize {
-            let expected = n.checked_sub(MAX_HALF_OPEN_PER_SOURCE);
-            assert_eq!(half_open.make_room(flooder), expected);
-            half_open.push(flooder, n);
-        }
-        assert_eq!(half_open.make_room(other), None);
-        assert_eq!(half_open.0.len(), 1 + MAX_HALF_OPEN_PER_SOURCE);
-        half_open.remove(|n| *n == usize::MAX);
-        assert_eq!(half_open.0.len(), MAX_HALF_OPEN_PER_SOURCE);
-    }
-
-    #[test]
-    fn many_sources_put_out_the_oldest() {
-        let mut half_open = HalfOpen::new();
-        for n in 0..2000u32 {
-            let source = Source::from(IpAddr::from(n.to_be_bytes()));
-            let out = half_open.make_room(source);
-            assert_eq!(out, n.checked_sub(512));
-            half_open.push(source, n);
-        }
-        assert_eq!(half_open.0.len(), MAX_HALF_OPEN);
     }
 }

@@ -26,9 +26,10 @@ use tokio_tungstenite::tungstenite::{self, Message, protocol::WebSocketConfig};
 use tracing::warn;
 
 use super::clients::{Attached, Clients};
-use super::limits::{RegistrationLimit, Source};
+use super::limits::RegistrationLimit;
 use super::registrations::{Registrations, RegistrationsError, Stored};
 use crate::counters::{Counters, DropReason};
+use crate::sources::Source;
 
 /// From the first TCP packet to WELCOME.
 pub(super) const LOGIN_TIMEOUT: Duration = Duration::from_secs(10);

@@ -1,6 +1,6 @@
 //! The end that is dialled: takes links from the nodes that may send here.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,11 +20,14 @@ use tracing::{debug, warn};
 use super::connection::{Connection, Incoming, within};
 use super::{LinkContext, LinkFailure, SETUP_TIMEOUT, SILENCE_TIMEOUT, STABLE_AFTER};
 use crate::counters::DropReason;
+use crate::sources::{HalfOpen, HalfOpenLimits, Source};
 
 /// Connections that may be between their first byte and the end of their hellos. One more puts out
-/// the oldest: somebody who holds many open and stays silent then delays nobody, while refusing the
-/// newest would lock all neighbours out.
+/// the oldest.
 pub const MAX_HALF_OPEN: usize = 256;
+/// As many of them may come from one IPv4 address or one IPv6 network of 64 bits: more than anybody
+/// runs nodes behind one address. Else whoever connects without end would put out the neighbours.
+pub const MAX_HALF_OPEN_PER_SOURCE: usize = 16;
 /// How long to wait when the system has no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -62,7 +65,10 @@ impl LinkListener {
             tls,
             packets,
             handshakes: JoinSet::new(),
-            half_open: VecDeque::new(),
+            half_open: HalfOpen::new(HalfOpenLimits {
+                total: MAX_HALF_OPEN,
+                per_source: MAX_HALF_OPEN_PER_SOURCE,
+            }),
             links: JoinSet::new(),
             by_peer: BTreeMap::new(),
             in_breach: BTreeSet::new(),
@@ -99,8 +105,7 @@ struct Acceptor {
     tls: Arc<ServerConfig>,
     packets: mpsc::Sender<Packet>,
     handshakes: JoinSet<Opened>,
-    /// The oldest first; at most [`MAX_HALF_OPEN`].
-    half_open: VecDeque<AbortHandle>,
+    half_open: HalfOpen<AbortHandle>,
     links: JoinSet<Ended>,
     /// One link per neighbour, hence at most as many as the topology has nodes.
     by_peer: BTreeMap<Identity, AbortHandle>,
@@ -114,9 +119,9 @@ impl Acceptor {
         loop {
             tokio::select! {
                 accepted = listener.accept() => match accepted {
-                    Ok((stream, _)) => {
+                    Ok((stream, address)) => {
                         said_accept_fails = false;
-                        self.handle_accepted(stream);
+                        self.handle_accepted(stream, address.ip().into());
                     }
                     Err(error) => {
                         if !said_accept_fails {
@@ -132,21 +137,19 @@ impl Acceptor {
         }
     }
 
-    fn handle_accepted(&mut self, stream: TcpStream) {
-        if self.half_open.len() >= MAX_HALF_OPEN
-            && let Some(oldest) = self.half_open.pop_front()
-        {
+    fn handle_accepted(&mut self, stream: TcpStream, source: Source) {
+        if let Some(oldest) = self.half_open.make_room(source) {
             debug!("too many half-open links: the oldest is closed");
             oldest.abort();
         }
         let (tls, context) = (self.tls.clone(), self.context.clone());
         let handshake = async move { within(SETUP_TIMEOUT, open(stream, tls, &context)).await };
-        self.half_open.push_back(self.handshakes.spawn(handshake));
+        self.half_open.push(source, self.handshakes.spawn(handshake));
     }
 
     fn handle_handshake(&mut self, done: Result<(Id, Opened), JoinError>) {
         let id = done.as_ref().map_or_else(JoinError::id, |(id, _)| *id);
-        self.half_open.retain(|handshake| handshake.id() != id);
+        self.half_open.remove(|handshake| handshake.id() == id);
         match done {
             Ok((_, Ok((connection, peer)))) => {
                 debug!(%peer, "link accepted");

@@ -234,6 +234,14 @@ pub(super) async fn dial(
     tls: Arc<ClientConfig>,
 ) -> Result<Dialled, LinkFailure> {
     let stream = TcpStream::connect(node.link_address).await.map_err(LinkFailure::Connect)?;
+    shake_hands(context, stream, tls).await
+}
+
+pub(super) async fn shake_hands(
+    context: &LinkContext,
+    stream: TcpStream,
+    tls: Arc<ClientConfig>,
+) -> Result<Dialled, LinkFailure> {
     stream.set_nodelay(true)?;
     let stream = TlsConnector::from(tls).connect(tls::server_name(), stream).await?;
     let (connection, _) = Connection::open(stream, |stream| stream.get_ref().1, context).await?;

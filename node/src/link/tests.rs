@@ -5,12 +5,12 @@ use std::time::Duration;
 use mixsocks_common::link::{FrameCodec, HelloError, LinkError, tls};
 use mixsocks_sphinx::Packet;
 use tokio::io::AsyncReadExt;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 use tokio_rustls::TlsAcceptor;
 
 use super::connection::{Connection, Incoming};
-use super::pool::{Dialled, dial};
+use super::pool::{Dialled, dial, shake_hands};
 use super::testnet::{ENTRY, EXIT, PAYLOAD_LEN, TestNet, soon, topology, until_dropped};
 use super::*;
 use crate::counters::DropReason;
@@ -166,7 +166,7 @@ async fn silent_strangers_do_not_lock_neighbours_out() {
     let mut net = TestNet::new().await;
     let (listener, _packets, _) = start_listener(&mut net, 8);
     let mut strangers = Vec::new();
-    for _ in 0..MAX_HALF_OPEN + 20 {
+    for _ in 0..MAX_HALF_OPEN_PER_SOURCE + 20 {
         strangers.push(TcpStream::connect(listener.address()).await.unwrap());
     }
     assert!(dial_from(&net, ENTRY, MIX).await.is_ok());
@@ -174,6 +174,28 @@ async fn silent_strangers_do_not_lock_neighbours_out() {
     let mut byte = [0];
     let read = soon(strangers[0].read(&mut byte)).await;
     assert!(matches!(read, Ok(0) | Err(_)));
+}
+
+/// Whoever connects without end from one address puts out nobody but themselves.
+#[cfg(target_os = "linux")] // Elsewhere not all of 127.0.0.0/8 is this machine.
+#[tokio::test]
+async fn a_flood_of_connections_does_not_put_out_neighbours() {
+    let mut net = TestNet::new().await;
+    let (listener, _packets, _) = start_listener(&mut net, 8);
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+    let neighbour = soon(socket.connect(listener.address())).await.unwrap();
+    let mut flood = Vec::new();
+    for _ in 0..MAX_HALF_OPEN + 20 {
+        flood.push(TcpStream::connect(listener.address()).await.unwrap());
+    }
+    // The last one to be put out: then all have been accepted, and the neighbour is the oldest.
+    let last_out = flood.len() - 1 - MAX_HALF_OPEN_PER_SOURCE;
+    let mut byte = [0];
+    assert!(matches!(soon(flood[last_out].read(&mut byte)).await, Ok(0) | Err(_)));
+    let (context, _) = net.context(ENTRY);
+    let tls = tls::node_client_config(&net.keys[ENTRY], net.identity(MIX)).unwrap();
+    assert!(soon(shake_hands(&context, neighbour, tls)).await.is_ok());
 }
 
 /// A full inbound queue stops the reading, not the neighbours' share of it.
