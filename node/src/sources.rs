@@ -12,6 +12,19 @@ pub(crate) struct Source(Prefix);
 enum Prefix {
     V4([u8; 4]),
     V6([u16; 4]),
+    /// All sources of one site.
+    V6Site([u16; 3]),
+}
+
+impl Source {
+    /// The site of an IPv6 source, its first 48 bits: what one customer may be handed (RFC 6177),
+    /// with 65,536 sources. IPv4 has none: whoever holds many such addresses pays for each.
+    pub(crate) fn site(self) -> Option<Self> {
+        match self.0 {
+            Prefix::V6([a, b, c, _]) => Some(Self(Prefix::V6Site([a, b, c]))),
+            Prefix::V4(_) | Prefix::V6Site(_) => None,
+        }
+    }
 }
 
 impl From<IpAddr> for Source {
@@ -35,6 +48,8 @@ pub(crate) struct HalfOpenLimits {
     /// From one source; one more puts out the oldest of its own, so that one source does not put
     /// out the others.
     pub(crate) per_source: usize,
+    /// From all sources of one IPv6 site, in the same way.
+    pub(crate) per_site: usize,
 }
 
 /// Connections that have not shown who they are, the oldest first.
@@ -50,17 +65,22 @@ impl<T> HalfOpen<T> {
 
     /// Takes out what must go before one more may come from `source`.
     pub(crate) fn make_room(&mut self, source: Source) -> Option<T> {
-        let mut of_source =
-            (0..self.connections.len()).filter(|at| self.connections[*at].0 == source);
-        let oldest_of_source = of_source.next();
-        let at = if 1 + of_source.count() >= self.limits.per_source {
-            oldest_of_source?
-        } else if self.connections.len() >= self.limits.total {
-            0
-        } else {
-            return None;
-        };
+        let HalfOpenLimits { total, per_source, per_site } = self.limits;
+        let at = self
+            .oldest_of(per_source, |other| other == source)
+            .or_else(|| {
+                let site = source.site()?;
+                self.oldest_of(per_site, |other| other.site() == Some(site))
+            })
+            .or_else(|| self.oldest_of(total, |_| true))?;
         self.connections.remove(at).map(|(_, connection)| connection)
+    }
+
+    /// Where the oldest connection from these sources is, if they have `max`.
+    fn oldest_of(&self, max: usize, is_of: impl Fn(Source) -> bool) -> Option<usize> {
+        let mut all = (0..self.connections.len()).filter(|at| is_of(self.connections[*at].0));
+        let oldest = all.next()?;
+        (1 + all.count() >= max).then_some(oldest)
     }
 
     pub(crate) fn push(&mut self, source: Source, connection: T) {
@@ -76,7 +96,7 @@ impl<T> HalfOpen<T> {
 mod tests {
     use super::*;
 
-    const LIMITS: HalfOpenLimits = HalfOpenLimits { total: 512, per_source: 64 };
+    const LIMITS: HalfOpenLimits = HalfOpenLimits { total: 512, per_source: 64, per_site: 256 };
 
     fn source(address: &str) -> Source {
         address.parse::<IpAddr>().unwrap().into()
@@ -88,6 +108,9 @@ mod tests {
         assert!(source("::ffff:192.0.2.1") == source("192.0.2.1"));
         assert!(source("2001:db8:0:1::1") == source("2001:db8:0:1:ffff::2"));
         assert!(source("2001:db8:0:1::1") != source("2001:db8:0:2::1"));
+        assert!(source("2001:db8:0:1::1").site() == source("2001:db8:0:2::1").site());
+        assert!(source("2001:db8:0:1::1").site() != source("2001:db8:1:1::1").site());
+        assert!(source("192.0.2.1").site().is_none());
     }
 
     #[test]
@@ -104,6 +127,19 @@ mod tests {
         assert_eq!(half_open.connections.len(), 1 + LIMITS.per_source);
         half_open.remove(|n| *n == usize::MAX);
         assert_eq!(half_open.connections.len(), LIMITS.per_source);
+    }
+
+    #[test]
+    fn a_site_that_uses_all_its_sources_puts_out_its_own() {
+        let mut half_open = HalfOpen::new(LIMITS);
+        half_open.push(source("192.0.2.2"), usize::MAX);
+        half_open.push(source("2001:db8:2::1"), usize::MAX);
+        for n in 0..1000usize {
+            let flooder = source(&format!("2001:db8:1:{n:x}::1"));
+            assert_eq!(half_open.make_room(flooder), n.checked_sub(LIMITS.per_site));
+            half_open.push(flooder, n);
+        }
+        assert_eq!(half_open.make_room(source("2001:db8:2::1")), None);
     }
 
     #[test]

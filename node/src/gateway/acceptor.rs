@@ -18,6 +18,8 @@ pub const MAX_HALF_OPEN: usize = 512;
 /// As many of them may come from one IPv4 address or one IPv6 network of 64 bits; many people may
 /// share one.
 pub const MAX_HALF_OPEN_PER_SOURCE: usize = 64;
+/// As many of them may come from one IPv6 network of 48 bits, which one customer may hold.
+pub const MAX_HALF_OPEN_PER_SITE: usize = 256;
 /// How long to wait when the system has no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -47,6 +49,7 @@ impl Acceptor {
             half_open: HalfOpen::new(HalfOpenLimits {
                 total: MAX_HALF_OPEN,
                 per_source: MAX_HALF_OPEN_PER_SOURCE,
+                per_site: MAX_HALF_OPEN_PER_SITE,
             }),
             connections: JoinSet::new(),
         }

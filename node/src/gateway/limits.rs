@@ -9,15 +9,18 @@ use crate::sources::Source;
 /// share an address.
 const SOURCE_BURST: u32 = 64;
 const SOURCE_INTERVAL: Duration = Duration::from_secs(10);
+/// As many sources may register from one IPv6 site as if they were four: a house or a small company.
+const SITE_BURST: u32 = 4 * SOURCE_BURST;
+const SITE_INTERVAL: Duration = Duration::from_millis(2500);
 /// Registrations at this gateway at once; then one per [`GATEWAY_INTERVAL`]: what a disk stores
 /// without effort.
 const GATEWAY_BURST: u32 = 1024;
 const GATEWAY_INTERVAL: Duration = Duration::from_millis(100);
-/// Sources that are remembered. No more than 1,124 can have registered within their interval, as
-/// the gateway's limit holds for all of them together.
-const MAX_SOURCES: usize = 2048;
+/// Sources and sites that are remembered. No more than 1,124 of each can have registered within
+/// their interval, as the gateway's limit holds for all of them together.
+const MAX_SOURCES: usize = 4096;
 
-/// Token buckets of the gateway and of each source.
+/// Token buckets of the gateway, of each source and of each site.
 pub(super) struct RegistrationLimit {
     gateway: Bucket,
     sources: BTreeMap<Source, Bucket>,
@@ -45,19 +48,31 @@ impl RegistrationLimit {
 
     /// Counts a registration; if there were too many, how long to wait.
     pub(super) fn take(&mut self, source: Source, now: Instant) -> Result<(), Duration> {
-        let bucket = self.sources.get(&source).copied().unwrap_or(Bucket { full_at: now });
         // A source that is refused takes nothing from the others.
-        let bucket = bucket.take(SOURCE_BURST, SOURCE_INTERVAL, now)?;
+        let of_source = self.bucket(source, now).take(SOURCE_BURST, SOURCE_INTERVAL, now)?;
+        let of_site = match source.site() {
+            Some(site) => {
+                let bucket = self.bucket(site, now).take(SITE_BURST, SITE_INTERVAL, now)?;
+                Some((site, bucket))
+            }
+            None => None,
+        };
         let gateway = self.gateway.take(GATEWAY_BURST, GATEWAY_INTERVAL, now)?;
-        if self.sources.len() >= MAX_SOURCES {
+        // Room for a source and its site.
+        if self.sources.len() + 1 >= MAX_SOURCES {
             self.sources.retain(|_, bucket| bucket.full_at > now);
         }
-        if self.sources.len() >= MAX_SOURCES && !self.sources.contains_key(&source) {
+        if self.sources.len() + 1 >= MAX_SOURCES && !self.sources.contains_key(&source) {
             return Err(SOURCE_INTERVAL);
         }
         self.gateway = gateway;
-        self.sources.insert(source, bucket);
+        self.sources.insert(source, of_source);
+        self.sources.extend(of_site);
         Ok(())
+    }
+
+    fn bucket(&self, source: Source, now: Instant) -> Bucket {
+        self.sources.get(&source).copied().unwrap_or(Bucket { full_at: now })
     }
 }
 
@@ -90,13 +105,26 @@ mod tests {
     }
 
     #[test]
+    fn a_site_that_uses_all_its_sources_waits_and_others_do_not() {
+        let start = Instant::now();
+        let mut limit = RegistrationLimit::new(start);
+        let of_site = |n: u32| source(&format!("2001:db8:1:{n:x}::1"));
+        let taken = (0..1000).filter(|n| limit.take(of_site(*n), start).is_ok()).count();
+        assert_eq!(taken, SITE_BURST as usize);
+        assert_eq!(limit.take(of_site(1000), start), Err(SITE_INTERVAL));
+        assert_eq!(limit.take(source("2001:db8:2::1"), start), Ok(()));
+        assert_eq!(limit.take(of_site(1000), start + SITE_INTERVAL), Ok(()));
+    }
+
+    #[test]
     fn many_sources_together_are_limited_too_and_fill_no_memory() {
         let start = Instant::now();
         let mut limit = RegistrationLimit::new(start);
         let mut taken = 0;
         for n in 0..100_000u32 {
             let now = start + Duration::from_millis(n.into());
-            let source = Source::from(IpAddr::from(n.to_be_bytes()));
+            // Each from a site of its own.
+            let source = Source::from(IpAddr::from((u128::from(n) << 80).to_be_bytes()));
             taken += usize::from(limit.take(source, now).is_ok());
             assert!(limit.sources.len() <= MAX_SOURCES);
         }

@@ -28,6 +28,7 @@ use tracing::warn;
 use super::clients::{Attached, Clients};
 use super::limits::RegistrationLimit;
 use super::registrations::{Registrations, RegistrationsError, Stored};
+use super::today;
 use crate::counters::{Counters, DropReason};
 use crate::sources::Source;
 
@@ -122,7 +123,7 @@ impl Doorkeeper {
         me: Identity,
         topology: &Topology,
         tls: Arc<ServerConfig>,
-        registrations: Registrations,
+        registrations: Arc<Registrations>,
         clients: Arc<Clients>,
         counters: Arc<Counters>,
     ) -> Self {
@@ -131,7 +132,7 @@ impl Doorkeeper {
             network: topology.network.clone(),
             codec: FrameCodec::new(topology.packet_bytes()),
             tls,
-            registrations: Arc::new(registrations),
+            registrations,
             limit: Mutex::new(RegistrationLimit::new(Instant::now().into_std())),
             clients,
             counters,
@@ -247,7 +248,10 @@ impl Doorkeeper {
         }
         let issued = registering.issue(&mut rand::rng());
         let (client, hash) = (issued.identity(), issued.hash());
-        match self.ask_store(move |registrations| registrations.store(&client, &hash)).await? {
+        match self
+            .ask_store(move |registrations| registrations.store(&client, &hash, today()))
+            .await?
+        {
             Stored::Durably => Ok(issued.stored()),
             Stored::Full => Err(ConnectionError::Refused(Refusal::TooManyClients)),
         }
@@ -256,7 +260,9 @@ impl Doorkeeper {
     async fn authenticate(&self, authenticating: Authenticating) -> Result<Login, ConnectionError> {
         let client = authenticating.identity();
         let stored = self.ask_store(move |registrations| registrations.token_hash(&client)).await?;
-        authenticating.check(stored.as_ref()).map_err(ConnectionError::Refused)
+        let login = authenticating.check(stored.as_ref()).map_err(ConnectionError::Refused)?;
+        self.registrations.note_login(login.identity);
+        Ok(login)
     }
 
     async fn ask_store<T: Send + 'static>(

@@ -25,7 +25,7 @@ use std::net::SocketAddr;
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::link::{LinkError, tls};
@@ -33,20 +33,21 @@ use mixsocks_common::topology::Topology;
 use mixsocks_sphinx::{Packet, Peeled, SecretKey};
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tracing::warn;
 
 use self::acceptor::Acceptor;
 use self::clients::Clients;
 use self::login::Doorkeeper;
-use self::registrations::Registrations;
+use self::registrations::{Day, Registrations};
 use crate::counters::{Counters, DropReason};
 use crate::link::{LinkContext, LinkFailure, LinkListener, LinkPool, NextHops};
 use crate::peel::{MAX_REPLAY_TAGS, Peeler};
 
-pub use self::acceptor::{MAX_HALF_OPEN, MAX_HALF_OPEN_PER_SOURCE};
+pub use self::acceptor::{MAX_HALF_OPEN, MAX_HALF_OPEN_PER_SITE, MAX_HALF_OPEN_PER_SOURCE};
 pub use self::clients::{MAX_CLIENTS, MAX_HELD_BYTES_TOTAL};
-pub use self::registrations::{FILE_NAME, MAX_REGISTRATIONS, RegistrationsError};
+pub use self::registrations::{FILE_NAME, MAX_REGISTRATIONS, RegistrationsError, SILENT_DAYS};
 
 /// Packets between the links and the workers: what a core peels in some 100 ms. More would only
 /// delay what the sender's clock has already judged lost.
@@ -55,6 +56,9 @@ const INBOUND_QUEUE_PACKETS: usize = 1024;
 const PEEL_BATCH_PACKETS: usize = 16;
 /// How often expired packets and absent clients are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// How often it is written down who has logged in: once for all who did, so that no number of
+/// logins keeps the disk busy. A crash forgets no more than these.
+const SAVE_INTERVAL: Duration = Duration::from_secs(1);
 /// How long clients have to take their farewell.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -109,6 +113,7 @@ pub struct Gateway {
     links: LinkListener,
     tasks: JoinSet<()>,
     acceptor: JoinSet<()>,
+    saver: JoinSet<()>,
     pool: Arc<LinkPool>,
     stop: watch::Sender<bool>,
 }
@@ -128,7 +133,7 @@ impl Gateway {
         if node.sphinx_key.public_key() != sphinx_key.public_key() {
             return Err(GatewayError::WrongSphinxKey(me));
         }
-        let registrations = Registrations::open(&config.data_dir)?;
+        let registrations = Arc::new(Registrations::open(&config.data_dir)?);
         let client_address = config.client_listener.local_addr().map_err(GatewayError::Listener)?;
         let counters = Arc::new(Counters::default());
         let peeler = Peeler::new(sphinx_key, MAX_REPLAY_TAGS, counters.clone(), &mut rand::rng());
@@ -138,8 +143,8 @@ impl Gateway {
         let (inbound, packets) = mpsc::channel(INBOUND_QUEUE_PACKETS);
         let links = LinkListener::start(context, config.link_listener, inbound)?;
         let tls = tls::gateway_server_config(&identity)?;
-        let doorkeeper =
-            Doorkeeper::new(me, &topology, tls, registrations, clients.clone(), counters.clone());
+        let (store, table) = (registrations.clone(), clients.clone());
+        let doorkeeper = Doorkeeper::new(me, &topology, tls, store, table, counters.clone());
         let next_hops = NextHops::new(&topology, &me);
         let (stop, stopped) = watch::channel(false);
 
@@ -152,10 +157,12 @@ impl Gateway {
             tasks.spawn(work);
         }
         tasks.spawn(sweep(clients));
+        let mut saver = JoinSet::new();
+        saver.spawn(save_logins(registrations, stopped.clone()));
         let mut acceptor = JoinSet::new();
         let uplink = carrier::Uplink { pool: pool.clone(), next_hops, counters: counters.clone() };
         acceptor.spawn(Acceptor::new(doorkeeper, uplink, stopped).run(config.client_listener));
-        Ok(Self { counters, client_address, links, tasks, acceptor, pool, stop })
+        Ok(Self { counters, client_address, links, tasks, acceptor, saver, pool, stop })
     }
 
     /// What it has counted since its start.
@@ -175,6 +182,8 @@ impl Gateway {
         // Stragglers are cut off below.
         let _ = timeout(SHUTDOWN_TIMEOUT, self.acceptor.join_next()).await;
         self.acceptor.shutdown().await;
+        let _ = timeout(SHUTDOWN_TIMEOUT, self.saver.join_next()).await;
+        self.saver.shutdown().await;
         self.links.shutdown().await;
         self.tasks.shutdown().await;
         if let Some(pool) = Arc::into_inner(self.pool) {
@@ -209,6 +218,38 @@ async fn peel(
         }
         tokio::task::yield_now().await;
     }
+}
+
+/// Writes down who has logged in, and once more at the end.
+async fn save_logins(registrations: Arc<Registrations>, mut stopped: watch::Receiver<bool>) {
+    let mut ticks = interval(SAVE_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut said_it_fails = false;
+    loop {
+        let is_last = tokio::select! {
+            _ = ticks.tick() => false,
+            () = acceptor::until_stopped(&mut stopped) => true,
+        };
+        let store = registrations.clone();
+        let saved = spawn_blocking(move || store.save_logins(today())).await;
+        match saved.expect("the store does not panic") {
+            Ok(()) => said_it_fails = false,
+            Err(error) if !said_it_fails => {
+                warn!("{error}");
+                said_it_fails = true;
+            }
+            Err(_) => {}
+        }
+        if is_last {
+            return;
+        }
+    }
+}
+
+fn today() -> Day {
+    const SECONDS_OF_A_DAY: u64 = 24 * 60 * 60;
+    let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Day::try_from(elapsed.as_secs() / SECONDS_OF_A_DAY).unwrap_or(Day::MAX)
 }
 
 async fn sweep(clients: Arc<Clients>) {

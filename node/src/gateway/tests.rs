@@ -312,6 +312,18 @@ async fn registers_once_and_logs_in_after_a_restart() {
 }
 
 #[tokio::test]
+async fn the_day_of_a_login_is_kept() {
+    let mut net = GatewayNet::new().await;
+    let gateway = net.start().await;
+    let person = net.person();
+    drop(net.connect(&person).await);
+    soon(gateway.shutdown()).await;
+    let registrations = Registrations::open(&net.directory.path().join("gateway")).unwrap();
+    let (day, has_logged_in) = registrations.last_login(&person.key.identity());
+    assert!(has_logged_in && day.abs_diff(today()) <= 1, "{day}");
+}
+
+#[tokio::test]
 async fn a_wrong_token_is_refused_and_a_client_registers_again() {
     let mut net = GatewayNet::new().await;
     let _gateway = net.start().await;

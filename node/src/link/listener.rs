@@ -28,6 +28,8 @@ pub const MAX_HALF_OPEN: usize = 256;
 /// As many of them may come from one IPv4 address or one IPv6 network of 64 bits: more than anybody
 /// runs nodes behind one address. Else whoever connects without end would put out the neighbours.
 pub const MAX_HALF_OPEN_PER_SOURCE: usize = 16;
+/// As many of them may come from one IPv6 network of 48 bits, which one customer may hold.
+pub const MAX_HALF_OPEN_PER_SITE: usize = 64;
 /// How long to wait when the system has no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -68,6 +70,7 @@ impl LinkListener {
             half_open: HalfOpen::new(HalfOpenLimits {
                 total: MAX_HALF_OPEN,
                 per_source: MAX_HALF_OPEN_PER_SOURCE,
+                per_site: MAX_HALF_OPEN_PER_SITE,
             }),
             links: JoinSet::new(),
             by_peer: BTreeMap::new(),

@@ -27,7 +27,7 @@ use mixsocks_common::topology::Topology;
 use crate::counters::Counters;
 
 pub use backoff::Backoff;
-pub use listener::{LinkListener, MAX_HALF_OPEN, MAX_HALF_OPEN_PER_SOURCE};
+pub use listener::{LinkListener, MAX_HALF_OPEN, MAX_HALF_OPEN_PER_SITE, MAX_HALF_OPEN_PER_SOURCE};
 pub use next_hops::NextHops;
 pub use pool::{LINK_QUEUE_PACKETS, LinkPool};
 
