@@ -11,6 +11,7 @@ mod data_dir;
 mod logging;
 mod nearest;
 mod network;
+mod open_files;
 mod proxy;
 mod signals;
 mod topology_file;

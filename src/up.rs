@@ -9,11 +9,13 @@ use mixsocks_client::Client;
 use crate::cli::{Profile, UpArgs};
 use crate::data_dir::DataDir;
 use crate::network::{Network, NetworkOptions};
+use crate::open_files;
 use crate::proxy::{self, Way};
 use crate::signals::Signals;
 
 /// Runs until Ctrl-C or SIGTERM.
 pub(crate) async fn run(args: UpArgs, quiet: bool) -> Result<()> {
+    open_files::raise_limit();
     let mut signals = Signals::new()?;
     let listener = proxy::bind(&args.listen)?;
     let address = listener.local_addr()?;

@@ -2,6 +2,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
 
+mod accept;
 pub mod counters;
 pub mod gateway;
 pub mod link;

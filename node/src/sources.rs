@@ -1,7 +1,8 @@
-//! Where connections come from, and how many of one source may be half open.
+//! Where connections come from, how many of one source may be half open, and how many logged in.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Where a connection comes from, as finely as addresses are handed out: an IPv4 address, or the
 /// first 64 bits of an IPv6 address.
@@ -92,6 +93,65 @@ impl<T> HalfOpen<T> {
     }
 }
 
+/// How many places each source, and each IPv6 site, has.
+pub(crate) struct SourcePlaces {
+    per_source: usize,
+    per_site: usize,
+    /// Places taken by each source and site; no entry is zero.
+    taken: Mutex<BTreeMap<Source, usize>>,
+}
+
+/// A place of a source; free again when dropped.
+pub(crate) struct SourcePlace {
+    source: Source,
+    places: Arc<SourcePlaces>,
+}
+
+impl SourcePlaces {
+    pub(crate) fn new(per_source: usize, per_site: usize) -> Self {
+        Self { per_source, per_site, taken: Mutex::default() }
+    }
+
+    /// Takes a place; `None` when the source, or its site, has no more.
+    pub(crate) fn take(self: &Arc<Self>, source: Source) -> Option<SourcePlace> {
+        let mut taken = self.lock();
+        let count = |source| taken.get(&source).copied().unwrap_or(0);
+        if count(source) >= self.per_source
+            || source.site().is_some_and(|site| count(site) >= self.per_site)
+        {
+            return None;
+        }
+        for source in std::iter::once(source).chain(source.site()) {
+            *taken.entry(source).or_default() += 1;
+        }
+        Some(SourcePlace { source, places: self.clone() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Source, usize>> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl SourcePlace {
+    pub(crate) fn source(&self) -> Source {
+        self.source
+    }
+}
+
+impl Drop for SourcePlace {
+    fn drop(&mut self) {
+        let mut taken = self.places.lock();
+        for source in std::iter::once(self.source).chain(self.source.site()) {
+            if let Some(count) = taken.get_mut(&source) {
+                *count -= 1;
+                if *count == 0 {
+                    taken.remove(&source);
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -152,5 +212,20 @@ mod tests {
             half_open.push(source, n);
         }
         assert_eq!(half_open.connections.len(), LIMITS.total);
+    }
+
+    #[test]
+    fn places_are_bounded_per_source_and_site_and_come_back() {
+        let places = Arc::new(SourcePlaces::new(2, 3));
+        let (one, other) = (source("2001:db8:1:1::1"), source("2001:db8:1:2::1"));
+        let taken: Vec<_> = [one, one, other].map(|source| places.take(source)).into();
+        assert!(taken.iter().all(Option::is_some));
+        assert!(places.take(one).is_none(), "the source has no more");
+        assert!(places.take(other).is_none(), "the site has no more");
+        assert!(places.take(source("2001:db8:2::1")).is_some());
+        assert!(places.take(source("192.0.2.1")).is_some());
+        drop(taken);
+        assert!(places.lock().is_empty());
+        assert!(places.take(one).is_some());
     }
 }

@@ -35,7 +35,8 @@ use crate::resolver::{Resolver, ResolverSetupError};
 /// tenth of a server's memory, and a thousand busy streams.
 const MAX_COMMITTED_BYTES: u64 = 1024 * 1024 * 1024;
 
-/// Connections, and attempts at one, of all sessions: below the usual limits for open files.
+/// Connections, and attempts at one, of all sessions. Each is an open file, of which systems allow
+/// few at first, often 1,024: `mixsocks up` raises the limit, and says when that is not enough.
 const MAX_CONNECTIONS: usize = 8192;
 
 /// What a relay copies at a time, each way.

@@ -153,6 +153,9 @@ pub enum Refusal {
     /// The gateway serves as many clients as it can.
     #[error("the gateway serves as many clients as it can")]
     TooManyClients,
+    /// As many clients as may be are connected from this source.
+    #[error("as many clients as the gateway allows are connected from this address")]
+    TooManyFromSource,
     /// The counter to resume with goes backwards, or beyond what the gateway sent.
     #[error("the counter to resume with cannot be right")]
     BadCounter,
@@ -181,6 +184,7 @@ impl Refusal {
             Self::BadCounter => (10, 0),
             Self::Protocol => (11, 0),
             Self::Internal => (12, 0),
+            Self::TooManyFromSource => (13, 0),
         }
     }
 
@@ -200,6 +204,7 @@ impl Refusal {
             10 => Self::BadCounter,
             11 => Self::Protocol,
             12 => Self::Internal,
+            13 => Self::TooManyFromSource,
             _ => return Err(MessageError::Field("code")),
         };
         if refusal.to_wire() != (code, detail) {
@@ -549,6 +554,7 @@ mod tests {
                 Refusal::InvitationNeeded,
                 Refusal::RateLimited { retry_after_s: 600 },
                 Refusal::TooManyClients,
+                Refusal::TooManyFromSource,
                 Refusal::BadCounter,
                 Refusal::Protocol,
                 Refusal::Internal,

@@ -1,16 +1,15 @@
 //! Takes connections of clients, and owns the tasks that serve them.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
-use tokio::time::sleep;
 use tracing::{debug, warn};
 
 use super::carrier::{Uplink, carry};
 use super::login::{ConnectionError, Doorkeeper, LoggedIn};
+use crate::accept::Accepting;
 use crate::sources::{HalfOpen, HalfOpenLimits, Source};
 
 /// Connections that may be between their first byte and their login. One more puts out the oldest.
@@ -20,8 +19,6 @@ pub const MAX_HALF_OPEN: usize = 512;
 pub const MAX_HALF_OPEN_PER_SOURCE: usize = 64;
 /// As many of them may come from one IPv6 network of 48 bits, which one customer may hold.
 pub const MAX_HALF_OPEN_PER_SITE: usize = 256;
-/// How long to wait when the system has no more file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 type Opened = Result<Box<LoggedIn>, ConnectionError>;
 
@@ -57,23 +54,13 @@ impl Acceptor {
 
     /// Runs until the gateway stops, and then until the clients have taken their farewell.
     pub(super) async fn run(mut self, listener: TcpListener) {
-        let mut said_accept_fails = false;
+        let mut accepting = Accepting::new("clients");
         let mut stopped = self.stopped.clone();
         loop {
             tokio::select! {
-                accepted = listener.accept() => match accepted {
-                    Ok((stream, address)) => {
-                        said_accept_fails = false;
-                        self.handle_accepted(stream, address.ip().into());
-                    }
-                    Err(error) => {
-                        if !said_accept_fails {
-                            warn!("cannot accept clients: {error}");
-                            said_accept_fails = true;
-                        }
-                        sleep(ACCEPT_PAUSE).await;
-                    }
-                },
+                (stream, address) = accepting.next(|| listener.accept()) => {
+                    self.handle_accepted(stream, address.ip().into());
+                }
                 Some(done) = self.logins.join_next_with_id() => self.handle_login(done),
                 Some(done) = self.connections.join_next() => handle_end(done),
                 () = until_stopped(&mut stopped) => break,

@@ -89,6 +89,8 @@ pub(super) async fn carry(
     let end = tokio::select! {
         end = carrier.read(&mut stream) => end,
         end = carrier.write(&mut sink) => end,
+        // Else it would stay for as long as the client takes nothing.
+        () = carrier.attached.evicted() => End::Evicted,
         () = until_stopped(&mut stopped) => End::Stopped,
     };
     let received = carrier.attached.received();

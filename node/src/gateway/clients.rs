@@ -13,10 +13,17 @@ use rand::RngExt;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use crate::counters::{Counters, DropReason};
+use crate::sources::{Source, SourcePlace, SourcePlaces};
 
 /// Most clients that are connected or were within the last seconds. Each costs a socket and some
 /// 100 KB of buffers.
 pub const MAX_CLIENTS: usize = 16 * 1024;
+
+/// Most clients that are connected from one IPv4 address or one IPv6 network of 64 bits; many people
+/// may share one. A single source then takes neither all places nor all file descriptors.
+pub const MAX_CLIENTS_PER_SOURCE: usize = 256;
+/// As many of them from one IPv6 network of 48 bits, which one customer may hold.
+pub const MAX_CLIENTS_PER_SITE: usize = 1024;
 
 /// Most bytes of packets that are held for all clients together; one of them may take no more than
 /// [`mixsocks_common::gateway::delivery::MAX_HELD_BYTES`].
@@ -28,6 +35,8 @@ pub(super) struct Clients {
     table: DashMap<[u8; 32], Arc<Client>>,
     /// One for each entry of the table.
     places: Arc<Semaphore>,
+    /// One for each client that is connected.
+    source_places: Arc<SourcePlaces>,
     held_packets: AtomicUsize,
     max_held_packets: usize,
     packet_bytes: usize,
@@ -48,6 +57,10 @@ struct ClientState {
     connection: u64,
     /// Wakes the writing half of that connection.
     wake: Arc<Notify>,
+    /// Tells that connection that a newer one took over.
+    evict: Arc<Notify>,
+    /// That of the source of that connection, while it lasts.
+    source_place: Option<SourcePlace>,
 }
 
 /// A newer connection of the same identity took over.
@@ -60,6 +73,7 @@ pub(super) struct Attached {
     client: Arc<Client>,
     connection: u64,
     wake: Arc<Notify>,
+    evict: Arc<Notify>,
 }
 
 impl Clients {
@@ -76,6 +90,10 @@ impl Clients {
         Self {
             table: DashMap::new(),
             places: Arc::new(Semaphore::new(max_clients)),
+            source_places: Arc::new(SourcePlaces::new(
+                MAX_CLIENTS_PER_SOURCE,
+                MAX_CLIENTS_PER_SITE,
+            )),
             held_packets: AtomicUsize::new(0),
             max_held_packets: max_held_bytes / packet_bytes,
             packet_bytes,
@@ -83,13 +101,17 @@ impl Clients {
         }
     }
 
-    /// Puts a connection in place of an older one of the same client, which is told.
+    /// Puts a connection in place of an older one of the same client, which is told. Needs no second
+    /// place if both come from one source: who dials again after a cut that the gateway has not
+    /// noticed is not kept out.
     ///
     /// # Errors
-    /// [`Refusal::TooManyClients`], or [`Refusal::BadCounter`], which leaves everything as it was.
+    /// [`Refusal::TooManyClients`], [`Refusal::TooManyFromSource`] or [`Refusal::BadCounter`], which
+    /// leave everything as it was.
     pub(super) fn attach(
         self: &Arc<Self>,
         login: Login,
+        source: Source,
         now: Instant,
     ) -> Result<(Attached, GatewayMessage), Refusal> {
         // The entry is locked throughout, so that a client that is just being removed is not
@@ -99,7 +121,14 @@ impl Clients {
             Entry::Occupied(entry) => entry.get().clone(),
             Entry::Vacant(_) => self.new_client(now)?,
         };
-        let (connection, wake, welcome) = self.with(&client, |state| {
+        let (connection, wake, evict, welcome) = self.with(&client, |state| {
+            let has_place =
+                state.source_place.as_ref().is_some_and(|place| place.source() == source);
+            let new_place = if has_place {
+                None
+            } else {
+                Some(self.source_places.take(source).ok_or(Refusal::TooManyFromSource)?)
+            };
             match login.resume {
                 Some(resume) if resume.stream == state.delivery.stream() => {
                     state.delivery.resume(resume.received).map_err(|_| Refusal::BadCounter)?;
@@ -109,23 +138,33 @@ impl Clients {
                     state.received = 0;
                 }
             }
-            state.wake.notify_one();
-            state.wake = Arc::new(Notify::new());
+            state.evict.notify_one();
+            state.evict = Arc::default();
+            state.wake = Arc::default();
             state.connection += 1;
+            if new_place.is_some() {
+                state.source_place = new_place;
+            }
             let (stream, received) = (state.delivery.stream(), state.received);
             let welcome = GatewayMessage::Welcome { stream, received };
-            Ok((state.connection, state.wake.clone(), welcome))
+            Ok((state.connection, state.wake.clone(), state.evict.clone(), welcome))
         })?;
         entry.or_insert(client.clone());
-        Ok((Attached { clients: self.clone(), client, connection, wake }, welcome))
+        Ok((Attached { clients: self.clone(), client, connection, wake, evict }, welcome))
     }
 
     fn new_client(&self, now: Instant) -> Result<Arc<Client>, Refusal> {
         let place = self.places.clone().try_acquire_owned().map_err(|_| Refusal::TooManyClients)?;
         let mut delivery = Delivery::new(new_stream(), self.packet_bytes);
         delivery.detach(now);
-        let state =
-            ClientState { delivery, received: 0, connection: 0, wake: Arc::new(Notify::new()) };
+        let state = ClientState {
+            delivery,
+            received: 0,
+            connection: 0,
+            wake: Arc::default(),
+            evict: Arc::default(),
+            source_place: None,
+        };
         Ok(Arc::new(Client { state: Mutex::new(state), _place: place }))
     }
 
@@ -184,7 +223,20 @@ impl Clients {
     }
 }
 
+/// Shows no client.
+#[cfg(test)]
+impl std::fmt::Debug for Clients {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Clients").finish_non_exhaustive()
+    }
+}
+
 impl Attached {
+    /// Waits until a newer connection has taken over.
+    pub(super) async fn evicted(&self) {
+        self.evict.notified().await;
+    }
+
     /// Waits until there may be something to write.
     pub(super) async fn woken(&self) {
         self.wake.notified().await;
@@ -241,7 +293,10 @@ impl Drop for Attached {
     fn drop(&mut self) {
         let now = tokio::time::Instant::now().into_std();
         // An evicted connection leaves the newer one alone.
-        let _ = self.with(|state| state.delivery.detach(now));
+        let _ = self.with(|state| {
+            state.delivery.detach(now);
+            state.source_place = None;
+        });
     }
 }
 
@@ -252,8 +307,10 @@ fn new_stream() -> StreamId {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
     use std::time::Duration;
 
+    use futures_util::FutureExt;
     use mixsocks_common::gateway::delivery::HOLD_TIME;
     use mixsocks_common::gateway::message::Resume;
     use mixsocks_common::keys::{Identity, IdentityKey};
@@ -283,7 +340,21 @@ mod tests {
         identity: Identity,
         resume: Option<Resume>,
     ) -> Result<(Attached, StreamId, u64), Refusal> {
-        let (attached, welcome) = clients.attach(Login { identity, resume }, Instant::now())?;
+        attach_from(clients, source(1), identity, resume)
+    }
+
+    fn source(n: u8) -> Source {
+        IpAddr::from([192, 0, 2, n]).into()
+    }
+
+    fn attach_from(
+        clients: &Arc<Clients>,
+        source: Source,
+        identity: Identity,
+        resume: Option<Resume>,
+    ) -> Result<(Attached, StreamId, u64), Refusal> {
+        let login = Login { identity, resume };
+        let (attached, welcome) = clients.attach(login, source, Instant::now())?;
         let GatewayMessage::Welcome { stream, received } = welcome else { panic!("{welcome:?}") };
         Ok((attached, stream, received))
     }
@@ -308,6 +379,37 @@ mod tests {
         drop(old);
         clients.deliver(client.as_bytes(), packet(), Instant::now()).unwrap();
         assert_eq!(transmitted(&new), 1);
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_put_out_need_not_try_to_do_anything() {
+        let (clients, _) = clients(2, 10);
+        let client = identity();
+        let (old, ..) = attach(&clients, client, None).unwrap();
+        let (new, ..) = attach(&clients, client, None).unwrap();
+        old.evicted().await;
+        assert!(new.evicted().now_or_never().is_none());
+    }
+
+    #[test]
+    fn a_source_has_its_share_of_places_and_no_more() {
+        let (clients, _) = clients(2 * MAX_CLIENTS_PER_SOURCE, 10);
+        let ids: Vec<_> = (0..=MAX_CLIENTS_PER_SOURCE).map(|_| identity()).collect();
+        let (last, all) = ids.split_last().unwrap();
+        let mut attached: Vec<_> =
+            all.iter().map(|id| attach(&clients, *id, None).unwrap().0).collect();
+        let full = Some(Refusal::TooManyFromSource);
+        assert_eq!(attach(&clients, *last, None).err(), full);
+        assert!(attach_from(&clients, source(2), *last, None).is_ok());
+        assert_eq!(attach(&clients, *last, None).err(), full);
+        // Who is there already may dial again.
+        attached.push(attach(&clients, all[0], None).unwrap().0);
+        assert_eq!(attach(&clients, *last, None).err(), full);
+        // The one that was put out frees nothing, and one that moves away frees its place.
+        attached.remove(0);
+        assert_eq!(attach(&clients, *last, None).err(), full);
+        let _moved = attach_from(&clients, source(3), all[1], None).unwrap();
+        assert!(attach(&clients, *last, None).is_ok());
     }
 
     #[test]

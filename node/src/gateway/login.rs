@@ -223,7 +223,7 @@ impl Doorkeeper {
                     let login = self.authenticate(authenticating).await?;
                     let (attached, welcome) = self
                         .clients
-                        .attach(login, Instant::now().into_std())
+                        .attach(login, source, Instant::now().into_std())
                         .map_err(ConnectionError::Refused)?;
                     return Ok((login, attached, welcome));
                 }

@@ -46,7 +46,9 @@ use crate::link::{LinkContext, LinkFailure, LinkListener, LinkPool, NextHops};
 use crate::peel::{MAX_REPLAY_TAGS, Peeler};
 
 pub use self::acceptor::{MAX_HALF_OPEN, MAX_HALF_OPEN_PER_SITE, MAX_HALF_OPEN_PER_SOURCE};
-pub use self::clients::{MAX_CLIENTS, MAX_HELD_BYTES_TOTAL};
+pub use self::clients::{
+    MAX_CLIENTS, MAX_CLIENTS_PER_SITE, MAX_CLIENTS_PER_SOURCE, MAX_HELD_BYTES_TOTAL,
+};
 pub use self::registrations::{FILE_NAME, MAX_REGISTRATIONS, RegistrationsError, SILENT_DAYS};
 
 /// Packets between the links and the workers: what a core peels in some 100 ms. More would only
@@ -114,6 +116,9 @@ pub struct Gateway {
     tasks: JoinSet<()>,
     acceptor: JoinSet<()>,
     saver: JoinSet<()>,
+    /// So that tests need not open as many connections as there are places.
+    #[cfg(test)]
+    clients: Arc<Clients>,
     pool: Arc<LinkPool>,
     stop: watch::Sender<bool>,
 }
@@ -156,13 +161,24 @@ impl Gateway {
             let work = peel(packets.clone(), peeler.clone(), clients.clone(), counters.clone());
             tasks.spawn(work);
         }
-        tasks.spawn(sweep(clients));
+        tasks.spawn(sweep(clients.clone()));
         let mut saver = JoinSet::new();
         saver.spawn(save_logins(registrations, stopped.clone()));
         let mut acceptor = JoinSet::new();
         let uplink = carrier::Uplink { pool: pool.clone(), next_hops, counters: counters.clone() };
         acceptor.spawn(Acceptor::new(doorkeeper, uplink, stopped).run(config.client_listener));
-        Ok(Self { counters, client_address, links, tasks, acceptor, saver, pool, stop })
+        Ok(Self {
+            counters,
+            client_address,
+            links,
+            tasks,
+            acceptor,
+            saver,
+            #[cfg(test)]
+            clients,
+            pool,
+            stop,
+        })
     }
 
     /// What it has counted since its start.

@@ -15,6 +15,7 @@ use mixsocks_client::gateway::{
 use mixsocks_common::gateway::client::{ClientHandshake, ClientSetup, ClientStep};
 use mixsocks_common::gateway::keepalive::{CLOSE_AFTER, PAD_AFTER};
 use mixsocks_common::gateway::message::{ClientMessage, GatewayMessage, Refusal};
+use mixsocks_common::gateway::server::Login;
 use mixsocks_common::gateway::token::Token;
 use mixsocks_common::gateway::transcript::{Binding, EXPORTER_LABEL};
 use mixsocks_common::keys::IdentityKey;
@@ -32,6 +33,7 @@ use tokio_tungstenite::tungstenite::Message;
 
 use super::*;
 use crate::link::testnet::{ENTRY, EXIT, PAYLOAD_LEN, TestNet, soon, topology, until_dropped};
+use crate::sources::Source;
 
 /// A TCP forwarder that can cut its connections, and whose backend can move.
 struct Proxy {
@@ -212,8 +214,11 @@ struct RawClient {
 
 impl RawClient {
     async fn dial(net: &GatewayNet) -> Self {
+        Self::open(net, TcpStream::connect(net.proxy.address).await.unwrap()).await
+    }
+
+    async fn open(net: &GatewayNet, stream: TcpStream) -> Self {
         let config = tls::gateway_client_config(net.net.identity(EXIT)).unwrap();
-        let stream = TcpStream::connect(net.proxy.address).await.unwrap();
         let connector = TlsConnector::from(config);
         let stream = soon(connector.connect(tls::server_name(), stream)).await.unwrap();
         let session = stream.get_ref().1;
@@ -491,6 +496,37 @@ async fn silent_connections_keep_nobody_out() {
     // The oldest ones were closed.
     let mut byte = [0];
     assert!(matches!(soon(silent[0].read(&mut byte)).await, Ok(0) | Err(_)));
+}
+
+/// More clients than one source may have, the last of them from another one.
+#[cfg(target_os = "linux")] // Elsewhere not all of 127.0.0.0/8 is this machine.
+#[tokio::test]
+async fn a_source_with_too_many_clients_is_told_and_others_get_in() {
+    let mut net = GatewayNet::new().await;
+    let gateway = net.start().await;
+    // As if they were connected: registering so many takes the limit of registrations.
+    let source = Source::from(std::net::IpAddr::from([127, 0, 0, 1]));
+    let mut connected = Vec::new();
+    for _ in 0..MAX_CLIENTS_PER_SOURCE {
+        let login = Login { identity: net.person().key.identity(), resume: None };
+        let now = Instant::now().into_std();
+        connected.push(gateway.clients.attach(login, source, now).unwrap().0);
+    }
+    let person = net.person();
+    let mut raw = RawClient::dial(&net).await;
+    let refused = raw.log_in(&net, &person, None).await;
+    assert_eq!(refused, Err(Refusal::TooManyFromSource));
+    assert!(raw.is_closed().await);
+
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+    let stream = soon(socket.connect(gateway.client_address())).await.unwrap();
+    let mut raw = RawClient::open(&net, stream).await;
+    assert_eq!(raw.log_in(&net, &net.person(), None).await, Ok(()));
+
+    connected.pop();
+    let mut raw = RawClient::dial(&net).await;
+    assert_eq!(raw.log_in(&net, &person, None).await, Ok(()));
 }
 
 #[tokio::test]

@@ -12,13 +12,14 @@ use rustls::ServerConfig;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tracing::{debug, warn};
 
 use super::connection::{Connection, Incoming, within};
 use super::{LinkContext, LinkFailure, SETUP_TIMEOUT, SILENCE_TIMEOUT, STABLE_AFTER};
+use crate::accept::Accepting;
 use crate::counters::DropReason;
 use crate::sources::{HalfOpen, HalfOpenLimits, Source};
 
@@ -30,8 +31,6 @@ pub const MAX_HALF_OPEN: usize = 256;
 pub const MAX_HALF_OPEN_PER_SOURCE: usize = 16;
 /// As many of them may come from one IPv6 network of 48 bits, which one customer may hold.
 pub const MAX_HALF_OPEN_PER_SITE: usize = 64;
-/// How long to wait when the system has no more file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Takes links from all nodes that may send here; dropping it closes them.
 #[derive(Debug)]
@@ -118,22 +117,12 @@ struct Acceptor {
 
 impl Acceptor {
     async fn run(mut self, listener: TcpListener) {
-        let mut said_accept_fails = false;
+        let mut accepting = Accepting::new("links");
         loop {
             tokio::select! {
-                accepted = listener.accept() => match accepted {
-                    Ok((stream, address)) => {
-                        said_accept_fails = false;
-                        self.handle_accepted(stream, address.ip().into());
-                    }
-                    Err(error) => {
-                        if !said_accept_fails {
-                            warn!("cannot accept links: {error}");
-                            said_accept_fails = true;
-                        }
-                        sleep(ACCEPT_PAUSE).await;
-                    }
-                },
+                (stream, address) = accepting.next(|| listener.accept()) => {
+                    self.handle_accepted(stream, address.ip().into());
+                }
                 Some(done) = self.handshakes.join_next_with_id() => self.handle_handshake(done),
                 Some(done) = self.links.join_next_with_id() => self.handle_end(done),
             }
