@@ -29,7 +29,7 @@ use crate::counters::Counters;
 pub use backoff::Backoff;
 pub use listener::{LinkListener, MAX_HALF_OPEN, MAX_HALF_OPEN_PER_SITE, MAX_HALF_OPEN_PER_SOURCE};
 pub use next_hops::NextHops;
-pub use pool::{LINK_QUEUE_PACKETS, LinkPool};
+pub use pool::{LINK_QUEUE_BYTES, LinkPool};
 
 /// From the first TCP packet to the end of the hellos: a few round trips around the world, and
 /// some for losses.

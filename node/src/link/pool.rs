@@ -25,9 +25,10 @@ use super::connection::{Connection, Incoming, within};
 use super::{DIAL_PATIENCE, LinkContext, LinkFailure, NextHops, SETUP_TIMEOUT, STABLE_AFTER};
 use crate::counters::DropReason;
 
-/// Packets that may wait for one neighbour: 10 MB at most, and some hundred milliseconds of what
-/// a node can peel. What would wait longer is late anyway.
-pub const LINK_QUEUE_PACKETS: usize = 4096;
+/// Bytes of packets that may wait for one neighbour, whatever the network's packets measure: 4,376
+/// of the usual ones, some hundred milliseconds of what a node can peel, and 316 of the largest.
+/// What would wait longer is late anyway.
+pub const LINK_QUEUE_BYTES: usize = 10 * 1024 * 1024;
 /// Packets per write: 32 of them fill five TLS records; more would bring nothing.
 const WRITE_PACKETS: usize = 32;
 
@@ -60,13 +61,14 @@ impl LinkPool {
     /// # Panics
     /// Outside of a Tokio runtime.
     pub fn start(context: LinkContext) -> Result<Self, LinkError> {
+        let queue_packets = LINK_QUEUE_BYTES / context.topology.packet_bytes();
         let mut neighbours = BTreeMap::new();
         let mut tasks = JoinSet::new();
         for identity in NextHops::new(&context.topology, &context.me).reachable() {
             let Some(node) = context.topology.node(identity) else {
                 continue;
             };
-            let (queue, packets) = mpsc::channel(LINK_QUEUE_PACKETS);
+            let (queue, packets) = mpsc::channel(queue_packets);
             let is_down = Arc::new(AtomicBool::new(false));
             let dialler = Dialler {
                 tls: tls::node_client_config(&context.key, *identity)?,

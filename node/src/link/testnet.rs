@@ -58,6 +58,12 @@ impl TestNet {
         Self { keys, sphinx_keys, topology, listeners }
     }
 
+    /// Makes it a network of other packets.
+    pub(crate) fn set_payload_len(&mut self, payload_len: usize) {
+        let nodes = self.topology.nodes().to_vec();
+        self.topology = Arc::new(topology_with("test", nodes, payload_len));
+    }
+
     pub(crate) fn identity(&self, number: usize) -> Identity {
         self.keys[number].identity()
     }
@@ -103,11 +109,12 @@ impl TestNet {
 }
 
 pub(crate) fn topology(network: &str, nodes: Vec<Node>) -> Topology {
-    let parameters = Parameters {
-        payload_bytes: PAYLOAD_LEN,
-        mean_delay: Duration::from_millis(1),
-        max_delay: MAX_DELAY,
-    };
+    topology_with(network, nodes, PAYLOAD_LEN)
+}
+
+fn topology_with(network: &str, nodes: Vec<Node>, payload_bytes: usize) -> Topology {
+    let parameters =
+        Parameters { payload_bytes, mean_delay: Duration::from_millis(1), max_delay: MAX_DELAY };
     let network = NetworkName::new(network).unwrap();
     let validity = UnixTime(0)..UnixTime(u64::MAX);
     Topology::new(network, 1, validity, parameters, nodes, Vec::new()).unwrap()

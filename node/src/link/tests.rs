@@ -223,16 +223,22 @@ async fn a_flood_leaves_room_for_other_links() {
 
 #[tokio::test]
 async fn a_full_queue_drops_and_counts() {
-    // The listener of the mix accepts TCP by its backlog, but never answers.
-    let net = TestNet::new().await;
-    let (context, counters) = net.context(ENTRY);
-    let pool = LinkPool::start(context).unwrap();
-    for _ in 0..LINK_QUEUE_PACKETS + 10 {
-        pool.send(&net.identity(MIX), packet(1));
+    for (payload_len, room) in [(1024, 7_642), (2048, 4_376), (32_768, 316)] {
+        // The listener of the mix accepts TCP by its backlog, but never answers.
+        let mut net = TestNet::new().await;
+        net.set_payload_len(payload_len);
+        let (context, counters) = net.context(ENTRY);
+        let pool = LinkPool::start(context).unwrap();
+        let bytes = vec![1; net.topology.packet_bytes()];
+        let packet = Packet::from_bytes(bytes, payload_len).unwrap();
+        for _ in 0..room + 10 {
+            pool.send(&net.identity(MIX), packet.clone());
+        }
+        assert!(room * net.topology.packet_bytes() <= LINK_QUEUE_BYTES);
+        assert_eq!(counters.snapshot().dropped(DropReason::QueueFull), 10, "{payload_len}");
+        pool.send(&net.identity(2), packet);
+        assert_eq!(counters.snapshot().dropped(DropReason::UnknownNextHop), 1, "no neighbour");
     }
-    assert_eq!(counters.snapshot().dropped(DropReason::QueueFull), 10);
-    pool.send(&net.identity(2), packet(1));
-    assert_eq!(counters.snapshot().dropped(DropReason::UnknownNextHop), 1, "no neighbour");
 }
 
 #[tokio::test]

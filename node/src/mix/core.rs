@@ -10,9 +10,10 @@ use mixsocks_sphinx::{Packet, Peeled};
 use crate::counters::DropReason;
 use crate::link::NextHops;
 
-/// Packets that a mix holds at most: some 160 MB. A mix that forwards 10,000 packets per second with
-/// a mean delay of 50 ms holds 500.
-pub const MAX_HELD_PACKETS: usize = 64 * 1024;
+/// Bytes of packets that a mix holds at most, whatever the network's packets measure: some 70,000 of
+/// the usual ones, and 5,000 of the largest. A mix that forwards 10,000 packets per second with a
+/// mean delay of 50 ms holds 500.
+pub const MAX_HELD_BYTES: usize = 160 * 1024 * 1024;
 
 /// The delays of a mix, without a clock or a socket.
 ///
@@ -23,19 +24,19 @@ pub const MAX_HELD_PACKETS: usize = 64 * 1024;
 pub struct MixCore {
     next_hops: NextHops,
     max_delay: Duration,
-    max_held: usize,
+    max_held_packets: usize,
     /// By deadline; the number of the packet tells those of one deadline apart.
     held: BTreeMap<(Instant, u64), (Identity, Packet)>,
     handled: u64,
 }
 
 impl MixCore {
-    /// The core of mix `me`, which holds at most `max_held` packets.
-    pub fn new(topology: &Topology, me: &Identity, max_held: usize) -> Self {
+    /// The core of mix `me`, which holds at most `max_held_bytes` of packets.
+    pub fn new(topology: &Topology, me: &Identity, max_held_bytes: usize) -> Self {
         Self {
             next_hops: NextHops::new(topology, me),
             max_delay: topology.parameters.max_delay,
-            max_held,
+            max_held_packets: max_held_bytes / topology.packet_bytes(),
             held: BTreeMap::new(),
             handled: 0,
         }
@@ -60,7 +61,7 @@ impl MixCore {
         let deadline = now + delay.min(self.max_delay);
         self.handled += 1;
         self.held.insert((deadline, self.handled), (next_hop, packet));
-        if self.held.len() > self.max_held {
+        if self.held.len() > self.max_held_packets {
             self.held.pop_last();
             return Err(DropReason::DelayQueueFull);
         }
@@ -96,8 +97,12 @@ mod tests {
     const MILLISECOND: Duration = Duration::from_millis(1);
 
     fn forward(next_hop: [u8; 32], delay: Duration, fill: u8) -> Peeled {
-        let bytes = vec![fill; HEADER_LEN + PAYLOAD_LEN];
-        let packet = Packet::from_bytes(bytes, PAYLOAD_LEN).unwrap();
+        forward_long(next_hop, delay, fill, PAYLOAD_LEN)
+    }
+
+    fn forward_long(next_hop: [u8; 32], delay: Duration, fill: u8, payload_len: usize) -> Peeled {
+        let bytes = vec![fill; HEADER_LEN + payload_len];
+        let packet = Packet::from_bytes(bytes, payload_len).unwrap();
         Peeled::Forward { next_hop, delay, packet }
     }
 
@@ -110,7 +115,8 @@ mod tests {
     /// The core of the mix in layer 1, and its one next hop.
     async fn core(max_held: usize) -> (MixCore, [u8; 32]) {
         let net = TestNet::new().await;
-        let core = MixCore::new(&net.topology, &net.identity(1), max_held);
+        let max_held_bytes = max_held * net.topology.packet_bytes();
+        let core = MixCore::new(&net.topology, &net.identity(1), max_held_bytes);
         (core, *net.identity(2).as_bytes())
     }
 
@@ -155,10 +161,28 @@ mod tests {
         assert_eq!(fills(&mut core, start + MAX_DELAY), [5, 1, 3]);
     }
 
+    /// The bound is one of memory, so a network of long packets holds fewer of them.
+    #[tokio::test]
+    async fn long_packets_take_no_more_memory_than_short_ones() {
+        const MAX_BYTES: usize = 1024 * 1024;
+        for payload_len in [1024, 32_768] {
+            let mut net = TestNet::new().await;
+            net.set_payload_len(payload_len);
+            let next = *net.identity(2).as_bytes();
+            let mut core = MixCore::new(&net.topology, &net.identity(1), MAX_BYTES);
+            let now = Instant::now();
+            let forward = || forward_long(next, MILLISECOND, 1, payload_len);
+            while core.handle_peeled(now, forward()).is_ok() {}
+            let held_bytes = core.held() * net.topology.packet_bytes();
+            assert!(held_bytes <= MAX_BYTES, "{held_bytes}");
+            assert!(held_bytes + net.topology.packet_bytes() > MAX_BYTES, "{held_bytes}");
+        }
+    }
+
     #[tokio::test]
     async fn what_may_not_go_on_leaves_the_core_unchanged() {
         let net = TestNet::new().await;
-        let mut core = MixCore::new(&net.topology, &net.identity(1), 10);
+        let mut core = MixCore::new(&net.topology, &net.identity(1), MAX_HELD_BYTES);
         let now = Instant::now();
         for wrong in [0, 1, 3, 4] {
             let peeled = forward(*net.identity(wrong).as_bytes(), MILLISECOND, 1);

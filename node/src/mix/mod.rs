@@ -20,13 +20,13 @@ use tokio::net::TcpListener;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 
-pub use self::core::{MAX_HELD_PACKETS, MixCore};
+pub use self::core::{MAX_HELD_BYTES, MixCore};
 use crate::counters::Counters;
 use crate::link::{LinkContext, LinkFailure, LinkListener, LinkPool};
 use crate::peel::{MAX_REPLAY_TAGS, Peeler};
 
 /// Packets between the links and the workers: what a core peels in some 100 ms. More would only
-/// delay what the sender's clock has already judged lost.
+/// delay what the sender's clock has already judged lost. Of the largest packets they take 34 MB.
 const INBOUND_QUEUE_PACKETS: usize = 1024;
 /// Packets that a worker peels before it lets other tasks run: under 2 ms.
 const PEEL_BATCH_PACKETS: usize = 16;
@@ -67,7 +67,7 @@ impl Mix {
     pub fn start(config: MixConfig) -> Result<Self, LinkFailure> {
         let MixConfig { identity, sphinx_key, topology, listener } = config;
         let counters = Arc::new(Counters::default());
-        let core = MixCore::new(&topology, &identity.identity(), MAX_HELD_PACKETS);
+        let core = MixCore::new(&topology, &identity.identity(), MAX_HELD_BYTES);
         let peeler = Peeler::new(sphinx_key, MAX_REPLAY_TAGS, counters.clone(), &mut rand::rng());
         let peeler = Arc::new(peeler);
         let context = LinkContext::new(identity, topology, counters.clone());
