@@ -16,6 +16,7 @@ use tracing::debug;
 
 use super::acceptor::until_stopped;
 use super::clients::{Attached, Evicted};
+use super::limits::ReadLimit;
 use super::login::{ConnectionError, LoggedIn, Socket, control_frame, next_frame};
 use crate::counters::{Counters, DropReason};
 use crate::link::{LinkPool, NextHops};
@@ -121,8 +122,10 @@ impl Carrier<'_> {
         self.keepalive.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Never waits for anything but the client, so that the client can always write.
+    /// Never waits for the writing half, nor for the mixes, so that the client can always write, if
+    /// no faster than [`ReadLimit`] allows.
     async fn read(&self, stream: &mut SplitStream<Socket>) -> End {
+        let mut limit = ReadLimit::new(self.codec.frame_bytes(), Instant::now().into_std());
         loop {
             let result = match next_frame(stream).await {
                 Ok(frame) => self.handle_frame(&frame),
@@ -130,6 +133,9 @@ impl Carrier<'_> {
             };
             if let Err(end) = result {
                 return end;
+            }
+            if let Some(ready_at) = limit.handle_frame(Instant::now().into_std()) {
+                sleep_until(ready_at.into()).await;
             }
         }
     }

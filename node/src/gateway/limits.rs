@@ -1,8 +1,11 @@
-//! How often anybody may register.
+//! How often anybody may register, and how fast a client may send.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use mixsocks_common::gateway::delivery::MAX_HELD_BYTES;
+
+use crate::link::LINK_QUEUE_BYTES;
 use crate::sources::Source;
 
 /// Registrations that a source may make at once; then one per [`SOURCE_INTERVAL`]. Many people may
@@ -76,6 +79,44 @@ impl RegistrationLimit {
     }
 }
 
+/// Bytes of frames that are read from one client per second: 14,000 frames of the usual packets. A
+/// client at full speed sends some 10,000 (more it cannot make, and no mix of one core peels more),
+/// so that this slows down nobody but those who send garbage.
+const CLIENT_BYTES_PER_SECOND: u32 = 32 * 1024 * 1024;
+/// Bytes that may come at once: what a client may hold, and send again after a cut. Less than half
+/// of what may wait for a mix, so that nobody fills that queue in one go.
+const CLIENT_BURST_BYTES: usize = MAX_HELD_BYTES;
+const _: () = assert!(CLIENT_BURST_BYTES < LINK_QUEUE_BYTES / 2);
+
+/// When to read on from a client: its share of the queues to the mixes, which all clients use.
+///
+/// A token bucket that goes into debt for a frame that has come already, told by the time at which
+/// it will be full again. While it is empty nothing is read, so that TCP makes the client wait: a
+/// client that sends too fast loses nothing, and its packets drive out nobody else's.
+pub(super) struct ReadLimit {
+    per_frame: Duration,
+    burst: Duration,
+    full_at: Instant,
+}
+
+impl ReadLimit {
+    pub(super) fn new(frame_bytes: usize, now: Instant) -> Self {
+        Self { per_frame: time_for(frame_bytes), burst: time_for(CLIENT_BURST_BYTES), full_at: now }
+    }
+
+    /// Counts a frame; `Some` when nothing may be read before then.
+    pub(super) fn handle_frame(&mut self, now: Instant) -> Option<Instant> {
+        self.full_at = self.full_at.max(now) + self.per_frame;
+        let excess = (self.full_at - now).saturating_sub(self.burst);
+        (!excess.is_zero()).then(|| now + excess)
+    }
+}
+
+/// How long as many bytes take at [`CLIENT_BYTES_PER_SECOND`].
+fn time_for(bytes: usize) -> Duration {
+    Duration::from_secs(bytes as u64) / CLIENT_BYTES_PER_SECOND
+}
+
 #[cfg(test)]
 mod tests {
     use std::net::IpAddr;
@@ -129,5 +170,54 @@ mod tests {
             assert!(limit.sources.len() <= MAX_SOURCES);
         }
         assert_eq!(taken, GATEWAY_BURST as usize + 999);
+    }
+
+    /// Frames that may come within that time from the start, however greedily they are read.
+    fn frames_within(frame_bytes: usize, time: Duration) -> u64 {
+        let start = Instant::now();
+        let (mut limit, mut now) = (ReadLimit::new(frame_bytes, start), start);
+        for count in 1.. {
+            if let Some(ready_at) = limit.handle_frame(now) {
+                assert!(ready_at > now);
+                now = ready_at;
+            }
+            if now > start + time {
+                return count;
+            }
+        }
+        unreachable!()
+    }
+
+    #[test]
+    fn a_flood_is_read_at_its_rate_after_the_burst_whatever_frames_measure() {
+        for frame_bytes in [1420, 2444, 33_164] {
+            let seconds = 5;
+            let frames = frames_within(frame_bytes, Duration::from_secs(seconds));
+            let expected = (CLIENT_BURST_BYTES as u64
+                + seconds * u64::from(CLIENT_BYTES_PER_SECOND))
+                / frame_bytes as u64;
+            assert!(frames.abs_diff(expected) <= 2, "{frames} {expected}");
+        }
+    }
+
+    #[test]
+    fn a_client_at_full_speed_never_waits() {
+        let mut now = Instant::now();
+        let mut limit = ReadLimit::new(2444, now);
+        let is_slowed = |limit: &mut ReadLimit, now, frames: u32| {
+            (0..frames).filter(|_| limit.handle_frame(now).is_some()).count()
+        };
+        // All that it holds after a cut, and then 10,000 a second in bursts of 50 ms.
+        assert_eq!(is_slowed(&mut limit, now, 1716), 0);
+        assert!(limit.handle_frame(now).is_some(), "and no more at once");
+        now += Duration::from_secs(1);
+        for _ in 0..100 {
+            assert_eq!(is_slowed(&mut limit, now, 500), 0);
+            now += Duration::from_millis(50);
+        }
+        // Silence saves up no more than the burst.
+        now += Duration::from_secs(3600);
+        assert_eq!(is_slowed(&mut limit, now, 1716), 0);
+        assert!(limit.handle_frame(now).is_some());
     }
 }

@@ -557,6 +557,32 @@ async fn silent_strangers_are_closed_in_time() {
     assert!(start.elapsed() >= login::LOGIN_TIMEOUT);
 }
 
+/// A client that floods is made to wait; nothing of it is lost, and it cannot fill the queues.
+#[tokio::test]
+async fn a_flood_is_read_no_faster_than_its_share() {
+    const FRAMES: u64 = 6000;
+    let mut net = GatewayNet::new().await;
+    let gateway = net.start().await;
+    let mix = *net.net.identity(1).as_bytes();
+    let mut raw = RawClient::dial(&net).await;
+    raw.log_in(&net, &net.person(), None).await.unwrap();
+    tokio::time::pause();
+    let start = Instant::now();
+    let mut limit = limits::ReadLimit::new(raw.codec.frame_bytes(), start.into_std());
+    let mut earliest = None;
+    for _ in 0..FRAMES {
+        earliest = limit.handle_frame(start.into_std());
+        raw.send(raw.packet(0, &mix)).await;
+    }
+    raw.send(raw.control(&ClientMessage::Goodbye)).await;
+    assert!(raw.is_closed().await);
+    // As if all had come at once.
+    let earliest = Instant::from_std(earliest.unwrap());
+    assert!(Instant::now() >= earliest && earliest > start, "{:?}", start.elapsed());
+    assert_eq!(gateway.counters().snapshot().packets_in, FRAMES);
+    assert_eq!(gateway.counters().snapshot().dropped(DropReason::MalformedFrame), 0);
+}
+
 #[tokio::test]
 async fn a_silent_client_gets_pads_and_is_closed_in_time() {
     let mut net = GatewayNet::new().await;
