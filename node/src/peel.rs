@@ -2,9 +2,11 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use mixsocks_common::keys::EncryptionKey;
 use mixsocks_common::replay::{Admission, ReplayFilter};
 use mixsocks_sphinx::{OpenedPacket, Packet, PeelError, Peeled, SecretKey, finish, open_headers};
 use rand::Rng;
+use tracing::warn;
 
 use crate::counters::{Counters, DropReason};
 
@@ -12,12 +14,54 @@ use crate::counters::{Counters, DropReason};
 /// hours. Beyond it every packet is refused until the key changes.
 pub const MAX_REPLAY_TAGS: usize = 64 * 1024 * 1024;
 
+/// How full a replay filter is, as far as its operator must know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Fill {
+    Room,
+    /// Nine of ten tags: at 2,000 packets per second some 55 minutes are left.
+    NearlyFull,
+    /// Every new packet is refused from here on.
+    Full,
+}
+
+impl Fill {
+    fn of(tags: usize, max_tags: usize) -> Self {
+        if tags >= max_tags {
+            Self::Full
+        } else if tags >= max_tags - max_tags / 10 {
+            Self::NearlyFull
+        } else {
+            Self::Room
+        }
+    }
+}
+
+/// The tags of one key.
+#[derive(Debug)]
+struct Memory {
+    filter: ReplayFilter,
+    max_tags: usize,
+    /// What the operator has been told.
+    said: Fill,
+}
+
+impl Memory {
+    /// What the operator must be told now; once for each step.
+    fn take_news(&mut self) -> Option<Fill> {
+        let fill = Fill::of(self.filter.len(), self.max_tags);
+        (fill > self.said).then(|| {
+            self.said = fill;
+            fill
+        })
+    }
+}
+
 /// One Sphinx key with the tags of the packets that it has opened; shared by crypto workers.
 #[derive(Debug)]
 pub struct Peeler {
     key: SecretKey,
     /// Held for microseconds per batch, never across an await.
-    replay: Mutex<ReplayFilter>,
+    memory: Mutex<Memory>,
     counters: Arc<Counters>,
 }
 
@@ -29,8 +73,9 @@ impl Peeler {
         counters: Arc<Counters>,
         rng: &mut impl Rng,
     ) -> Self {
-        let replay = Mutex::new(ReplayFilter::new(max_tags, rng));
-        Self { key, replay, counters }
+        let filter = ReplayFilter::new(max_tags, rng);
+        let memory = Mutex::new(Memory { filter, max_tags, said: Fill::Room });
+        Self { key, memory, counters }
     }
 
     /// Takes one layer off each packet, in their order. Packets that are forged, malformed,
@@ -49,11 +94,15 @@ impl Peeler {
     fn admit(&self, opened: Vec<OpenedPacket>) -> Vec<OpenedPacket> {
         // Tags are taken out first, so that the lock covers nothing but the table.
         let tags: Vec<_> = opened.iter().map(OpenedPacket::replay_tag).collect();
-        let admissions: Vec<_> = {
+        let (admissions, news): (Vec<_>, _) = {
             // A panic inside would leave the table as it was or with one tag more: still in order.
-            let mut replay = self.replay.lock().unwrap_or_else(PoisonError::into_inner);
-            tags.iter().map(|tag| replay.insert(tag)).collect()
+            let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+            let admissions = tags.iter().map(|tag| memory.filter.insert(tag)).collect();
+            (admissions, memory.take_news())
         };
+        if let Some(fill) = news {
+            self.warn(fill);
+        }
         let is_fresh = |admission| match admission {
             Admission::Fresh => true,
             Admission::Replayed => {
@@ -70,6 +119,21 @@ impl Peeler {
             .zip(admissions)
             .filter_map(|(opened, admission)| is_fresh(admission).then_some(opened))
             .collect()
+    }
+
+    fn warn(&self, fill: Fill) {
+        let key = EncryptionKey::from(self.key.public_key());
+        match fill {
+            Fill::Room => {}
+            Fill::NearlyFull => warn!(
+                "the node with the Sphinx key {key} has used up nine tenths of it: replace the key \
+                 soon, in the topology too, else the node will refuse every packet"
+            ),
+            Fill::Full => warn!(
+                "the node with the Sphinx key {key} has used it up and refuses every new packet: \
+                 replace the key, in the topology too"
+            ),
+        }
     }
 
     fn count_error<T>(&self, result: Result<T, PeelError>) -> Option<T> {
@@ -163,5 +227,30 @@ mod tests {
         let (peeler, counters) = peeler(key, 2);
         assert_eq!(peeler.peel(packets).len(), 2);
         assert_eq!(counters.snapshot().dropped(DropReason::ReplayFilterFull), 3);
+    }
+
+    #[test]
+    fn the_operator_is_told_once_before_the_filter_is_full_and_once_when_it_is() {
+        let key = SecretKey::generate(&mut rand::rng());
+        let packets = packets(&key, 25);
+        let (peeler, _) = peeler(key, 20);
+        let mut news = Vec::new();
+        for (count, packet) in (1..).zip(packets) {
+            let opened = open_headers(&peeler.key, vec![packet]).remove(0).unwrap();
+            let mut memory = peeler.memory.lock().unwrap();
+            memory.filter.insert(&opened.replay_tag());
+            news.extend(memory.take_news().map(|fill| (count, fill)));
+        }
+        assert_eq!(news, [(18, Fill::NearlyFull), (20, Fill::Full)]);
+    }
+
+    #[test]
+    fn peeling_tells_what_is_news() {
+        let key = SecretKey::generate(&mut rand::rng());
+        let packets = packets(&key, 3);
+        let (peeler, _) = peeler(key, 3);
+        peeler.peel(packets);
+        let mut memory = peeler.memory.lock().unwrap();
+        assert_eq!((memory.said, memory.take_news()), (Fill::Full, None));
     }
 }
