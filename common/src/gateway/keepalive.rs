@@ -1,7 +1,8 @@
 //! When to send a PAD, and when the other side is gone.
 //!
-//! The rules look at the times and the number of frames only, never at what the frames were: an
-//! observer, who sees the same, learns nothing from a PAD (not even that it is one).
+//! The rules look at the times and the number of frames only, never at what the frames were. An
+//! observer sees the same and can apply the rules too, and so recognise most PADs; but as they
+//! follow from nothing else, they tell nothing about packets that was not to be seen already.
 
 use std::time::{Duration, Instant};
 
