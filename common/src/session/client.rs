@@ -6,29 +6,21 @@ use std::time::{Duration, Instant};
 use bytes::BufMut;
 use mixsocks_sphinx::SURB_LEN;
 
+use super::estimate::{Queueing, Window};
 use super::flight::{Cargo, Sent};
-use super::frame::{CloseReason, Frame, FrameError, StreamId, put_surbs_header};
-use super::provider::RESERVE_SURBS;
+use super::frame::{Ack, CloseReason, Frame, FrameError, StreamId, put_surbs_header};
 use super::streams::{Side, StreamEvent, Violation};
-use super::transport::{Fill, RecentMin, Smoothed, Transport, take_number, wrapping_us};
+use super::surb_window::SurbWindow;
+use super::transport::{Fill, Transport, take_number, wrapping_us};
 use super::{PacketKind, SESSION_ID_LEN};
 use crate::target::Target;
 use crate::topology::delay_quantile;
 
-/// Queueing that the windows aim at: enough to keep the path busy, little enough that a new request
-/// hardly waits.
-const TARGET_QUEUEING_SECONDS: f64 = 0.020;
-
 /// Packets under way to the provider: at first, at least, and at most. The most is what 13 MiB/s
 /// need at a round trip of 300 ms.
-const INITIAL_WINDOW: f64 = 32.0;
-const MIN_WINDOW: f64 = 16.0;
-const MAX_WINDOW: f64 = 2048.0;
-
-/// SURBs at the provider or under way in either direction: at first and at least, and at most. The
-/// first is one page of text; the most bounds the client's memory for recoveries to about 1 MiB.
-const MIN_SURB_WINDOW: f64 = 40.0;
-const MAX_SURB_WINDOW: f64 = 4096.0;
+const INITIAL_WINDOW: u32 = 32;
+const MIN_WINDOW: u32 = 16;
+const MAX_WINDOW: u32 = 2048;
 
 /// SURBs of one packet that has nothing else: five fit into 2,031 bytes.
 const REFILL_SURBS: usize = 5;
@@ -88,8 +80,7 @@ pub struct ClientSession {
     max_packet_bytes: usize,
     transport: Transport,
     confirmed: bool,
-    window: f64,
-    window_is_probing: bool,
+    window: Window,
     surbs: SurbWindow,
     ping_wanted: bool,
     last_heard: Instant,
@@ -103,26 +94,6 @@ enum Closing {
     No,
     Wanted { attempts: u32 },
     Sent { attempts: u32 },
-}
-
-/// How many SURBs are where.
-#[derive(Debug)]
-struct SurbWindow {
-    generation: u64,
-    window: f64,
-    is_probing: bool,
-    /// Number of the reply that told `stock`; replies behind it tell older news.
-    reported_by: Option<u64>,
-    stock: usize,
-    /// When that reply left the provider, by the delays of its SURB.
-    report_left: Option<Instant>,
-    /// Replies with lower numbers that have not arrived are lost.
-    horizon: u64,
-    horizon_marks: std::collections::VecDeque<(Instant, u64)>,
-    replies_under_way: usize,
-    base: RecentMin,
-    queueing: Smoothed,
-    reply_quantile: Duration,
 }
 
 impl ClientSession {
@@ -141,10 +112,9 @@ impl ClientSession {
             started_ms,
             began: now,
             max_packet_bytes,
-            transport: Transport::new(Side::Client, now, reply_quantile),
+            transport: Transport::new(Side::Client, now, reply_quantile, Queueing::new(now, 0.0)),
             confirmed: false,
-            window: INITIAL_WINDOW,
-            window_is_probing: true,
+            window: Window::new(INITIAL_WINDOW, MIN_WINDOW, MAX_WINDOW),
             surbs: SurbWindow::new(now, reply_quantile),
             ping_wanted: false,
             last_heard: now,
@@ -233,9 +203,17 @@ impl ClientSession {
         }
     }
 
-    /// SURBs made for a provider that shall not use the older ones any more.
-    pub fn generation(&self) -> u64 {
-        self.surbs.generation
+    /// Asks the provider whether it is there.
+    pub fn ping(&mut self) {
+        self.ping_wanted = true;
+    }
+
+    /// From now on SURBs are of a new generation, and the provider uses no older ones any more: a
+    /// node on their routes has died, or this client's gateway or key has changed.
+    pub fn renew_surbs(&mut self) {
+        let Transport { flight, received, .. } = &mut self.transport;
+        self.surbs.renew(flight, received);
+        self.ping_wanted |= self.confirmed;
     }
 
     // --- Replies.
@@ -258,76 +236,94 @@ impl ClientSession {
         let (number, floor) = take_number(&mut input)?;
         let mut sent_us = [0u8; 4];
         sent_us.copy_from_slice(input.split_off(..4).ok_or(FrameError::Truncated)?);
+        let mut frames = Vec::new();
+        while let Some(frame) = Frame::decode(&mut input)? {
+            frames.push(frame);
+        }
+        // A provider that does not know the session does not know its numbers either.
+        if let [Frame::Close(reason)] = frames[..] {
+            // It took the START once, so that it was restarted since.
+            let is_restart = self.confirmed && reason == CloseReason::StaleStart;
+            self.end(if is_restart { CloseReason::Unknown } else { reason });
+            return Ok(());
+        }
         if !self.transport.received.on_packet(number, floor, now) {
             return Err(ReplyError::Duplicate);
         }
         self.last_heard = now;
         self.confirmed = true;
-        let left = now.checked_sub(surb_delay);
-        self.surbs.on_reply(now, surb_delay, u32::from_be_bytes(sent_us), self.began);
-        let mut owes_ack = false;
-        let mut frames = Vec::new();
-        while let Some(frame) = Frame::decode(&mut input)? {
-            frames.push(frame);
-        }
-        for frame in frames {
-            match &frame {
-                Frame::Opened { .. }
-                | Frame::Data { .. }
-                | Frame::Credit { .. }
-                | Frame::Reset { .. } => {
-                    owes_ack = true;
-                    if let Err(violation) = self.transport.streams.handle_frame(&frame) {
-                        self.end(CloseReason::Protocol);
-                        return Err(violation.into());
-                    }
-                }
-                Frame::Ping => owes_ack = true,
-                Frame::Ack(ack) => {
-                    let acked = match self.transport.handle_ack(ack, now) {
-                        Ok(acked) => acked,
-                        Err(violation) => {
-                            self.end(CloseReason::Protocol);
-                            return Err(violation.into());
-                        }
-                    };
-                    if let Some(latest) = &acked.latest {
-                        self.on_round_trip(
-                            now,
-                            latest,
-                            surb_delay,
-                            Duration::from_micros(ack.delay_us),
-                        );
-                    }
-                    self.grow_window(acked.packets.len());
-                    if acked.packets.iter().any(|packet| packet.cargo.contains(&Cargo::Close)) {
-                        self.end(CloseReason::Done);
-                        return Ok(());
-                    }
-                    let slack = self.transport.base_or_guess() + self.transport.margin();
-                    let cutoff = left.and_then(|left| left.checked_sub(slack));
-                    let lost = self.transport.lose_by_ack(cutoff, ack);
-                    self.on_lost(&lost);
-                }
-                Frame::Stock { generation, count } => {
-                    if *generation == self.surbs.generation {
-                        self.surbs.on_report(number, *count, left);
-                    }
-                }
-                Frame::Close(reason) => {
-                    self.end(*reason);
-                    return Ok(());
-                }
-                Frame::Start { .. } | Frame::Open { .. } | Frame::Surbs { .. } => {
-                    self.end(CloseReason::Protocol);
-                    return Err(Violation::Direction.into());
-                }
+        // Both clocks are arbitrary: only differences count. It wraps after 71 minutes, which looks
+        // like a jump and is forgotten with the shortest trip.
+        let now_us = wrapping_us(now.saturating_duration_since(self.began));
+        let trip_us = now_us.wrapping_sub(u32::from_be_bytes(sent_us)).cast_signed();
+        self.surbs.on_reply(now, surb_delay, number, f64::from(trip_us) / 1e6);
+        for frame in &frames {
+            if let Err(violation) = self.handle_frame(now, number, surb_delay, frame) {
+                self.end(CloseReason::Protocol);
+                return Err(violation.into());
             }
         }
-        if owes_ack {
+        if frames.iter().any(Frame::elicits_ack) {
             self.transport.received.owe_ack(now);
         }
-        self.surbs.count_replies_under_way(now, &self.transport);
+        self.settle_replies(now);
+        Ok(())
+    }
+
+    /// Takes a frame of reply `number`.
+    fn handle_frame(
+        &mut self,
+        now: Instant,
+        number: u64,
+        surb_delay: Duration,
+        frame: &Frame<'_>,
+    ) -> Result<(), Violation> {
+        match frame {
+            Frame::Opened { .. }
+            | Frame::Data { .. }
+            | Frame::Credit { .. }
+            | Frame::Reset { .. } => self.transport.streams.handle_frame(frame)?,
+            Frame::Ping => {}
+            Frame::Ack(ack) => self.handle_ack(now, surb_delay, ack)?,
+            Frame::Stock { generation, count } if *generation == self.surbs.generation() => {
+                let left = now.checked_sub(surb_delay);
+                let base = self.transport.base_or_zero();
+                let flight = &mut self.transport.flight;
+                self.surbs.on_report(flight, number, *count, left, base);
+            }
+            Frame::Stock { .. } => {}
+            Frame::Close(reason) => self.end(*reason),
+            Frame::Start { .. } | Frame::Open { .. } | Frame::Surbs { .. } => {
+                return Err(Violation::Direction);
+            }
+        }
+        Ok(())
+    }
+
+    fn handle_ack(
+        &mut self,
+        now: Instant,
+        surb_delay: Duration,
+        ack: &Ack,
+    ) -> Result<(), Violation> {
+        let acked = self.transport.handle_ack(ack, now)?;
+        if let Some(latest) = &acked.latest {
+            self.on_round_trip(now, latest, surb_delay, Duration::from_micros(ack.delay_us));
+        }
+        // A window that is not used says nothing about the path.
+        let in_use = self.transport.flight.len() + acked.packets.len();
+        if 2 * in_use >= self.window.packets() {
+            self.window.steer(&self.transport.queueing, acked.packets.len());
+        }
+        if acked.packets.iter().any(|packet| packet.cargo.contains(&Cargo::Close)) {
+            self.end(CloseReason::Done);
+            return Ok(());
+        }
+        // What was due at the provider when the ACK left it should have been in it.
+        let slack = self.transport.base_or_guess() + self.transport.margin();
+        let cutoff = now.checked_sub(surb_delay + slack);
+        let lost = self.transport.lose_by_ack(cutoff, ack);
+        self.on_lost(&lost);
         Ok(())
     }
 
@@ -345,23 +341,14 @@ impl ClientSession {
     ) {
         let chosen = (latest.arrives - latest.at) + surb_delay + ack_delay;
         let above = now.saturating_duration_since(latest.at).as_secs_f64() - chosen.as_secs_f64();
-        self.transport.base.update(above, now);
-        let queueing = above - self.transport.base.min().unwrap_or(above);
-        self.transport.queueing.update(queueing);
+        self.transport.queueing.update(above, now);
     }
 
-    fn grow_window(&mut self, acked: usize) {
-        // A window that is not used says nothing about the path.
-        if acked == 0 || (self.transport.flight.len() as f64) < self.window / 2.0 - acked as f64 {
-            return;
+    /// Replies that should have come by now are lost; the provider is told, as it cannot know.
+    fn settle_replies(&mut self, now: Instant) {
+        if self.surbs.settle(now, &mut self.transport.received) {
+            self.transport.received.owe_ack(now);
         }
-        steer(
-            &mut self.window,
-            &mut self.window_is_probing,
-            self.transport.queueing.value(),
-            acked as f64,
-        );
-        self.window = self.window.clamp(MIN_WINDOW, MAX_WINDOW);
     }
 
     fn on_lost(&mut self, lost: &[Sent]) {
@@ -385,7 +372,11 @@ impl ClientSession {
             (!self.transport.flight.is_empty()).then(|| self.last_heard + SESSION_SILENCE);
         // A session that is being closed owes nothing any more.
         let ack = self.transport.received.ack_due().filter(|_| self.closing == Closing::No);
-        [ack, self.transport.loss_deadline(), keepalive, silence].into_iter().flatten().min()
+        let settle = self.surbs.settle_due(&self.transport.received);
+        [ack, settle, self.transport.loss_deadline(), keepalive, silence]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Handles what is due at `now`.
@@ -396,13 +387,15 @@ impl ClientSession {
         if !self.transport.flight.is_empty() && now >= self.last_heard + SESSION_SILENCE {
             return self.end(CloseReason::Unknown);
         }
+        self.settle_replies(now);
         let lost = self.transport.lose_by_time(now);
         self.on_lost(&lost);
         if !lost.is_empty() {
             // Whatever the packets carried: the provider must get SURBs and a reason to answer.
             self.ping_wanted = true;
             if self.transport.is_backing_off() {
-                self.surbs.forget_report();
+                let Transport { flight, received, .. } = &mut self.transport;
+                self.surbs.forget_report(flight, received);
             }
         }
         if !self.transport.streams.is_empty()
@@ -421,7 +414,11 @@ impl ClientSession {
             return 0;
         }
         let used = !self.transport.streams.is_empty() || self.ping_wanted;
-        if used || self.confirmed { self.surbs.deficit(&self.transport) } else { 0 }
+        if used || self.confirmed { self.surb_deficit() } else { 0 }
+    }
+
+    fn surb_deficit(&self) -> usize {
+        self.surbs.deficit(&self.transport.flight, &self.transport.received)
     }
 
     /// Whether [`ClientSession::poll_transmit`] has something to send at `now`, given that `surbs`
@@ -440,7 +437,7 @@ impl ClientSession {
             Closing::No => {}
         }
         let in_flight = self.transport.flight.len();
-        let window = self.transport.window(packets(self.window));
+        let window = self.transport.window(self.window.packets());
         let ack_due = self.transport.received.ack_due().is_some_and(|due| due <= now);
         if ack_due
             || (in_flight < window && (self.ping_wanted || self.transport.streams.has_control()))
@@ -449,12 +446,14 @@ impl ClientSession {
         }
         // Refills are not data: they are bounded by the SURB window, and a full window of uploads
         // must not starve a download.
-        let refill_allowed = in_flight < self.transport.window(2 * packets(MAX_WINDOW));
-        let refill = surbs_available.min(self.surbs.deficit(&self.transport)) >= REFILL_SURBS
-            && self.surb_demand() > 0;
+        let refill_allowed = in_flight < self.transport.window(2 * self.window.max_packets());
+        let refill =
+            surbs_available.min(self.surb_deficit()) >= REFILL_SURBS && self.surb_demand() > 0;
         let data = in_flight < window && self.transport.streams.has_data();
         match (refill && refill_allowed, data) {
-            (true, true) if self.surbs.is_low(&self.transport) => Some(Purpose::Refill),
+            (true, true) if self.surbs.is_low(&self.transport.flight, &self.transport.received) => {
+                Some(Purpose::Refill)
+            }
             (_, true) => Some(Purpose::Data),
             (true, false) => Some(Purpose::Refill),
             (false, false) => None,
@@ -523,9 +522,9 @@ impl ClientSession {
     fn write_surbs(&self, surbs: &mut impl SurbSource, out: &mut Vec<u8>) -> usize {
         let room =
             (self.max_packet_bytes - out.len()).saturating_sub(SURBS_HEADER_BYTES) / SURB_LEN;
-        let count = room.min(surbs.available()).min(self.surbs.deficit(&self.transport));
+        let count = room.min(surbs.available()).min(self.surb_deficit());
         if count > 0 {
-            put_surbs_header(out, self.surbs.generation, count);
+            put_surbs_header(out, self.surbs.generation(), count);
             for _ in 0..count {
                 surbs.write_surb(out);
             }
@@ -548,119 +547,4 @@ enum Purpose {
     Control,
     Data,
     Refill,
-}
-
-/// Moves a window towards the queueing that is aimed at, after `packets` of it were heard of.
-///
-/// At first it doubles with each round trip; later it grows or shrinks by up to a tenth. Loss alone
-/// changes nothing: a mixnet loses packets at random.
-fn steer(window: &mut f64, is_probing: &mut bool, queueing: f64, packets: f64) {
-    if *is_probing {
-        if queueing <= TARGET_QUEUEING_SECONDS {
-            *window += packets;
-            return;
-        }
-        *is_probing = false;
-        *window *= 0.8;
-    }
-    let error = ((TARGET_QUEUEING_SECONDS - queueing) / TARGET_QUEUEING_SECONDS).clamp(-2.0, 1.0);
-    *window += 0.1 * error * packets;
-}
-
-/// The whole packets of a window.
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "windows are clamped to thousands"
-)]
-fn packets(window: f64) -> usize {
-    window as usize
-}
-
-impl SurbWindow {
-    fn new(now: Instant, reply_quantile: Duration) -> Self {
-        Self {
-            generation: 0,
-            window: MIN_SURB_WINDOW,
-            is_probing: true,
-            reported_by: None,
-            stock: 0,
-            report_left: None,
-            horizon: 0,
-            horizon_marks: std::collections::VecDeque::new(),
-            replies_under_way: 0,
-            base: RecentMin::new(now),
-            queueing: Smoothed::default(),
-            reply_quantile,
-        }
-    }
-
-    /// SURBs that the window has room for.
-    fn deficit(&self, transport: &Transport) -> usize {
-        packets(self.window).saturating_sub(self.outstanding(transport))
-    }
-
-    fn is_low(&self, transport: &Transport) -> bool {
-        self.outstanding(transport) < packets(self.window) * 3 / 4
-    }
-
-    /// SURBs at the provider, under way to it, or under way back.
-    fn outstanding(&self, transport: &Transport) -> usize {
-        let under_way = match self.report_left {
-            Some(left) => transport.flight.surbs_arriving_after(left),
-            None => transport.flight.surbs(),
-        };
-        self.stock + under_way + self.replies_under_way
-    }
-
-    fn on_reply(&mut self, now: Instant, surb_delay: Duration, sent_us: u32, began: Instant) {
-        // Both clocks are arbitrary: only the difference to the smallest one counts. It wraps after
-        // 71 minutes, which looks like a jump and is forgotten with the minimum.
-        let now_us = wrapping_us(now.saturating_duration_since(began));
-        let trip =
-            f64::from(now_us.wrapping_sub(sent_us).cast_signed()) / 1e6 - surb_delay.as_secs_f64();
-        self.base.update(trip, now);
-        let queueing = trip - self.base.min().unwrap_or(trip);
-        self.queueing.update(queueing.min(10.0));
-    }
-
-    fn on_report(&mut self, number: u64, count: u64, left: Option<Instant>) {
-        // An older report is worthless, but the reply still tells that the provider is using SURBs.
-        if self.reported_by.is_none_or(|newest| number > newest) {
-            self.reported_by = Some(number);
-            self.stock = usize::try_from(count).unwrap_or(usize::MAX).min(packets(MAX_SURB_WINDOW));
-            self.report_left = left;
-        }
-        let nearly_used_up = self.stock <= RESERVE_SURBS + packets(self.window) / 4;
-        if nearly_used_up || self.queueing.value() > TARGET_QUEUEING_SECONDS {
-            steer(&mut self.window, &mut self.is_probing, self.queueing.value(), 1.0);
-            self.window = self.window.clamp(MIN_SURB_WINDOW, MAX_SURB_WINDOW);
-        }
-    }
-
-    /// Counts the replies that were sent, have not arrived and may still do so.
-    fn count_replies_under_way(&mut self, now: Instant, transport: &Transport) {
-        let end = transport.received.end();
-        let wait = self.reply_quantile + transport.margin();
-        if self.horizon_marks.back().is_none_or(|(at, _)| *at + wait / 8 <= now) {
-            self.horizon_marks.push_back((now, end));
-        }
-        while let Some(&(at, mark)) = self.horizon_marks.front()
-            && at + wait <= now
-        {
-            self.horizon = self.horizon.max(mark);
-            self.horizon_marks.pop_front();
-        }
-        let sent = end.saturating_sub(self.horizon);
-        let arrived = transport.received.count_from(self.horizon);
-        self.replies_under_way =
-            usize::try_from(sent.saturating_sub(arrived)).unwrap_or(usize::MAX);
-    }
-
-    /// Nothing was heard when it was due: the provider may have no SURB left.
-    fn forget_report(&mut self) {
-        self.stock = 0;
-        self.replies_under_way = 0;
-        self.report_left = None;
-    }
 }

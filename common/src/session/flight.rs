@@ -5,18 +5,11 @@
 //! packet was due there, or by no reply at all within the longest time that one may take.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, Instant};
+use std::ops::Bound;
+use std::time::Instant;
 
-use super::frame::{Ack, MAX_ACK_RANGES, StreamId};
+use super::frame::{Ack, StreamId};
 use super::halves::Piece;
-use super::ranges::RangeSet;
-
-/// Receivers acknowledge within this time, senders count on it. Shorter times cost packets, longer
-/// ones slow the growth of windows; 20 ms are under half of one mean trip at 15 ms per mix.
-pub const ACK_DELAY: Duration = Duration::from_millis(20);
-
-/// Receivers acknowledge at once when so many packets wait for it.
-pub const ACK_AFTER_PACKETS: u32 = 64;
 
 /// What a packet carried that must be repeated when it is lost.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,13 +41,26 @@ pub(super) struct Acked {
     pub(super) latest: Option<Sent>,
 }
 
-/// The packets that one side has sent and not heard of.
+/// The packets that one side has sent and not heard of. Each operation is O(log n) in their number,
+/// plus what it takes out; what a moving mark passes is looked at once.
 #[derive(Debug, Default)]
 pub(super) struct Flight {
     next: u64,
     sent: BTreeMap<u64, Sent>,
     by_arrival: BTreeSet<(Instant, u64)>,
-    surbs: usize,
+    /// Of those, the numbers that were due at the peer by `overdue_at`.
+    overdue: BTreeSet<u64>,
+    overdue_at: Option<Instant>,
+    surbs: SurbsUnderWay,
+}
+
+/// SURBs in packets that have not been heard of.
+#[derive(Debug, Default)]
+struct SurbsUnderWay {
+    all: usize,
+    /// Of those, in packets that were due at the peer by `counted_at`: its count of them knows these.
+    counted: usize,
+    counted_at: Option<Instant>,
 }
 
 impl Flight {
@@ -77,25 +83,54 @@ impl Flight {
         self.sent.is_empty()
     }
 
-    /// SURBs in packets that have not been heard of.
-    pub(super) fn surbs(&self) -> usize {
-        self.surbs
+    /// SURBs in packets that were not due at the peer when it last counted them.
+    pub(super) fn uncounted_surbs(&self) -> usize {
+        self.surbs.all - self.surbs.counted
     }
 
-    /// SURBs in packets that reach the peer after `time`.
-    pub(super) fn surbs_arriving_after(&self, time: Instant) -> usize {
-        self.by_arrival
-            .range((time, u64::MAX)..)
-            .filter_map(|(_, number)| self.sent.get(number))
-            .map(|sent| sent.surbs)
-            .sum()
+    /// The peer counted its SURBs at `time`: all that were due there by then are in its count.
+    /// `None` takes that back.
+    pub(super) fn surbs_counted_at(&mut self, time: Option<Instant>) {
+        let surbs_between = |flight: &Self, from: Option<Instant>, to: Instant| -> usize {
+            let after = from.map_or(Bound::Unbounded, |from| Bound::Excluded((from, u64::MAX)));
+            flight
+                .by_arrival
+                .range((after, Bound::Included((to, u64::MAX))))
+                .filter_map(|(_, number)| flight.sent.get(number))
+                .map(|sent| sent.surbs)
+                .sum()
+        };
+        let old = self.surbs.counted_at;
+        match (old, time) {
+            (_, None) => self.surbs.counted = 0,
+            (Some(old), Some(new)) if new < old => {
+                self.surbs.counted -= surbs_between(self, Some(new), old);
+            }
+            (old, Some(new)) => self.surbs.counted += surbs_between(self, old, new),
+        }
+        self.surbs.counted_at = time;
+    }
+
+    /// The SURBs under way are of no use any more.
+    pub(super) fn forget_surbs(&mut self) {
+        for sent in self.sent.values_mut() {
+            sent.surbs = 0;
+        }
+        self.surbs.all = 0;
+        self.surbs.counted = 0;
     }
 
     /// Uses up the next number; `sent` is kept when the packet elicits an acknowledgement.
     pub(super) fn on_sent(&mut self, sent: Option<Sent>) {
         if let Some(sent) = sent {
             self.by_arrival.insert((sent.arrives, self.next));
-            self.surbs += sent.surbs;
+            self.surbs.all += sent.surbs;
+            if self.surbs.counted_at.is_some_and(|at| sent.arrives <= at) {
+                self.surbs.counted += sent.surbs;
+            }
+            if self.overdue_at.is_some_and(|at| sent.arrives <= at) {
+                self.overdue.insert(self.next);
+            }
             self.sent.insert(self.next, sent);
         }
         self.next += 1;
@@ -121,14 +156,29 @@ impl Flight {
         Some(acked)
     }
 
+    /// Takes out the packets that the receiver says it does not wait for any more.
+    pub(super) fn lost_by_settling(&mut self, ack: &Ack) -> Vec<Sent> {
+        let lost: Vec<u64> =
+            self.sent.range(ack.first..ack.settled).map(|(&number, _)| number).collect();
+        lost.into_iter().map(|number| self.take(number)).collect()
+    }
+
     /// Takes out the packets that were due at the peer by `cutoff`, and that an ACK telling about
     /// `first..end` does not name.
     pub(super) fn lost_by_ack(&mut self, cutoff: Instant, ack: &Ack) -> Vec<Sent> {
+        if self.overdue_at.is_none_or(|at| at < cutoff) {
+            let after =
+                self.overdue_at.map_or(Bound::Unbounded, |at| Bound::Excluded((at, u64::MAX)));
+            let passed = self.by_arrival.range((after, Bound::Included((cutoff, u64::MAX))));
+            self.overdue.extend(passed.map(|&(_, number)| number));
+            self.overdue_at = Some(cutoff);
+        }
+        // The mark of an earlier ACK may be ahead of this one's cutoff.
         let lost: Vec<u64> = self
-            .by_arrival
-            .range(..=(cutoff, u64::MAX))
-            .map(|&(_, number)| number)
-            .filter(|number| (ack.first..ack.end).contains(number))
+            .overdue
+            .range(ack.first..ack.end)
+            .filter(|number| self.sent.get(number).is_some_and(|sent| sent.arrives <= cutoff))
+            .copied()
             .collect();
         lost.into_iter().map(|number| self.take(number)).collect()
     }
@@ -152,118 +202,21 @@ impl Flight {
     fn take(&mut self, number: u64) -> Sent {
         let sent = self.sent.remove(&number).expect("both maps hold the same packets");
         self.by_arrival.remove(&(sent.arrives, number));
-        self.surbs -= sent.surbs;
+        self.overdue.remove(&number);
+        self.surbs.all -= sent.surbs;
+        if self.surbs.counted_at.is_some_and(|at| sent.arrives <= at) {
+            self.surbs.counted -= sent.surbs;
+        }
         sent
-    }
-}
-
-/// Most packets ahead of the lowest missing one that a receiver keeps book of. The largest window is
-/// far below; a peer beyond it breaks the protocol, and the packet is dropped.
-pub const MAX_NUMBER_SPAN: u64 = 1 << 20;
-
-/// The numbers that one side has received, and what it owes the sender.
-#[derive(Debug, Default)]
-pub(super) struct Received {
-    numbers: RangeSet,
-    floor: u64,
-    latest: Option<(u64, Instant)>,
-    unacked: u32,
-    oldest_unacked: Option<Instant>,
-    /// Something arrived since the last ACK, if only packets that do not ask for one.
-    news: bool,
-    /// Where the next ACK begins when the last one had no room for all ranges.
-    resume: Option<u64>,
-}
-
-impl Received {
-    /// Notes a packet; `false` when it is a duplicate, or too old to tell.
-    pub(super) fn on_packet(&mut self, number: u64, floor: u64, now: Instant) -> bool {
-        if number < self.floor || number > self.floor + MAX_NUMBER_SPAN || floor > number {
-            return false;
-        }
-        if !self.numbers.insert(number..number + 1) {
-            return false;
-        }
-        if floor > self.floor {
-            self.floor = floor;
-            self.numbers.remove(0..floor);
-        }
-        self.latest = Some((number, now));
-        self.news = true;
-        true
-    }
-
-    /// The packet that was noted last wants to be acknowledged.
-    pub(super) fn owe_ack(&mut self, now: Instant) {
-        self.unacked += 1;
-        self.oldest_unacked.get_or_insert(now);
-    }
-
-    /// When an ACK must leave.
-    pub(super) fn ack_due(&self) -> Option<Instant> {
-        let oldest = self.oldest_unacked?;
-        Some(if self.unacked >= ACK_AFTER_PACKETS { oldest } else { oldest + ACK_DELAY })
-    }
-
-    /// Whether an ACK would say something new.
-    pub(super) fn has_news(&self) -> bool {
-        self.news
-    }
-
-    /// One past the highest number received.
-    pub(super) fn end(&self) -> u64 {
-        self.numbers.end().max(self.floor)
-    }
-
-    /// How many of the numbers from `start` on were received.
-    pub(super) fn count_from(&self, start: u64) -> u64 {
-        self.numbers.count_within(start..u64::MAX)
-    }
-
-    /// An ACK that fits into `max_bytes`; what does not fit is left for the next one.
-    pub(super) fn ack(&mut self, now: Instant, max_bytes: usize) -> Option<Ack> {
-        let (latest, at) = self.latest?;
-        let budget = max_bytes.checked_sub(Ack::MAX_HEADER_LEN)?;
-        let first = self.resume.take().map_or(self.floor, |resume| resume.max(self.floor));
-        let mut ranges = Vec::new();
-        let mut bytes = 0;
-        let mut position = first;
-        let mut end = self.numbers.end().max(first);
-        for range in self.numbers.iter_from(first) {
-            let range = range.start.max(first)..range.end;
-            let (gap, len) = (range.start - position, range.end - range.start);
-            bytes += super::frame::varint_len(gap) + super::frame::varint_len(len);
-            if bytes > budget || ranges.len() == MAX_ACK_RANGES {
-                // The gap before this range is still told.
-                end = range.start;
-                self.resume = Some(range.start);
-                break;
-            }
-            position = range.end;
-            ranges.push(range);
-        }
-        let delay = now.saturating_duration_since(at);
-        // The rest follows in further ACKs, so that what is owed stays owed.
-        if self.resume.is_none() {
-            self.unacked = 0;
-            self.oldest_unacked = None;
-            self.news = false;
-        }
-        Some(Ack {
-            latest,
-            delay_us: u64::try_from(delay.as_micros())
-                .unwrap_or(u64::MAX)
-                .min(super::frame::VARINT_END - 1),
-            first,
-            end,
-            ranges,
-        })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::received::Received;
     use super::*;
+    use std::time::Duration;
+
     use rand::seq::SliceRandom;
     use rand::{RngExt, SeedableRng};
 
@@ -299,7 +252,7 @@ mod tests {
             flight.on_ack(&ack).unwrap();
         }
         assert_eq!(flight.len(), lost.len());
-        assert_eq!(flight.surbs(), lost.len());
+        assert_eq!(flight.uncounted_surbs(), lost.len());
         // Two more ACKs tell everything between them, wherever the last one stopped.
         let found: usize = (0..2)
             .map(|_| received.ack(start, 100_000).unwrap())
@@ -318,7 +271,7 @@ mod tests {
             flight.on_sent(Some(sent(start, start)));
         }
         let ranges = std::iter::once(0..1).collect();
-        let ack = Ack { latest: 0, delay_us: 0, first: 0, end: 2, ranges };
+        let ack = Ack { latest: 0, delay_us: 0, first: 0, end: 2, settled: 0, ranges };
         assert_eq!(flight.on_ack(&ack).unwrap().packets.len(), 1);
         assert_eq!(flight.lost_by_ack(start, &ack).len(), 1, "number 1 was told missing");
         assert_eq!(flight.len(), 2, "nothing was said about 2 and 3");
@@ -331,7 +284,7 @@ mod tests {
         let mut flight = Flight::default();
         flight.on_sent(Some(sent(start, ms(100))));
         flight.on_sent(Some(sent(start, ms(10))));
-        let ack = Ack { latest: 2, delay_us: 0, first: 0, end: 2, ranges: vec![] };
+        let ack = Ack { latest: 2, delay_us: 0, first: 0, end: 2, settled: 0, ranges: vec![] };
         assert!(flight.on_ack(&ack).is_none(), "packet 2 was never sent");
         let ack = Ack { latest: 1, ..ack };
         assert_eq!(flight.lost_by_ack(ms(50), &ack).len(), 1);
@@ -342,35 +295,70 @@ mod tests {
     }
 
     #[test]
-    fn receivers_forget_below_the_floor() {
-        let now = Instant::now();
-        let mut received = Received::default();
-        assert!(received.on_packet(7, 0, now));
-        assert!(received.on_packet(9, 8, now));
-        assert!(!received.on_packet(3, 0, now), "below the floor a replay cannot be told");
-        assert!(!received.on_packet(10, 11, now), "a floor above its own packet");
-        assert!(!received.on_packet(9 + MAX_NUMBER_SPAN, 8, now), "too far ahead");
-        let ack = received.ack(now, 1000).unwrap();
-        assert_eq!((ack.first, ack.end), (8, 10));
-        assert!(ack.ranges.into_iter().eq(std::iter::once(9..10)));
+    fn what_is_settled_and_not_named_is_lost() {
+        let start = Instant::now();
+        let mut flight = Flight::default();
+        (0..6).for_each(|_| flight.on_sent(Some(sent(start, start))));
+        let ranges = [1..2, 4..5].to_vec();
+        let ack = Ack { latest: 4, delay_us: 0, first: 1, end: 5, settled: 4, ranges };
+        assert_eq!(flight.on_ack(&ack).unwrap().packets.len(), 2);
+        assert_eq!(flight.lost_by_settling(&ack).len(), 2, "2 and 3, but not 0 and 5");
+        assert_eq!(flight.len(), 2);
     }
 
     #[test]
-    fn acks_are_owed_for_a_while_or_for_many() {
-        let now = Instant::now();
-        let mut received = Received::default();
-        assert_eq!(received.ack_due(), None);
-        received.on_packet(0, 0, now);
-        assert_eq!(received.ack_due(), None);
-        received.owe_ack(now);
-        assert_eq!(received.ack_due(), Some(now + ACK_DELAY));
-        for number in 1..u64::from(ACK_AFTER_PACKETS) {
-            received.on_packet(number, 0, now);
-            received.owe_ack(now);
+    fn surbs_are_in_the_count_once_they_were_due() {
+        let start = Instant::now();
+        let ms = |n| start + Duration::from_millis(n);
+        let mut flight = Flight::default();
+        for n in 0..10 {
+            flight.on_sent(Some(sent(start, ms(10 * n))));
         }
-        assert_eq!(received.ack_due(), Some(now));
-        assert!(received.ack(now, 1000).is_some());
-        assert_eq!(received.ack_due(), None);
-        assert!(!received.has_news());
+        assert_eq!(flight.uncounted_surbs(), 10);
+        flight.surbs_counted_at(Some(ms(45)));
+        assert_eq!(flight.uncounted_surbs(), 5);
+        flight.surbs_counted_at(Some(ms(25)));
+        assert_eq!(flight.uncounted_surbs(), 7, "an older count knows less");
+        flight.surbs_counted_at(Some(ms(70)));
+        assert_eq!(flight.uncounted_surbs(), 2);
+        let ranges = [0..3, 9..10].to_vec();
+        let ack = Ack { latest: 9, delay_us: 0, first: 0, end: 10, settled: 0, ranges };
+        flight.on_ack(&ack).unwrap();
+        assert_eq!(flight.uncounted_surbs(), 1);
+        flight.surbs_counted_at(None);
+        assert_eq!(flight.uncounted_surbs(), 6);
+        flight.forget_surbs();
+        assert_eq!(flight.uncounted_surbs(), 0);
+        assert_eq!(flight.lost_by_time(ms(100)).len(), 6);
+    }
+
+    /// ACKs whose cutoffs go back and forth lose neither too much nor too little.
+    #[test]
+    fn loss_by_ack_is_what_a_plain_search_finds() {
+        let start = Instant::now();
+        let seed = rand::random();
+        println!("seed {seed}");
+        let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
+        let mut flight = Flight::default();
+        let mut model: BTreeMap<u64, Instant> = BTreeMap::new();
+        for step in 0..3000 {
+            let now = start + Duration::from_millis(step);
+            let arrives = now + Duration::from_millis(rng.random_range(0..200));
+            model.insert(flight.next_number(), arrives);
+            flight.on_sent(Some(sent(now, arrives)));
+            let first = rng.random_range(0..flight.next_number());
+            let end = rng.random_range(first..=flight.next_number());
+            let ack = Ack { latest: 0, delay_us: 0, first, end, settled: first, ranges: vec![] };
+            let back = Duration::from_millis(rng.random_range(0..200));
+            let Some(cutoff) = now.checked_sub(back) else { continue };
+            let expected: Vec<_> = model
+                .range(first..end)
+                .filter(|(_, arrives)| **arrives <= cutoff)
+                .map(|(&number, _)| number)
+                .collect();
+            model.retain(|number, _| !expected.contains(number));
+            assert_eq!(flight.lost_by_ack(cutoff, &ack).len(), expected.len());
+            assert_eq!(flight.len(), model.len());
+        }
     }
 }

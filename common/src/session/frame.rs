@@ -9,7 +9,7 @@
 //! | 2 | OPEN | stream varint, target (RFC 1928 address form) |
 //! | 3 | OPENED | stream varint, code u8 |
 //! | 4 | DATA | stream varint, offset varint, length with fin in the lowest bit varint, bytes |
-//! | 5 | ACK | latest varint, delay in µs varint, first varint, span varint, count varint, then `count` pairs of gap varint and length varint |
+//! | 5 | ACK | latest varint, delay in µs varint, first varint, span varint, settled minus first varint, count varint, then `count` pairs of gap varint and length varint |
 //! | 6 | CREDIT | stream varint, limit varint |
 //! | 7 | RESET | stream varint |
 //! | 9 | STOCK | generation varint, count varint |
@@ -194,6 +194,8 @@ pub struct Ack {
     pub first: u64,
     /// One past the highest number that the frame tells about.
     pub end: u64,
+    /// Within `first..=end`: what is below it and has not arrived is not waited for any more.
+    pub settled: u64,
     /// Ascending, disjoint, within `first..end`.
     pub ranges: Vec<std::ops::Range<u64>>,
 }
@@ -257,6 +259,23 @@ impl Frame<'_> {
             }
             unknown => return Err(FrameError::UnknownType(unknown)),
         }))
+    }
+
+    /// Whether a packet with this frame is to be acknowledged. If an ACK or a STOCK were, two idle
+    /// ends would acknowledge each other for ever; SURBS come with a PING.
+    pub fn elicits_ack(&self) -> bool {
+        match self {
+            Frame::Open { .. }
+            | Frame::Opened { .. }
+            | Frame::Data { .. }
+            | Frame::Credit { .. }
+            | Frame::Reset { .. }
+            | Frame::Ping
+            | Frame::Close(_) => true,
+            Frame::Start { .. } | Frame::Ack(_) | Frame::Stock { .. } | Frame::Surbs { .. } => {
+                false
+            }
+        }
     }
 
     /// Appends the frame.
@@ -348,6 +367,10 @@ impl Ack {
         let delay_us = take_varint(input)?;
         let first = take_varint(input)?;
         let end = first + take_varint(input)?;
+        let settled = first + take_varint(input)?;
+        if settled > end {
+            return Err(FrameError::Value("settled number"));
+        }
         let count = take_len(input)?;
         // Each range takes at least two bytes, so that a short packet cannot ask for much memory.
         if count > MAX_ACK_RANGES || count > input.len() / 2 {
@@ -368,7 +391,7 @@ impl Ack {
             }
             ranges.push(start..position);
         }
-        Ok(Self { latest, delay_us, first, end, ranges })
+        Ok(Self { latest, delay_us, first, end, settled, ranges })
     }
 
     fn encode(&self, out: &mut Vec<u8>) {
@@ -377,6 +400,7 @@ impl Ack {
         put_varint(out, self.delay_us);
         put_varint(out, self.first);
         put_varint(out, self.end - self.first);
+        put_varint(out, self.settled - self.first);
         put_varint(out, self.ranges.len() as u64);
         let mut position = self.first;
         for range in &self.ranges {
@@ -387,7 +411,7 @@ impl Ack {
     }
 
     /// Bytes of the frame without its ranges, at most.
-    pub(super) const MAX_HEADER_LEN: usize = 1 + 4 * 8 + 4;
+    pub(super) const MAX_HEADER_LEN: usize = 1 + 5 * 8 + 4;
 }
 
 /// Appends a number (RFC 9000 §16).
@@ -479,9 +503,17 @@ mod tests {
                 delay_us: 7,
                 first: 3,
                 end: 30,
+                settled: 10,
                 ranges: vec![3..5, 9..10, 20..30],
             }),
-            Frame::Ack(Ack { latest: 0, delay_us: 0, first: 0, end: 0, ranges: vec![] }),
+            Frame::Ack(Ack {
+                latest: 0,
+                delay_us: 0,
+                first: 0,
+                end: 0,
+                settled: 0,
+                ranges: vec![],
+            }),
             Frame::Credit { stream: 9, limit: VARINT_END - 1 },
             Frame::Reset { stream: 9 },
             Frame::Stock { generation: 0, count: 200 },
@@ -520,11 +552,13 @@ mod tests {
             (&[12, 99], FrameError::Value("close reason")),
             (&[1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0], FrameError::Version(2)),
             // A range beyond the span, an empty range, two ranges that touch.
-            (&[5, 0, 0, 0, 4, 1, 0, 5], FrameError::Value("acknowledged range")),
-            (&[5, 0, 0, 0, 4, 1, 0, 0], FrameError::Value("acknowledged range")),
-            (&[5, 0, 0, 0, 9, 2, 0, 1, 0, 1], FrameError::Value("acknowledged range")),
+            (&[5, 0, 0, 0, 4, 0, 1, 0, 5], FrameError::Value("acknowledged range")),
+            (&[5, 0, 0, 0, 4, 0, 1, 0, 0], FrameError::Value("acknowledged range")),
+            (&[5, 0, 0, 0, 9, 0, 2, 0, 1, 0, 1], FrameError::Value("acknowledged range")),
+            // More settled than told.
+            (&[5, 0, 0, 0, 4, 5, 0], FrameError::Value("settled number")),
             // A count of ranges that the packet cannot hold.
-            (&[5, 0, 0, 0, 4, 0x80, 0, 0x40, 0, 0, 1], FrameError::Truncated),
+            (&[5, 0, 0, 0, 4, 0, 0x80, 0, 0x40, 0, 0, 1], FrameError::Truncated),
             (&[4, 1, 0xff, 255, 255, 255, 255, 255, 255, 255, 2, 0], FrameError::Value("offset")),
         ] {
             assert_eq!(Frame::decode(&mut &bytes[..]), Err(error), "{bytes:?}");

@@ -6,9 +6,21 @@ use std::ops::Range;
 
 use super::ranges::RangeSet;
 
-/// Most bytes that a stream keeps for sending and repeating: four times what 10 MiB/s need at a
-/// round trip of 100 ms would be 4 MiB; half of that keeps a thousand busy streams within 2 GiB.
-pub const SEND_BUFFER_BYTES: usize = 2 * 1024 * 1024;
+/// What a stream takes from its application beyond what the peer has granted: some packets' worth,
+/// so that there is something to send when the next grant comes.
+pub const SEND_AHEAD_BYTES: u64 = 64 * 1024;
+
+/// What the sender of a stream may send before the first CREDIT. Small, since 1,024 stalled streams
+/// may hold it; the window doubles while the reader keeps up.
+pub const INITIAL_WINDOW_BYTES: u64 = 64 * 1024;
+
+/// Largest window of a stream: 10 MiB/s at a round trip of 200 ms, doubled for unsteady readers.
+pub const MAX_WINDOW_BYTES: u64 = 4 * 1024 * 1024;
+
+/// Most bytes of a stream that are held behind a gap. A lost piece is missed after a quarter of a
+/// second and comes after another tenth: 4 MiB at 10 MiB/s, and each further loss of the same piece
+/// costs as much again.
+pub const MAX_HELD_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Most gaps between received pieces of one stream. Honest packets carry about 2,000 bytes, so that
 /// a full window of 2 MiB has at most some 1,000; more means that the peer wastes our memory.
@@ -71,9 +83,10 @@ impl SendHalf {
         self.buffer.len()
     }
 
-    /// How many bytes [`SendHalf::write`] would take now.
+    /// How many bytes [`SendHalf::write`] would take now: what the peer has granted and a little
+    /// more. So what is kept for repeating is bounded by what the peer may hold.
     pub(super) fn capacity(&self) -> usize {
-        SEND_BUFFER_BYTES.saturating_sub(self.buffer.len())
+        index((self.credit + SEND_AHEAD_BYTES).saturating_sub(self.end()))
     }
 
     /// Takes as much of `bytes` as there is room for.
@@ -211,20 +224,23 @@ pub(super) struct RecvHalf {
     end: Option<u64>,
     /// Exclusive offset that was granted.
     credit: u64,
-    /// How far ahead of the reader the peer may be.
+    /// How far ahead of what the reader could have read the peer may be.
     window_bytes: u64,
+    /// What was taken out of the session's pool.
+    pooled_bytes: u64,
     end_read: bool,
 }
 
 impl RecvHalf {
-    pub(super) fn new(window_bytes: u64) -> Self {
+    pub(super) fn new() -> Self {
         Self {
             buffer: VecDeque::new(),
             read_to: 0,
             received: RangeSet::new(),
             end: None,
-            credit: window_bytes,
-            window_bytes,
+            credit: INITIAL_WINDOW_BYTES,
+            window_bytes: INITIAL_WINDOW_BYTES,
+            pooled_bytes: 0,
             end_read: false,
         }
     }
@@ -313,27 +329,50 @@ impl RecvHalf {
         Some(len)
     }
 
-    /// A new limit for the peer once half of the window was read; `grow` may enlarge the window and
-    /// says by how much.
-    pub(super) fn take_credit(&mut self, grow: impl FnOnce(u64) -> u64) -> Option<u64> {
-        if self.end.is_some()
-            || self.read_to + self.window_bytes < self.credit + self.window_bytes / 2
+    /// Grants more, out of the session's pool, and gives back to it what is not needed any more;
+    /// whether there is a new limit to tell. Call it after reading and after inserting.
+    ///
+    /// The peer may be one window ahead of the reader. While the reader keeps up, a gap is not its
+    /// fault: then what has arrived beyond the gap counts as read, and each half of a window that is
+    /// used up doubles the window.
+    pub(super) fn grant(&mut self, pool_bytes: &mut u64) -> bool {
+        let keeps_up = self.readable_bytes() == 0;
+        let reached = if keeps_up { self.received.end().max(self.read_to) } else { self.read_to };
+        let mut raised = false;
+        if self.end.is_none() && reached + self.window_bytes >= self.credit + self.window_bytes / 2
         {
-            return None;
+            let window_bytes = if keeps_up {
+                (2 * self.window_bytes).min(MAX_WINDOW_BYTES)
+            } else {
+                self.window_bytes
+            };
+            let can_hold =
+                MAX_HELD_BYTES.min(INITIAL_WINDOW_BYTES + self.pooled_bytes + *pool_bytes);
+            let credit = (reached + window_bytes).min(self.read_to + can_hold);
+            // When the pool is nearly empty, steps are small: they are worth a frame from half of
+            // the first window on, or when the peer has nothing left.
+            let is_worth_it = credit >= self.credit + INITIAL_WINDOW_BYTES / 2;
+            if is_worth_it || (credit > self.credit && reached == self.credit) {
+                self.credit = credit;
+                self.window_bytes = window_bytes;
+                raised = true;
+            }
         }
-        self.window_bytes += grow(self.window_bytes);
-        self.credit = self.read_to + self.window_bytes;
-        Some(self.credit)
+        let needed = self.end.unwrap_or(self.credit).saturating_sub(self.read_to);
+        let pooled_bytes = needed.saturating_sub(INITIAL_WINDOW_BYTES);
+        *pool_bytes = *pool_bytes + self.pooled_bytes - pooled_bytes;
+        self.pooled_bytes = pooled_bytes;
+        raised
+    }
+
+    /// What was taken out of the session's pool.
+    pub(super) fn pooled_bytes(&self) -> u64 {
+        self.pooled_bytes
     }
 
     /// The limit that was granted last.
     pub(super) fn credit(&self) -> u64 {
         self.credit
-    }
-
-    /// How far ahead of the reader the peer may be.
-    pub(super) fn window_bytes(&self) -> u64 {
-        self.window_bytes
     }
 }
 
@@ -355,6 +394,7 @@ fn write_at(buffer: &mut VecDeque<u8>, at: usize, bytes: &[u8]) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::streams::WINDOW_POOL_BYTES;
     use super::*;
     use proptest::prelude::*;
     use rand::seq::SliceRandom;
@@ -375,8 +415,9 @@ mod tests {
         fn bytes_survive_loss_and_reordering(seed: u64, len in 0usize..40_000) {
             let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
             let bytes: Vec<u8> = (0..len).map(|_| rng.random()).collect();
-            let mut send = SendHalf::new(u64::MAX >> 4);
-            let mut recv = RecvHalf::new(1 << 20);
+            let mut send = SendHalf::new(INITIAL_WINDOW_BYTES);
+            let mut recv = RecvHalf::new();
+            let mut pool = WINDOW_POOL_BYTES;
             let mut written = 0;
             let mut received = Vec::new();
             let mut in_flight: Vec<Piece> = Vec::new();
@@ -406,10 +447,13 @@ mod tests {
                         send.copy(&piece.range, &mut data);
                         prop_assert!(recv.insert(piece.range.start, &data, piece.fin).is_ok());
                     }
+                    recv.grant(&mut pool);
                     // Some pieces arrive although they are thought lost.
                     if rng.random_bool(0.1) { send.on_lost(&piece) } else { send.on_acked(&piece) }
                 }
                 received.extend(read_all(&mut recv));
+                recv.grant(&mut pool);
+                send.raise_credit(recv.credit());
             }
             received.extend(read_all(&mut recv));
             prop_assert_eq!(received, bytes);
@@ -430,19 +474,20 @@ mod tests {
         send.raise_credit(20);
         assert_eq!(send.next_piece(100), Some(Piece { range: 10..25, fin: false }));
 
-        let mut recv = RecvHalf::new(10);
-        assert_eq!(recv.insert(5, &[0; 6], false), Err(StreamViolation::Credit));
-        assert_eq!(recv.insert(5, &[0; 5], false), Ok(false));
+        let mut recv = RecvHalf::new();
+        let last = INITIAL_WINDOW_BYTES - 5;
+        assert_eq!(recv.insert(last, &[0; 6], false), Err(StreamViolation::Credit));
+        assert_eq!(recv.insert(last, &[0; 5], false), Ok(false));
     }
 
     #[test]
     fn the_end_does_not_move() {
-        let mut recv = RecvHalf::new(100);
+        let mut recv = RecvHalf::new();
         assert_eq!(recv.insert(0, b"abc", true), Ok(true));
         assert_eq!(recv.insert(0, b"abcd", false), Err(StreamViolation::FinalSize));
         assert_eq!(recv.insert(0, b"ab", true), Err(StreamViolation::FinalSize));
         assert_eq!(recv.insert(0, b"ab", false), Ok(false));
-        let mut recv = RecvHalf::new(100);
+        let mut recv = RecvHalf::new();
         assert_eq!(recv.insert(5, b"x", false), Ok(false));
         assert_eq!(recv.insert(0, b"abc", true), Err(StreamViolation::FinalSize));
     }
@@ -453,7 +498,7 @@ mod tests {
         send.finish();
         let piece = send.next_piece(100).unwrap();
         assert_eq!(piece, Piece { range: 0..0, fin: true });
-        let mut recv = RecvHalf::new(10);
+        let mut recv = RecvHalf::new();
         assert_eq!(recv.insert(0, b"", true), Ok(true));
         assert_eq!(recv.read(&mut [0; 4]), Some(0));
         assert!(recv.is_done());
@@ -465,22 +510,71 @@ mod tests {
 
     #[test]
     fn gaps_are_bounded() {
-        let mut recv = RecvHalf::new(1 << 20);
+        let mut recv = RecvHalf::new();
         let result = (0..MAX_GAPS as u64 + 1)
             .map(|n| recv.insert(n * 2 + 1, b"x", false))
             .find(Result::is_err);
         assert_eq!(result, Some(Err(StreamViolation::Gaps)));
     }
 
+    const KIB: u64 = 1024;
+
+    fn insert(recv: &mut RecvHalf, offset: u64, len: u64) {
+        recv.insert(offset, &vec![1; index(len)], false).unwrap();
+    }
+
     #[test]
     fn credit_follows_the_reader() {
-        let mut recv = RecvHalf::new(100);
-        recv.insert(0, &[1; 100], false).unwrap();
-        assert_eq!(recv.take_credit(|_| 0), None);
-        recv.read(&mut [0; 49]);
-        assert_eq!(recv.take_credit(|_| 0), None);
+        let (mut recv, mut pool) = (RecvHalf::new(), WINDOW_POOL_BYTES);
+        insert(&mut recv, 0, 64 * KIB);
+        assert!(!recv.grant(&mut pool), "nothing was read");
+        recv.read(&mut [0; 32 * 1024 - 1]);
+        assert!(!recv.grant(&mut pool));
         recv.read(&mut [0; 1]);
-        assert_eq!(recv.take_credit(|window| window), Some(250));
-        assert_eq!(recv.take_credit(|_| 0), None);
+        assert!(recv.grant(&mut pool), "half of the window was read");
+        assert_eq!(recv.credit(), 96 * KIB, "but the reader is behind, so that it stays small");
+        recv.read(&mut [0; 64 * 1024]);
+        assert!(recv.grant(&mut pool));
+        assert_eq!(recv.credit(), 64 * KIB + 128 * KIB, "it has caught up");
+        assert_eq!(pool, WINDOW_POOL_BYTES - 64 * KIB);
+        assert!(!recv.grant(&mut pool));
+    }
+
+    #[test]
+    fn a_gap_does_not_stop_the_sender_but_the_bound_does() {
+        let (mut recv, mut pool) = (RecvHalf::new(), WINDOW_POOL_BYTES);
+        let mut at = KIB;
+        while at < recv.credit() {
+            let len = (2 * KIB).min(recv.credit() - at);
+            insert(&mut recv, at, len);
+            recv.grant(&mut pool);
+            at += len;
+        }
+        assert_eq!(recv.credit(), MAX_HELD_BYTES);
+        assert_eq!(pool, WINDOW_POOL_BYTES + INITIAL_WINDOW_BYTES - MAX_HELD_BYTES);
+        // The gap is filled and all is read: the pool has back what is not granted.
+        insert(&mut recv, 0, KIB);
+        assert_eq!(read_all(&mut recv).len() as u64, MAX_HELD_BYTES);
+        assert!(recv.grant(&mut pool));
+        assert_eq!(recv.credit(), MAX_HELD_BYTES + MAX_WINDOW_BYTES);
+        assert_eq!(pool, WINDOW_POOL_BYTES + INITIAL_WINDOW_BYTES - MAX_WINDOW_BYTES);
+        recv.insert(MAX_HELD_BYTES, b"", true).unwrap();
+        recv.grant(&mut pool);
+        assert_eq!(pool, WINDOW_POOL_BYTES, "a stream that has ended needs nothing");
+    }
+
+    #[test]
+    fn an_empty_pool_slows_a_stream_and_does_not_stop_it() {
+        let (mut recv, mut pool) = (RecvHalf::new(), 0);
+        let mut at = 0;
+        for _ in 0..100 {
+            let len = recv.credit() - at;
+            assert!(len >= INITIAL_WINDOW_BYTES / 2);
+            insert(&mut recv, at, len);
+            at += len;
+            assert_eq!(read_all(&mut recv).len() as u64, len);
+            assert!(recv.grant(&mut pool));
+            assert_eq!((recv.credit(), pool), (at + INITIAL_WINDOW_BYTES, 0));
+        }
     }
 }

@@ -25,13 +25,16 @@
 //! | | | frames, see [`frame`] |
 
 mod client;
+mod estimate;
 mod flight;
 pub mod frame;
 mod halves;
 mod outcome;
 mod provider;
 mod ranges;
+mod received;
 mod streams;
+mod surb_window;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -40,15 +43,19 @@ mod transport;
 pub use client::{
     ClientSession, KEEPALIVE, ReplyError, SESSION_SILENCE, SessionId, StreamReset, SurbSource,
 };
-pub use flight::{ACK_AFTER_PACKETS, ACK_DELAY, MAX_NUMBER_SPAN};
-pub use halves::{MAX_GAPS, SEND_BUFFER_BYTES, StreamViolation};
+pub use halves::{
+    INITIAL_WINDOW_BYTES, MAX_GAPS, MAX_HELD_BYTES, MAX_WINDOW_BYTES, SEND_AHEAD_BYTES,
+    StreamViolation,
+};
 pub use outcome::OpenOutcome;
 pub use provider::{MAX_STOCK_SURBS, PacketError, ProviderSession, RESERVE_SURBS};
 pub use ranges::RangeSet;
-pub use streams::{
-    INITIAL_WINDOW_BYTES, MAX_STREAMS, MAX_WINDOW_BYTES, StreamEvent, Violation, WINDOW_POOL_BYTES,
+pub use received::{ACK_AFTER_PACKETS, ACK_DELAY, MAX_NUMBER_SPAN};
+pub use streams::{MAX_STREAMS, StreamEvent, Violation, WINDOW_POOL_BYTES};
+pub use table::{
+    Dropped, Handled, MAX_REMEMBERED, MAX_SESSIONS, MAX_START_AGE, ProviderSessions, START_STEP,
+    start_time_ms,
 };
-pub use table::{Dropped, Handled, MAX_REMEMBERED, MAX_SESSIONS, MAX_START_AGE, ProviderSessions};
 
 use frame::FrameError;
 

@@ -9,6 +9,7 @@ use mixsocks_sphinx::{SURB_LEN, Surb};
 use super::OpenOutcome;
 use super::PacketKind;
 use super::client::{SESSION_SILENCE, StreamReset};
+use super::estimate::Queueing;
 use super::flight::Sent;
 use super::frame::{CloseReason, Frame, FrameError, StreamId};
 use super::streams::{Side, StreamEvent, Violation};
@@ -48,7 +49,6 @@ pub struct ProviderSession {
     began: Instant,
     max_packet_bytes: usize,
     transport: Transport,
-    mean_trip: Duration,
     generation: u64,
     stock: VecDeque<Surb>,
     surbs_refused: u64,
@@ -72,8 +72,12 @@ impl ProviderSession {
             max_packet_bytes,
             // The provider chooses no delays: a reply and the packet that acknowledges it pass six
             // mixes that it knows nothing about.
-            transport: Transport::new(Side::Provider, now, delay_quantile(mean_delay, 6)),
-            mean_trip: mean_delay * 6,
+            transport: Transport::new(
+                Side::Provider,
+                now,
+                delay_quantile(mean_delay, 6),
+                Queueing::new(now, 6.0 * mean_delay.as_secs_f64()),
+            ),
             generation: 0,
             stock: VecDeque::new(),
             surbs_refused: 0,
@@ -86,6 +90,16 @@ impl ProviderSession {
     /// Whether the client closed the session, or it has been silent for too long.
     pub fn has_ended(&self) -> bool {
         self.ended
+    }
+
+    /// Streams that are not over yet.
+    pub fn stream_count(&self) -> usize {
+        self.transport.streams.len()
+    }
+
+    /// When the client was heard of last.
+    pub fn last_heard(&self) -> Instant {
+        self.last_heard
     }
 
     /// SURBs at hand.
@@ -155,37 +169,29 @@ impl ProviderSession {
             return Err(PacketError::Duplicate);
         }
         self.last_heard = now;
-        let mut owes_ack = false;
         for frame in &frames {
             match frame {
                 Frame::Open { .. }
                 | Frame::Data { .. }
                 | Frame::Credit { .. }
-                | Frame::Reset { .. } => {
-                    owes_ack = true;
-                    self.transport.streams.handle_frame(frame)?;
-                }
-                Frame::Ping => owes_ack = true,
+                | Frame::Reset { .. } => self.transport.streams.handle_frame(frame)?,
+                Frame::Start { .. } | Frame::Ping => {}
                 Frame::Ack(ack) => {
                     let acked = self.transport.handle_ack(ack, now)?;
                     if let Some(latest) = &acked.latest {
                         self.on_round_trip(now, latest, Duration::from_micros(ack.delay_us));
                     }
-                    let cutoff = now.checked_sub(self.transport.loss_wait());
-                    self.transport.lose_by_ack(cutoff, ack);
+                    // The client knows the delays of replies, so it judges which are lost.
+                    self.transport.lose_by_ack(None, ack);
                 }
                 Frame::Surbs { generation, surbs } => self.take_surbs(*generation, surbs),
-                Frame::Start { .. } => {}
-                Frame::Close(_) => {
-                    owes_ack = true;
-                    self.ended = true;
-                }
+                Frame::Close(_) => self.ended = true,
                 Frame::Opened { .. } | Frame::Stock { .. } => {
                     return Err(Violation::Direction.into());
                 }
             }
         }
-        if owes_ack {
+        if frames.iter().any(Frame::elicits_ack) {
             self.transport.received.owe_ack(now);
         }
         Ok(())
@@ -212,11 +218,7 @@ impl ProviderSession {
 
     fn on_round_trip(&mut self, now: Instant, latest: &Sent, ack_delay: Duration) {
         let trip = now.saturating_duration_since(latest.at).saturating_sub(ack_delay).as_secs_f64();
-        self.transport.base.update(trip, now);
-        let base = self.transport.base.min().unwrap_or(trip);
-        // What the mixes hold is not queueing, and what varies is mostly theirs.
-        let queueing = trip - base - self.mean_trip.as_secs_f64();
-        self.transport.queueing.update(queueing.max(0.0));
+        self.transport.queueing.update(trip, now);
     }
 
     /// When [`ProviderSession::handle_timeout`] wants to be called.
@@ -309,18 +311,16 @@ impl ProviderSession {
     /// and the SURB to send it with, when there is one.
     pub fn refuse(mut self, reason: CloseReason, out: &mut Vec<u8>) -> Option<Surb> {
         let surb = self.stock.pop_front()?;
-        let number = self.transport.flight.next_number();
-        write_close(number, reason, out);
+        write_close(reason, out);
         Some(surb)
     }
 }
 
-/// The contents of a reply that closes a session.
-pub(super) fn write_close(number: u64, reason: CloseReason, out: &mut Vec<u8>) {
+/// The contents of a reply that closes a session. The client takes a lone CLOSE whatever its number,
+/// as a provider that does not know the session does not know its numbers.
+pub(super) fn write_close(reason: CloseReason, out: &mut Vec<u8>) {
     out.clear();
-    out.put_u8(PacketKind::Reply as u8);
-    super::frame::put_varint(out, number);
-    super::frame::put_varint(out, 0);
+    out.put_slice(&[PacketKind::Reply as u8, 0, 0]);
     out.put_u32(0);
     Frame::Close(reason).encode(out);
 }

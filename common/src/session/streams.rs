@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use super::OpenOutcome;
 use super::flight::Cargo;
 use super::frame::{Frame, StreamId, data_header_len, put_data_header};
-use super::halves::{RecvHalf, SendHalf, StreamViolation};
+use super::halves::{INITIAL_WINDOW_BYTES, RecvHalf, SendHalf, StreamViolation};
 use super::ranges::RangeSet;
 use crate::target::Target;
 
@@ -16,12 +16,9 @@ pub const MAX_STREAMS: usize = 1024;
 /// finishing here.
 const MAX_PEER_STREAMS: usize = 2 * MAX_STREAMS;
 
-/// What the sender of a stream may send before the first CREDIT. Small, since 1,024 stalled streams
-/// may hold it; the window doubles with each half that the application reads.
-pub const INITIAL_WINDOW_BYTES: u64 = 64 * 1024;
-
-/// Largest window of a stream: 10 MiB/s at a round trip of 200 ms, doubled for unsteady readers.
-pub const MAX_WINDOW_BYTES: u64 = 4 * 1024 * 1024;
+/// Gaps between the numbers of streams that are over. Those of an honest client are its open streams
+/// and those whose first packets are late; who leaves more wastes our memory.
+const MAX_CLOSED_GAPS: usize = 2 * MAX_PEER_STREAMS;
 
 /// What all streams of a session together may add to their initial windows. With the initial ones
 /// it bounds what stalled readers can hold: 96 MiB a session at 1,024 streams.
@@ -99,6 +96,8 @@ struct Stream {
     wants: Wants,
     in_control_queue: bool,
     turn: Turn,
+    /// Whether it is one of the `pending` streams: it has data that may be sent now.
+    is_pending: bool,
     write_blocked: bool,
     reset: Option<ResetState>,
     /// The application holds no handle any more.
@@ -151,6 +150,8 @@ pub(super) struct Streams {
     control: VecDeque<StreamId>,
     fresh: VecDeque<StreamId>,
     steady: VecDeque<StreamId>,
+    /// Streams with data that may be sent now.
+    pending: usize,
     events: VecDeque<StreamEvent>,
     window_pool_bytes: u64,
 }
@@ -165,6 +166,7 @@ impl Streams {
             control: VecDeque::new(),
             fresh: VecDeque::new(),
             steady: VecDeque::new(),
+            pending: 0,
             events: VecDeque::new(),
             window_pool_bytes: WINDOW_POOL_BYTES,
         }
@@ -243,17 +245,17 @@ impl Streams {
             return Err(());
         }
         let read = stream.recv.read(out);
-        let pool = &mut self.window_pool_bytes;
-        let credit = stream.recv.take_credit(|window| {
-            let grow = window.min(*pool).min(MAX_WINDOW_BYTES - window);
-            *pool -= grow;
-            grow
-        });
-        if credit.is_some() {
+        self.grant(id);
+        Ok(read)
+    }
+
+    fn grant(&mut self, id: StreamId) {
+        if let Some(stream) = self.streams.get_mut(&id)
+            && stream.recv.grant(&mut self.window_pool_bytes)
+        {
             stream.wants.credit = true;
             self.queue_control(id);
         }
-        Ok(read)
     }
 
     pub(super) fn reset(&mut self, id: StreamId) {
@@ -262,6 +264,7 @@ impl Streams {
             stream.reset = Some(ResetState::Telling);
             stream.wants = Wants { reset: true, ..Wants::default() };
             stream.send = SendHalf::new(0);
+            self.note_pending(id);
             self.queue_control(id);
         }
     }
@@ -293,6 +296,7 @@ impl Streams {
                 {
                     state.send.raise_credit(*limit);
                     self.activate(*stream);
+                    self.unblock_writer(*stream);
                 }
                 Ok(())
             }
@@ -334,6 +338,7 @@ impl Streams {
                     stream.send = SendHalf::new(0);
                 }
                 self.events.push_back(StreamEvent::Opened { stream: id, outcome });
+                self.note_pending(id);
                 self.forget_if_over(id);
             }
         }
@@ -358,6 +363,7 @@ impl Streams {
         if readable && !matches!(stream.opening, Opening::Unasked) {
             self.events.push_back(StreamEvent::Readable(id));
         }
+        self.grant(id);
         Ok(())
     }
 
@@ -372,6 +378,7 @@ impl Streams {
             if !told && !never_seen {
                 self.events.push_back(StreamEvent::Reset(id));
             }
+            self.note_pending(id);
             self.forget_if_over(id);
         }
         Ok(())
@@ -387,7 +394,8 @@ impl Streams {
             if self.side == Side::Client {
                 return if id < self.next_id { Ok(None) } else { Err(Violation::NeverOpened(id)) };
             }
-            if self.streams.len() >= MAX_PEER_STREAMS {
+            if self.streams.len() >= MAX_PEER_STREAMS || self.closed.range_count() > MAX_CLOSED_GAPS
+            {
                 return Err(Violation::TooManyStreams);
             }
             self.streams.insert(id, Stream::new(Opening::Unasked));
@@ -404,10 +412,7 @@ impl Streams {
 
     /// Whether [`Streams::write_data`] has something.
     pub(super) fn has_data(&self) -> bool {
-        self.fresh
-            .iter()
-            .chain(&self.steady)
-            .any(|id| self.streams.get(id).is_some_and(|stream| stream.send.has_pending()))
+        self.pending > 0
     }
 
     /// Writes frames other than DATA, as many as fit below `limit` bytes of `out`.
@@ -461,6 +466,7 @@ impl Streams {
                 usize::try_from(piece.range.end - piece.range.start).expect("fits the packet");
             put_data_header(out, id, piece.range.start, len, piece.fin);
             stream.send.copy(&piece.range, out);
+            stream.note_pending(&mut self.pending);
             cargo.push(Cargo::Data(id, piece));
             match &mut stream.turn {
                 Turn::Fresh { sent_bytes } if *sent_bytes + len < FRESH_QUANTUM_BYTES => {
@@ -480,10 +486,7 @@ impl Streams {
             Cargo::Data(id, piece) => {
                 let Some(stream) = self.streams.get_mut(id) else { return };
                 stream.send.on_acked(piece);
-                if stream.write_blocked && stream.send.capacity() > 0 && stream.reset.is_none() {
-                    stream.write_blocked = false;
-                    self.events.push_back(StreamEvent::Writable(*id));
-                }
+                stream.note_pending(&mut self.pending);
                 self.forget_if_over(*id);
             }
             Cargo::Reset(id) => {
@@ -548,6 +551,23 @@ impl Streams {
             stream.turn = Turn::Fresh { sent_bytes: 0 };
             self.fresh.push_back(id);
         }
+        self.note_pending(id);
+    }
+
+    fn note_pending(&mut self, id: StreamId) {
+        if let Some(stream) = self.streams.get_mut(&id) {
+            stream.note_pending(&mut self.pending);
+        }
+    }
+
+    fn unblock_writer(&mut self, id: StreamId) {
+        if let Some(stream) = self.streams.get_mut(&id)
+            && stream.write_blocked
+            && stream.send.capacity() > 0
+        {
+            stream.write_blocked = false;
+            self.events.push_back(StreamEvent::Writable(id));
+        }
     }
 
     fn take_turn(&mut self, from_fresh: bool) {
@@ -562,7 +582,8 @@ impl Streams {
         let Some(stream) = self.streams.get(&id) else { return };
         let ended = stream.send.is_done() && stream.recv.is_done();
         if stream.released && (ended || stream.reset == Some(ResetState::Over)) {
-            self.window_pool_bytes += stream.recv.window_bytes() - INITIAL_WINDOW_BYTES;
+            self.window_pool_bytes += stream.recv.pooled_bytes();
+            self.pending -= usize::from(stream.is_pending);
             self.streams.remove(&id);
             self.closed.insert(id..id + 1);
         }
@@ -573,15 +594,23 @@ impl Stream {
     fn new(opening: Opening) -> Self {
         Self {
             send: SendHalf::new(INITIAL_WINDOW_BYTES),
-            recv: RecvHalf::new(INITIAL_WINDOW_BYTES),
+            recv: RecvHalf::new(),
             opening,
             wants: Wants::default(),
             in_control_queue: false,
             turn: Turn::Idle,
+            is_pending: false,
             write_blocked: false,
             reset: None,
             released: false,
         }
+    }
+
+    /// Keeps the number of pending streams true.
+    fn note_pending(&mut self, pending: &mut usize) {
+        let is_pending = self.send.has_pending();
+        *pending = *pending + usize::from(is_pending) - usize::from(self.is_pending);
+        self.is_pending = is_pending;
     }
 
     /// Whether everything that waited was written.

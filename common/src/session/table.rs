@@ -1,6 +1,6 @@
 //! The sessions of a provider: who may begin one, and what happens to packets of the others.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 use mixsocks_sphinx::Surb;
@@ -17,11 +17,27 @@ pub const MAX_SESSIONS: usize = 4096;
 /// A START is taken while the two clocks differ by no more than this.
 pub const MAX_START_AGE: Duration = Duration::from_secs(120);
 
-/// Ended sessions are remembered so long: until no START of theirs can be taken any more.
-const REMEMBER_ENDED: Duration = Duration::from_secs(2 * 120 + 10);
+/// Clients round the time in a START up to a multiple of this: milliseconds would tell the provider
+/// how far their clock is off, and so which sessions are of one client. It is also how long after a
+/// provider's restart a START from before it may be taken.
+pub const START_STEP: Duration = Duration::from_secs(10);
 
-/// Ended sessions that are remembered at most; beyond, no new ones begin.
-pub const MAX_REMEMBERED: usize = 64 * 1024;
+/// Ended sessions are remembered so long: until no START of theirs can be taken any more.
+const REMEMBER_ENDED: Duration = Duration::from_secs(2 * 120 + 10 + 10);
+
+/// Ended sessions that are remembered at most, some 50 MB; beyond, no new ones begin. It takes 2,000
+/// sessions a second to get there.
+pub const MAX_REMEMBERED: usize = 512 * 1024;
+
+/// The time to put into the START of a session that begins at `wall_ms` (milliseconds since 1970).
+pub fn start_time_ms(wall_ms: u64) -> u64 {
+    let step_ms = millis(START_STEP);
+    wall_ms.div_ceil(step_ms).saturating_mul(step_ms)
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
 
 /// What became of a packet.
 #[derive(Debug)]
@@ -61,7 +77,9 @@ pub struct ProviderSessions {
     sessions: HashMap<SessionId, ProviderSession>,
     /// When each ended session may be forgotten.
     ended: HashMap<SessionId, Instant>,
-    ended_order: BTreeMap<(Instant, SessionId), ()>,
+    ended_order: BTreeSet<(Instant, SessionId)>,
+    max_sessions: usize,
+    max_remembered: usize,
     provider_started_ms: u64,
     max_packet_bytes: usize,
     mean_delay: Duration,
@@ -70,10 +88,23 @@ pub struct ProviderSessions {
 impl ProviderSessions {
     /// No sessions, at a provider that started at `started_ms` (milliseconds since 1970).
     pub fn new(started_ms: u64, max_packet_bytes: usize, mean_delay: Duration) -> Self {
+        let (max_sessions, max_remembered) = (MAX_SESSIONS, MAX_REMEMBERED);
+        Self::with_limits(started_ms, max_packet_bytes, mean_delay, max_sessions, max_remembered)
+    }
+
+    pub(super) fn with_limits(
+        started_ms: u64,
+        max_packet_bytes: usize,
+        mean_delay: Duration,
+        max_sessions: usize,
+        max_remembered: usize,
+    ) -> Self {
         Self {
             sessions: HashMap::new(),
             ended: HashMap::new(),
-            ended_order: BTreeMap::new(),
+            ended_order: BTreeSet::new(),
+            max_sessions,
+            max_remembered,
             provider_started_ms: started_ms,
             max_packet_bytes,
             mean_delay,
@@ -141,7 +172,7 @@ impl ProviderSessions {
         let session = self.sessions.remove(&id)?;
         let until = now + REMEMBER_ENDED;
         self.ended.insert(id, until);
-        self.ended_order.insert((until, id), ());
+        self.ended_order.insert((until, id));
         Some(session)
     }
 
@@ -152,7 +183,7 @@ impl ProviderSessions {
         wall_ms: u64,
         packet: &[u8],
     ) -> Result<(), CloseReason> {
-        while let Some((&(until, ended), ())) = self.ended_order.first_key_value()
+        while let Some(&(until, ended)) = self.ended_order.first()
             && until <= now
         {
             self.ended_order.pop_first();
@@ -162,15 +193,32 @@ impl ProviderSessions {
         if self.ended.contains_key(&id) {
             return Err(CloseReason::Unknown);
         }
-        let max_age_ms = u64::try_from(MAX_START_AGE.as_millis()).unwrap_or(u64::MAX);
-        if started_ms < self.provider_started_ms || started_ms.abs_diff(wall_ms) > max_age_ms {
+        let oldest = wall_ms.saturating_sub(millis(MAX_START_AGE)).max(self.provider_started_ms);
+        let newest = wall_ms + millis(MAX_START_AGE) + millis(START_STEP);
+        if !(oldest..=newest).contains(&started_ms) {
             return Err(CloseReason::StaleStart);
         }
-        if self.sessions.len() >= MAX_SESSIONS || self.ended.len() >= MAX_REMEMBERED {
+        if self.sessions.len() >= self.max_sessions {
+            self.put_one_out(now);
+        }
+        if self.sessions.len() >= self.max_sessions || self.ended.len() >= self.max_remembered {
             return Err(CloseReason::Full);
         }
         self.sessions.insert(id, ProviderSession::new(now, self.max_packet_bytes, self.mean_delay));
         Ok(())
+    }
+}
+
+impl ProviderSessions {
+    /// Makes room: of the sessions without streams, the one that has been silent for longest is
+    /// forgotten. Otherwise whoever begins sessions and leaves them alone could keep others out; the
+    /// client of a forgotten one begins another when it needs it.
+    fn put_one_out(&mut self, now: Instant) {
+        let idle = self.sessions.iter().filter(|(_, session)| session.stream_count() == 0);
+        let oldest = idle.map(|(id, session)| (session.last_heard(), *id)).min();
+        if let Some((_, id)) = oldest {
+            self.remove(id, now);
+        }
     }
 }
 
@@ -193,10 +241,8 @@ fn refuse(packet: &[u8], reason: CloseReason) -> Handled {
                 && let Some(bytes) = surbs.first()
                 && let Ok(surb) = Surb::from_bytes(bytes)
             {
-                // A number that no reply of a session reaches, so that it is never a duplicate of
-                // one.
                 let mut contents = Vec::new();
-                write_close(super::flight::MAX_NUMBER_SPAN / 2, reason, &mut contents);
+                write_close(reason, &mut contents);
                 return Handled::Refused { reason, contents, surb };
             }
         }

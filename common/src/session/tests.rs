@@ -405,15 +405,20 @@ fn an_idle_session_falls_silent() {
 fn a_session_survives_a_blackout_in_both_directions() {
     let mut world = World::new(11, Network::perfect());
     let stream = world.open();
-    let bytes = pattern(stream, 1 << 20);
-    assert_eq!(world.provider().write(stream, &bytes), Some(bytes.len()));
-    world.provider().finish(stream);
+    let bytes = pattern(stream, 8 << 20);
+    let mut written = 0;
     let mut read = Vec::new();
     let mut chunk = [0u8; 65536];
     let dark = Duration::from_millis(600)..Duration::from_secs(31);
     let mut ended = false;
     world.run_until(Duration::from_secs(120), |world| {
         world.blackout = dark.contains(&world.elapsed());
+        if written < bytes.len() {
+            written += world.provider().write(stream, &bytes[written..]).unwrap();
+            if written == bytes.len() {
+                world.provider().finish(stream);
+            }
+        }
         while let Some(n) = world.client.read(stream, &mut chunk).unwrap() {
             read.extend_from_slice(&chunk[..n]);
             if n == 0 {
@@ -435,7 +440,7 @@ fn a_stalled_reader_stops_its_sender_and_nobody_else() {
     let mut written = world.provider().write(stalled, &bytes).unwrap();
     transfer(&mut world, 1, 1 << 20, true, Duration::from_secs(60));
     written += world.provider().write(stalled, &bytes).unwrap();
-    assert!(written as u64 <= SEND_BUFFER_BYTES as u64 + INITIAL_WINDOW_BYTES);
+    assert!(written as u64 <= SEND_AHEAD_BYTES + INITIAL_WINDOW_BYTES);
 }
 
 #[test]
@@ -530,7 +535,7 @@ fn starts_of_another_time_are_refused() {
     };
     let mut sessions = ProviderSessions::new(1_000_000, MAX_PACKET_BYTES, MEAN_DELAY);
     for (id, started_ms, taken) in
-        [(1, 1_000_000, true), (2, 999_999, false), (3, 1_120_001, false), (4, 1_120_000, true)]
+        [(1, 1_000_000, true), (2, 999_999, false), (3, 1_130_001, false), (4, 1_130_000, true)]
     {
         let handled = sessions.handle_packet(now, 1_000_000, &first_packet(started_ms, id));
         assert_eq!(matches!(handled, Handled::Session(_)), taken, "{started_ms}: {handled:?}");
@@ -541,19 +546,132 @@ fn starts_of_another_time_are_refused() {
 fn nonsense_never_panics() {
     let mut rng = StdRng::seed_from_u64(29);
     let mut world = World::new(29, Network::perfect());
-    world.open();
-    let id = world.client.id();
-    for _ in 0..20_000 {
+    let mut begun = 0;
+    for round in 0..20_000 {
+        if round % 100 == 0 || world.client.closed().is_some() {
+            world = World::new(round, Network::perfect());
+            world.open();
+            begun += 1;
+        }
+        let id = world.client.id();
         let mut contents = vec![PacketKind::Session as u8];
         contents.extend_from_slice(&id.0);
         let len = rng.random_range(0..60);
         contents.extend((0..len).map(|_| rng.random_range(0..16u8)));
-        if world.sessions.get_mut(id).is_none() {
-            break;
+        // Nonsense ends the session at the provider, so that the client gets a new one.
+        if !matches!(
+            world.sessions.handle_packet(world.now, 1_000_000, &contents),
+            Handled::Session(_) | Handled::Dropped(Dropped::Packet(PacketError::Duplicate))
+        ) {
+            world.client.end(frame::CloseReason::Done);
         }
-        world.sessions.handle_packet(world.now, 1_000_000, &contents);
         contents[0] = PacketKind::Reply as u8;
         contents.drain(1..17);
         let _ = world.client.handle_reply(world.now, Duration::ZERO, &contents);
+    }
+    assert!(begun > 1000, "{begun}");
+}
+
+/// A packet that begins session `id` and does nothing in it but what `prepare` says.
+fn first_packet(id: u16, now: Instant, prepare: impl FnOnce(&mut ClientSession)) -> Vec<u8> {
+    let mut bytes = [0; SESSION_ID_LEN];
+    bytes[..2].copy_from_slice(&id.to_be_bytes());
+    let id = client::SessionId(bytes);
+    let mut session = ClientSession::new(id, 1_000_000, now, MAX_PACKET_BYTES, MEAN_DELAY);
+    prepare(&mut session);
+    let (mut made, mut rng, mut out) = (HashMap::new(), StdRng::seed_from_u64(1), Vec::new());
+    let mut surbs = Surbs { made: &mut made, rng: &mut rng, mean_delay: MEAN_DELAY };
+    assert!(session.poll_transmit(now, Duration::ZERO, &mut surbs, &mut out));
+    out
+}
+
+fn open_one(session: &mut ClientSession) {
+    session.open("example.com:80".parse().unwrap()).unwrap();
+}
+
+/// Sessions that nobody uses do not keep others out, and those with streams stay.
+#[test]
+fn a_full_provider_forgets_idle_sessions_only() {
+    let now = Instant::now();
+    let mut sessions = ProviderSessions::with_limits(0, MAX_PACKET_BYTES, MEAN_DELAY, 3, 5);
+    let mut begin = |id, seconds, prepare: fn(&mut ClientSession)| {
+        let at = now + Duration::from_secs(seconds);
+        sessions.handle_packet(at, 1_000_000, &first_packet(id, now, prepare))
+    };
+    let refused = |handled: &Handled| {
+        matches!(handled, Handled::Refused { reason: frame::CloseReason::Full, .. })
+    };
+    assert!(matches!(begin(1, 0, open_one), Handled::Session(_)));
+    // It has no stream: its packet says only that it is there.
+    assert!(matches!(begin(2, 1, ClientSession::ping), Handled::Session(_)));
+    assert!(matches!(begin(3, 2, ClientSession::ping), Handled::Session(_)));
+    assert!(matches!(begin(4, 3, open_one), Handled::Session(_)), "2 was put out");
+    assert!(matches!(begin(5, 4, open_one), Handled::Session(_)), "3 was put out");
+    assert!(refused(&begin(6, 5, open_one)), "1, 4 and 5 have streams");
+    let again = begin(2, 6, ClientSession::ping);
+    assert!(matches!(again, Handled::Refused { reason: frame::CloseReason::Unknown, .. }));
+}
+
+#[test]
+fn ended_sessions_are_remembered_up_to_a_bound_and_for_a_while() {
+    let now = Instant::now();
+    let mut sessions = ProviderSessions::with_limits(0, MAX_PACKET_BYTES, MEAN_DELAY, 10, 3);
+    for id in 0..3 {
+        let packet = first_packet(id, now, open_one);
+        let Handled::Session(id) = sessions.handle_packet(now, 1_000_000, &packet) else {
+            panic!("session {id} did not begin")
+        };
+        sessions.remove(id, now);
+    }
+    let packet = first_packet(9, now, open_one);
+    let full = sessions.handle_packet(now, 1_000_000, &packet);
+    assert!(matches!(full, Handled::Refused { reason: frame::CloseReason::Full, .. }), "{full:?}");
+    let later = now + 2 * MAX_START_AGE + 2 * START_STEP;
+    assert!(matches!(sessions.handle_packet(later, 1_000_000, &packet), Handled::Session(_)));
+}
+
+#[test]
+fn start_times_tell_little_about_clocks() {
+    assert_eq!(start_time_ms(1_000_001), 1_010_000);
+    assert_eq!(start_time_ms(1_009_999), 1_010_000);
+    assert_eq!(start_time_ms(1_010_000), 1_010_000);
+}
+
+/// The provider was restarted after so many replies that no number is new to the client.
+#[test]
+fn a_restarted_provider_is_understood_at_any_time() {
+    let mut world = World::new(31, Network::perfect());
+    world.open();
+    let mut reply = vec![PacketKind::Reply as u8];
+    frame::put_varint(&mut reply, MAX_NUMBER_SPAN - 1);
+    frame::put_varint(&mut reply, 0);
+    reply.extend_from_slice(&[0; 4]);
+    world.client.handle_reply(world.now, Duration::ZERO, &reply).unwrap();
+    world.sessions = ProviderSessions::new(1_000_100, MAX_PACKET_BYTES, MEAN_DELAY);
+    world.client.open("example.com:80".parse().unwrap()).unwrap();
+    world.run_until(Duration::from_secs(60), |world| world.client.closed().is_some());
+    assert_eq!(world.client.closed(), Some(frame::CloseReason::Unknown));
+}
+
+/// One stream gets what a path of 5,000 packets per second carries, start-up included, and sends
+/// little that is not needed.
+#[test]
+fn loss_costs_little_more_than_what_is_lost() {
+    const MIB: usize = 100;
+    for (loss, share) in [(0.0, 0.93), (0.01, 0.90), (0.05, 0.85)] {
+        for down in [true, false] {
+            let mut world = World::new(77, Network { loss, ..Network::perfect() });
+            let time = transfer(&mut world, 1, MIB << 20, down, Duration::from_secs(120));
+            let direction = usize::from(down);
+            let needed = (MIB << 20) as f64 / 2000.0;
+            let carried = 5000.0 * time.as_secs_f64() * (1.0 - loss);
+            let arrived = (world.sent[direction] - world.lost[direction]) as f64;
+            let (rate, extra) = (needed / carried, arrived / needed);
+            println!(
+                "loss {loss} down {down}: {rate:.3} of the path, {extra:.3} of what is needed"
+            );
+            assert!(rate >= share, "{rate} of what the path carries");
+            assert!(extra <= 1.03, "{extra} packets for each that is needed");
+        }
     }
 }

@@ -2,91 +2,30 @@
 
 use std::time::{Duration, Instant};
 
-use super::flight::{ACK_DELAY, Acked, Cargo, Flight, Received, Sent};
+use super::estimate::{Queueing, seconds};
+use super::flight::{Acked, Cargo, Flight, Sent};
 use super::frame::{Ack, Frame, FrameError, put_varint, take_varint};
+use super::received::{ACK_DELAY, Received};
 use super::streams::{Side, Streams, Violation};
 
 /// Round trip that is assumed, beyond the mixes' delays, before one was measured.
 const INITIAL_BASE: Duration = Duration::from_millis(500);
 
-/// How long a shortest time counts: the path may have changed after that.
-const MIN_WINDOW: Duration = Duration::from_secs(30);
-
 /// Loss is judged with at least this much room for timers and busy processors.
-const MIN_MARGIN: Duration = Duration::from_millis(20);
+pub(super) const MIN_MARGIN: Duration = Duration::from_millis(20);
 
-/// Timeouts double up to 2^6 times the first one, and so up to about 30 s at the default delays.
-const MAX_BACKOFF: u32 = 6;
+/// Waits for a silent peer double up to this: it may be away for long, and a user notices when it
+/// takes longer than that to go on once it is back. Two packets in 5 s burden nobody.
+const MAX_BACKOFF_WAIT: Duration = Duration::from_secs(5);
+
+/// Doublings after which every wait has reached it: the shortest is more than 2^-8 of it.
+const MAX_BACKOFF: u32 = 8;
 
 /// Packets that may be under way while the peer is silent.
 const PROBE_PACKETS: usize = 2;
 
 /// Most bytes that an ACK takes of a packet that carries other things as well.
 const SHARED_ACK_BYTES: usize = 500;
-
-/// The smallest of recent values.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct RecentMin {
-    current: Option<f64>,
-    previous: Option<f64>,
-    since: Instant,
-}
-
-impl RecentMin {
-    pub(super) fn new(now: Instant) -> Self {
-        Self { current: None, previous: None, since: now }
-    }
-
-    pub(super) fn update(&mut self, value: f64, now: Instant) {
-        if now.saturating_duration_since(self.since) >= MIN_WINDOW {
-            self.previous = self.current.take();
-            self.since = now;
-        }
-        self.current = Some(self.current.map_or(value, |current| current.min(value)));
-    }
-
-    pub(super) fn min(&self) -> Option<f64> {
-        match (self.current, self.previous) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        }
-    }
-}
-
-/// A smoothed value and its mean deviation, in seconds.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Smoothed {
-    value: f64,
-    deviation: f64,
-    samples: u64,
-}
-
-impl Smoothed {
-    pub(super) fn update(&mut self, sample: f64) {
-        if self.samples == 0 {
-            self.value = sample;
-            self.deviation = sample.abs() / 2.0;
-        } else {
-            self.deviation += ((sample - self.value).abs() - self.deviation) / 4.0;
-            self.value += (sample - self.value) / 8.0;
-        }
-        self.samples += 1;
-    }
-
-    pub(super) fn value(&self) -> f64 {
-        self.value
-    }
-
-    /// Room for what is usual, and for four deviations more.
-    fn room(&self) -> f64 {
-        (self.value + 4.0 * self.deviation).max(0.0)
-    }
-}
-
-pub(super) fn seconds(value: f64) -> Duration {
-    // Bounded, so that a wild estimate never overflows a deadline.
-    Duration::from_secs_f64(value.clamp(0.0, 60.0))
-}
 
 /// Microseconds modulo 2^32.
 #[expect(clippy::cast_possible_truncation, reason = "that is the modulo")]
@@ -100,10 +39,8 @@ pub(super) struct Transport {
     pub(super) streams: Streams,
     pub(super) flight: Flight,
     pub(super) received: Received,
-    /// The round trip without the mixes' delays and without queues.
-    pub(super) base: RecentMin,
-    /// What is above it.
-    pub(super) queueing: Smoothed,
+    /// Of round trips, without the delays that are known.
+    pub(super) queueing: Queueing,
     /// Longest time (p99.9) that the mixes hold what the sender did not choose.
     unknown_delays: Duration,
     backoff: u32,
@@ -120,13 +57,17 @@ pub(super) struct Fill {
 }
 
 impl Transport {
-    pub(super) fn new(side: Side, now: Instant, unknown_delays: Duration) -> Self {
+    pub(super) fn new(
+        side: Side,
+        now: Instant,
+        unknown_delays: Duration,
+        queueing: Queueing,
+    ) -> Self {
         Self {
             streams: Streams::new(side),
             flight: Flight::default(),
             received: Received::default(),
-            base: RecentMin::new(now),
-            queueing: Smoothed::default(),
+            queueing,
             unknown_delays,
             backoff: 0,
             last_progress: now,
@@ -139,12 +80,23 @@ impl Transport {
     }
 
     pub(super) fn base_or_guess(&self) -> Duration {
-        self.base.min().map_or(INITIAL_BASE, seconds)
+        self.queueing.base().map_or(INITIAL_BASE, seconds)
+    }
+
+    /// The round trip without delays and queues, as far as it is known.
+    pub(super) fn base_or_zero(&self) -> Duration {
+        self.queueing.base().map_or(Duration::ZERO, seconds)
     }
 
     /// How long after its arrival by the sender's own delays a packet is heard of at the latest.
     pub(super) fn loss_wait(&self) -> Duration {
         self.base_or_guess() + self.unknown_delays + ACK_DELAY + self.margin()
+    }
+
+    /// The same with what silence adds to it.
+    fn backed_off_wait(&self) -> Duration {
+        let wait = self.loss_wait();
+        (wait * (1 << self.backoff)).min(wait.max(MAX_BACKOFF_WAIT))
     }
 
     /// How many packets may be under way, of `window`.
@@ -170,17 +122,20 @@ impl Transport {
         Ok(acked)
     }
 
-    /// Repeats what an ACK should have named by now; how many packets that were.
+    /// Repeats what an ACK does not name though it was due at the peer by `cutoff`, or what the peer
+    /// has given up.
     pub(super) fn lose_by_ack(&mut self, cutoff: Option<Instant>, ack: &Ack) -> Vec<Sent> {
-        let Some(cutoff) = cutoff else { return Vec::new() };
-        let lost = self.flight.lost_by_ack(cutoff, ack);
+        let mut lost = self.flight.lost_by_settling(ack);
+        if let Some(cutoff) = cutoff {
+            lost.extend(self.flight.lost_by_ack(cutoff, ack));
+        }
         self.requeue(&lost);
         lost
     }
 
     /// Repeats what was not heard of in time.
     pub(super) fn lose_by_time(&mut self, now: Instant) -> Vec<Sent> {
-        let wait = self.loss_wait() * (1 << self.backoff);
+        let wait = self.backed_off_wait();
         let Some(cutoff) = now.checked_sub(wait) else { return Vec::new() };
         let lost = self.flight.lost_by_time(cutoff);
         if !lost.is_empty() && now.saturating_duration_since(self.last_progress) >= wait {
@@ -191,7 +146,7 @@ impl Transport {
     }
 
     pub(super) fn loss_deadline(&self) -> Option<Instant> {
-        Some(self.flight.first_arrival()? + self.loss_wait() * (1 << self.backoff))
+        Some(self.flight.first_arrival()? + self.backed_off_wait())
     }
 
     fn requeue(&mut self, lost: &[Sent]) {
@@ -246,18 +201,6 @@ pub(super) fn take_number(input: &mut &[u8]) -> Result<(u64, u64), FrameError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_minimum_forgets() {
-        let start = Instant::now();
-        let mut min = RecentMin::new(start);
-        assert_eq!(min.min(), None);
-        min.update(1.0, start);
-        min.update(5.0, start + MIN_WINDOW);
-        assert_eq!(min.min(), Some(1.0));
-        min.update(6.0, start + 2 * MIN_WINDOW);
-        assert_eq!(min.min(), Some(5.0));
-    }
 
     #[test]
     fn floors_above_numbers_are_refused() {

@@ -1,0 +1,242 @@
+//! Estimates from noisy samples, and windows that follow them.
+
+use std::time::{Duration, Instant};
+
+/// The smallest of recent values: of the last one to two times `span`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RecentMin {
+    span: Duration,
+    current: Option<f64>,
+    previous: Option<f64>,
+    since: Instant,
+}
+
+impl RecentMin {
+    pub(super) fn new(now: Instant, span: Duration) -> Self {
+        Self { span, current: None, previous: None, since: now }
+    }
+
+    pub(super) fn update(&mut self, value: f64, now: Instant) {
+        if now.saturating_duration_since(self.since) >= self.span {
+            self.previous = self.current.take();
+            self.since = now;
+        }
+        self.current = Some(self.current.map_or(value, |current| current.min(value)));
+    }
+
+    pub(super) fn min(&self) -> Option<f64> {
+        match (self.current, self.previous) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
+    }
+}
+
+/// A smoothed value and its mean deviation, in seconds.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Smoothed {
+    value: f64,
+    deviation: f64,
+    samples: u64,
+}
+
+impl Smoothed {
+    pub(super) fn update(&mut self, sample: f64) {
+        if self.samples == 0 {
+            self.value = sample;
+            self.deviation = sample.abs() / 2.0;
+        } else {
+            self.deviation += ((sample - self.value).abs() - self.deviation) / 4.0;
+            self.value += (sample - self.value) / 8.0;
+        }
+        self.samples += 1;
+    }
+
+    /// Room for what is usual, and for four deviations more.
+    pub(super) fn room(&self) -> f64 {
+        (self.value + 4.0 * self.deviation).max(0.0)
+    }
+}
+
+/// Queueing that windows aim at: enough to keep the path busy, little enough that a new request
+/// hardly waits.
+const TARGET_QUEUEING_SECONDS: f64 = 0.020;
+
+/// How long a shortest time counts: the path may have changed after that.
+const BASE_SPAN: Duration = Duration::from_secs(30);
+
+/// Queueing is the least of what was seen in this time and at most once more: some turns of a busy
+/// processor, whose hiccups delay single packets, while a queue delays all of them.
+const STANDING_SPAN: Duration = Duration::from_millis(50);
+
+/// Queueing on a path, from times of which only differences mean something.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Queueing {
+    base: RecentMin,
+    standing: RecentMin,
+    smoothed: Smoothed,
+    /// Seconds that a trip takes beyond the shortest one without any queueing.
+    unknown: f64,
+}
+
+impl Queueing {
+    /// Nothing is known yet; trips take `unknown` seconds more than the shortest one for reasons
+    /// that are no queueing.
+    pub(super) fn new(now: Instant, unknown: f64) -> Self {
+        Self {
+            unknown,
+            base: RecentMin::new(now, BASE_SPAN),
+            standing: RecentMin::new(now, STANDING_SPAN),
+            smoothed: Smoothed::default(),
+        }
+    }
+
+    /// A trip took so many seconds beyond what is known of it.
+    pub(super) fn update(&mut self, trip: f64, now: Instant) {
+        self.base.update(trip, now);
+        self.standing.update(trip, now);
+        let beyond = trip - self.base.min().unwrap_or(trip);
+        self.smoothed.update((beyond - self.unknown).max(0.0));
+    }
+
+    /// The shortest recent trip, in seconds: one without queues.
+    pub(super) fn base(&self) -> Option<f64> {
+        self.base.min()
+    }
+
+    /// Seconds that every packet waits.
+    fn standing(&self) -> f64 {
+        match (self.standing.min(), self.base.min()) {
+            (Some(standing), Some(base)) => standing - base,
+            _ => 0.0,
+        }
+    }
+
+    /// Whether there is more queueing than windows aim at.
+    pub(super) fn is_above_target(&self) -> bool {
+        self.standing() > TARGET_QUEUEING_SECONDS
+    }
+
+    /// Seconds beyond the base that packets need, but for rare ones.
+    pub(super) fn room(&self) -> f64 {
+        self.smoothed.room()
+    }
+}
+
+/// How much may be under way at once: follows the queueing of the path, never its losses, because a
+/// mixnet loses packets at random.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Window {
+    size: f64,
+    min: f64,
+    max: f64,
+    /// Doubling with each round trip, until there is queueing.
+    is_probing: bool,
+}
+
+impl Window {
+    /// A window of `initial` packets that stays within `min` and `max`.
+    pub(super) fn new(initial: u32, min: u32, max: u32) -> Self {
+        Self { size: initial.into(), min: min.into(), max: max.into(), is_probing: true }
+    }
+
+    /// The whole packets of the window.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "windows are clamped to thousands"
+    )]
+    pub(super) fn packets(&self) -> usize {
+        self.size as usize
+    }
+
+    /// The largest that it can get.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "made from a whole number"
+    )]
+    pub(super) fn max_packets(&self) -> usize {
+        self.max as usize
+    }
+
+    /// Moves the window towards the queueing that is aimed at, after `packets` of it were heard of.
+    ///
+    /// At first it grows by one for each; when queueing passes the target it shrinks to 0.8 once,
+    /// and from then on moves by up to a fifth of what was heard of.
+    pub(super) fn steer(&mut self, queueing: &Queueing, packets: usize) {
+        let packets = packets as f64;
+        let standing = queueing.standing();
+        if self.is_probing && standing <= TARGET_QUEUEING_SECONDS {
+            self.size += packets;
+        } else {
+            if self.is_probing {
+                self.is_probing = false;
+                self.size *= 0.8;
+            }
+            let error = (TARGET_QUEUEING_SECONDS - standing) / TARGET_QUEUEING_SECONDS;
+            self.size += 0.1 * error.clamp(-2.0, 1.0) * packets;
+        }
+        self.size = self.size.clamp(self.min, self.max);
+    }
+}
+
+pub(super) fn seconds(value: f64) -> Duration {
+    // Bounded, so that a wild estimate never overflows a deadline.
+    Duration::from_secs_f64(value.clamp(0.0, 60.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn the_minimum_forgets() {
+        let start = Instant::now();
+        let span = Duration::from_secs(30);
+        let mut min = RecentMin::new(start, span);
+        assert_eq!(min.min(), None);
+        min.update(1.0, start);
+        min.update(5.0, start + span);
+        assert_eq!(min.min(), Some(1.0));
+        min.update(6.0, start + 2 * span);
+        assert_eq!(min.min(), Some(5.0));
+    }
+
+    #[test]
+    fn hiccups_are_no_queue_and_a_queue_is_one() {
+        let start = Instant::now();
+        let mut queueing = Queueing::new(start, 0.0);
+        let mut window = Window::new(32, 16, 2048);
+        for n in 0..1000u32 {
+            // Nine of ten packets meet a busy processor.
+            let trip = if n % 10 == 0 { 0.010 } else { 0.080 };
+            queueing.update(trip, start + n * MS);
+            window.steer(&queueing, 1);
+        }
+        assert_eq!(window.packets(), 1032, "still probing");
+        for n in 1000..2000u32 {
+            queueing.update(0.051 + f64::from(n % 10) / 1000.0, start + n * MS);
+            window.steer(&queueing, 1);
+        }
+        assert!(window.packets() < 800, "{window:?}");
+        assert!(queueing.is_above_target());
+    }
+
+    #[test]
+    fn windows_have_limits() {
+        let start = Instant::now();
+        let mut queueing = Queueing::new(start, 0.0);
+        let mut window = Window::new(32, 16, 64);
+        queueing.update(0.0, start);
+        window.steer(&queueing, 1000);
+        assert_eq!(window.packets(), 64);
+        for n in 0..500u32 {
+            queueing.update(1.0, start + n * MS);
+            window.steer(&queueing, 1);
+        }
+        assert_eq!(window.packets(), 16);
+    }
+}
