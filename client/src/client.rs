@@ -10,22 +10,19 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::session::frame::CloseReason;
-use mixsocks_common::session::{ClientSession, OpenOutcome, SessionId, StreamEvent};
+use mixsocks_common::session::{OpenOutcome, SessionId, StreamEvent};
 use mixsocks_common::target::Target;
 use mixsocks_common::topology::{NoRoute, Topology};
-use mixsocks_sphinx::{Identifier, Payload, Route, SecretKey, recover_replies};
-use rand::RngExt;
+use mixsocks_sphinx::{Identifier, Payload, ReplyRecovery, SecretKey, recover_replies};
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{sleep, sleep_until, timeout};
 
-use crate::endpoint::{Arrivals, Endpoint, EndpointConfig, worker_count};
+use crate::core::{ClientCore, ClientEvent};
+use crate::drops::DropReason;
+use crate::endpoint::{Arrivals, Endpoint, EndpointConfig, Reserved, worker_count};
 use crate::gateway::{GatewayLinkError, LinkState};
 use crate::stream::{MixStream, OpenError, StreamHost, StreamKey, Waiting};
-use crate::surbs::{self, SurbStore};
-
-/// New streams move to a new session after this time, so that no session becomes a profile.
-const SESSION_AGE: Duration = Duration::from_secs(10 * 60);
 
 /// A provider that says nothing at all for so long is taken for dead.
 const SILENCE_LIMIT: Duration = Duration::from_secs(10);
@@ -33,6 +30,10 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(10);
 /// The provider's dialling takes 15 s at most (names and connection), and its answer may have to be
 /// repeated.
 const OPEN_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long saying goodbye may take, and how often it is looked whether it is done.
+const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
+const FAREWELL_POLL: Duration = Duration::from_millis(10);
 
 /// SURBs that a worker makes at a time: some milliseconds of work.
 const SURBS_PER_TURN: usize = 2;
@@ -76,13 +77,13 @@ pub enum ClientError {
 #[derive(Clone)]
 pub struct Client {
     shared: Arc<Shared>,
-    _tasks: Arc<Tasks>,
+    tasks: Arc<Tasks>,
 }
 
 /// Stops the tasks, and whoever waits for a stream, when the last clone is dropped.
 struct Tasks {
     shared: Arc<Shared>,
-    _tasks: JoinSet<()>,
+    tasks: Mutex<JoinSet<()>>,
 }
 
 impl Drop for Tasks {
@@ -101,13 +102,13 @@ struct Shared {
     wake_makers: Notify,
 }
 
-#[derive(Default)]
 struct State {
-    sessions: Vec<ClientSession>,
-    surbs: SurbStore,
+    core: ClientCore<ReplyRecovery>,
     waiting: Waiting,
-    opening: HashMap<StreamKey, oneshot::Sender<Result<(), OpenError>>>,
+    opening: HashMap<StreamKey, oneshot::Sender<Result<(), Attempt>>>,
     closed: bool,
+    /// The user was told that nothing answers, and no stream was opened since.
+    told_silent: bool,
 }
 
 impl std::fmt::Debug for Client {
@@ -138,10 +139,17 @@ impl Client {
         let config =
             EndpointConfig { topology, identity, encryption, gateway, token_file, mean_delay };
         let (endpoint, receiver) = Endpoint::connect(config).await?;
+        let state = State {
+            core: ClientCore::new(endpoint.max_contents_bytes(), endpoint.mean_delay()),
+            waiting: Waiting::default(),
+            opening: HashMap::new(),
+            closed: false,
+            told_silent: false,
+        };
         let shared = Arc::new(Shared {
             endpoint: endpoint.clone(),
             provider,
-            state: Mutex::new(State::default()),
+            state: Mutex::new(state),
             wake_senders: Notify::new(),
             wake_makers: Notify::new(),
         });
@@ -151,8 +159,8 @@ impl Client {
             tasks.spawn(shared.clone().send_packets());
             tasks.spawn(shared.clone().make_surbs());
         }
-        let tasks = Tasks { shared: shared.clone(), _tasks: tasks };
-        Ok(Self { shared, _tasks: Arc::new(tasks) })
+        let tasks = Tasks { shared: shared.clone(), tasks: Mutex::new(tasks) };
+        Ok(Self { shared, tasks: Arc::new(tasks) })
     }
 
     /// This client's address.
@@ -180,7 +188,7 @@ impl Client {
         // A provider that was restarted does not know the session, and says so: the second try is in
         // a new one. The first did nothing there.
         match self.try_open(target.clone(), early).await {
-            Err(Attempt::SessionGone) => {
+            Err(Attempt::SessionEnded(CloseReason::Unknown)) => {
                 self.try_open(target, early).await.map_err(Attempt::into_error)
             }
             result => result.map_err(Attempt::into_error),
@@ -190,7 +198,7 @@ impl Client {
     async fn try_open(&self, target: Target, early: &[u8]) -> Result<MixStream, Attempt> {
         let began = Instant::now();
         let (answer, answered) = oneshot::channel();
-        let key = self.shared.lock().open(&self.shared.endpoint, target, early, answer)?;
+        let key = self.shared.lock().open(target, early, answer)?;
         // From here on, giving up drops the stream, which resets it.
         let stream = MixStream::new(self.shared.clone(), key);
         self.shared.wake_senders.notify_one();
@@ -204,39 +212,31 @@ impl Client {
                 Err(_) => return Err(self.shared.silence()),
             },
         };
-        match result {
-            Ok(Ok(())) => Ok(stream),
-            Ok(Err(error)) => Err(Attempt::Failed(error)),
-            Err(_) if self.shared.lock().closed => Err(Attempt::Failed(OpenError::Closed)),
-            Err(_) => Err(Attempt::SessionGone),
-        }
+        // Only a client that is shut down drops the other end.
+        result.unwrap_or(Err(OpenError::Closed.into())).map(|()| stream)
     }
 
     /// Tells the provider to forget the sessions, and stops. Streams that are open are reset.
     pub async fn shutdown(&self) {
-        const FAREWELL: Duration = Duration::from_millis(200);
         {
             let mut state = self.shared.lock();
             state.closed = true;
             state.opening.clear();
-            for session in &mut state.sessions {
-                session.close();
-            }
+            state.core.close();
         }
         self.shared.wake_senders.notify_one();
         // The CLOSEs are sent by then, or never: the provider forgets silent sessions by itself.
-        let _ = timeout(FAREWELL, async {
-            while self
-                .shared
-                .lock()
-                .sessions
-                .iter()
-                .any(|session| session.wants_transmit(Instant::now(), 0))
-            {
-                tokio::time::sleep(FAREWELL / 20).await;
+        let _ = timeout(FAREWELL_LIMIT, async {
+            while self.shared.lock().core.wants_transmit(Instant::now()) {
+                sleep(FAREWELL_POLL).await;
             }
         })
         .await;
+        // The link sends what it was given, and says goodbye.
+        self.tasks.tasks.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
+        let mut link = self.shared.endpoint.state().clone();
+        let is_down = |state: &LinkState| !matches!(state, LinkState::Connected);
+        let _ = timeout(FAREWELL_LIMIT, link.wait_for(is_down)).await;
         self.shared.end_all();
     }
 }
@@ -244,14 +244,20 @@ impl Client {
 /// How an attempt to open a stream failed.
 enum Attempt {
     Failed(OpenError),
-    SessionGone,
+    SessionEnded(CloseReason),
+}
+
+impl From<OpenError> for Attempt {
+    fn from(error: OpenError) -> Self {
+        Self::Failed(error)
+    }
 }
 
 impl Attempt {
     fn into_error(self) -> OpenError {
         match self {
             Self::Failed(error) => error,
-            Self::SessionGone => OpenError::ProviderSilent,
+            Self::SessionEnded(reason) => OpenError::SessionEnded(reason),
         }
     }
 }
@@ -268,123 +274,67 @@ impl crate::socks::OpenStream for Client {
 impl State {
     fn open(
         &mut self,
-        endpoint: &Endpoint,
         target: Target,
         early: &[u8],
-        answer: oneshot::Sender<Result<(), OpenError>>,
+        answer: oneshot::Sender<Result<(), Attempt>>,
     ) -> Result<StreamKey, Attempt> {
         if self.closed {
-            return Err(Attempt::Failed(OpenError::Closed));
+            return Err(OpenError::Closed.into());
         }
-        let session = self.current_session(endpoint);
-        let stream = session.open(target).ok_or(Attempt::Failed(OpenError::TooManyStreams))?;
+        let key = self
+            .core
+            .open(Instant::now(), wall_ms(), &mut rand::rng(), target)
+            .ok_or(OpenError::TooManyStreams)?;
         // An empty send buffer takes far more than a program sends early.
-        session.write(stream, early);
-        let key = (session.id(), stream);
+        self.core.write(key, early);
         self.opening.insert(key, answer);
         Ok(key)
     }
 
-    /// The newest session, unless it is too old or has ended.
-    fn current_session(&mut self, endpoint: &Endpoint) -> &mut ClientSession {
-        let now = Instant::now();
-        let usable =
-            |session: &ClientSession| session.closed().is_none() && session.age(now) < SESSION_AGE;
-        if !self.sessions.last().is_some_and(usable) {
-            let id = SessionId(rand::rng().random());
-            let contents = endpoint.max_contents_bytes();
-            self.sessions.push(ClientSession::new(
-                id,
-                wall_ms(),
-                now,
-                contents,
-                endpoint.mean_delay(),
-            ));
-        }
-        self.sessions.last_mut().expect("one was pushed if there was none")
-    }
-
-    fn session(&mut self, id: SessionId) -> Option<&mut ClientSession> {
-        self.sessions.iter_mut().find(|session| session.id() == id)
-    }
-
-    /// Tells waiting tasks what has happened, and removes sessions that have ended.
+    /// Tells waiting tasks what has happened.
     fn settle(&mut self) {
-        for session in &mut self.sessions {
-            let id = session.id();
-            while let Some(event) = session.poll_event() {
-                match event {
-                    StreamEvent::Opened { stream, outcome } => {
-                        if let Some(answer) = self.opening.remove(&(id, stream)) {
-                            let result = match outcome {
-                                OpenOutcome::Connected => Ok(()),
-                                outcome => Err(OpenError::Refused(outcome)),
-                            };
-                            // Whoever asked may have given up.
-                            let _ = answer.send(result);
-                        }
+        while let Some(event) = self.core.poll_event() {
+            match event {
+                ClientEvent::Stream(id, event) => self.handle_event(id, event),
+                ClientEvent::SessionEnded(id, reason) => {
+                    tracing::debug!("a session ended: {reason}");
+                    self.waiting.wake_session(id);
+                    let ended = self.opening.extract_if(|key, _| key.0 == id);
+                    for (_, answer) in ended {
+                        // Whoever asked may have given up.
+                        let _ = answer.send(Err(Attempt::SessionEnded(reason)));
                     }
-                    StreamEvent::Readable(stream) => self.waiting.wake_reader((id, stream)),
-                    StreamEvent::Writable(stream) => self.waiting.wake_writer((id, stream)),
-                    StreamEvent::Reset(stream) => {
-                        if let Some(answer) = self.opening.remove(&(id, stream)) {
-                            let _ = answer.send(Err(OpenError::Refused(OpenOutcome::Failed)));
-                        }
-                        self.waiting.wake_reader((id, stream));
-                        self.waiting.wake_writer((id, stream));
-                    }
-                    StreamEvent::Open { .. } => {}
                 }
             }
         }
-        let Self { sessions, waiting, opening, surbs, .. } = self;
-        sessions.retain(|session| {
-            let Some(reason) = session.closed() else { return true };
-            let id = session.id();
-            tracing::debug!("a session ended: {reason}");
-            waiting.wake_session(id);
-            // Dropping the sender tells that the session is gone.
-            opening.retain(|key, _| key.0 != id);
-            surbs.forget_session(id);
-            false
-        });
     }
 
-    /// The contents of the next packet of any session.
-    fn next_packet(&mut self, now: Instant, route: &Route, out: &mut Vec<u8>) -> bool {
-        self.surbs.ready(now);
-        let Self { sessions, surbs, .. } = self;
-        let sent = sessions.iter_mut().any(|session| {
-            let mut source = surbs.source(session.id());
-            session.poll_transmit(now, route.total_delay(), &mut source, out)
-        });
-        // Sessions take turns.
-        if sent && sessions.len() > 1 {
-            let newest = sessions.len() - 1;
-            sessions[..newest].rotate_left(1);
-        }
-        sent
-    }
-
-    fn wants_transmit(&mut self, now: Instant) -> bool {
-        let surbs = self.surbs.ready(now);
-        self.sessions.iter().any(|session| session.wants_transmit(now, surbs))
-    }
-
-    fn handle_timeouts(&mut self, now: Instant) {
-        for session in &mut self.sessions {
-            if session.poll_timeout().is_some_and(|at| at <= now) {
-                session.handle_timeout(now);
+    fn handle_event(&mut self, id: SessionId, event: StreamEvent) {
+        match event {
+            StreamEvent::Opened { stream, outcome } => {
+                self.told_silent = false;
+                self.answer((id, stream), outcome);
             }
-            if session.age(now) >= SESSION_AGE && session.stream_count() == 0 {
-                session.close();
+            StreamEvent::Readable(stream) => self.waiting.wake_reader((id, stream)),
+            StreamEvent::Writable(stream) => self.waiting.wake_writer((id, stream)),
+            StreamEvent::Reset(stream) => {
+                self.answer((id, stream), OpenOutcome::Failed);
+                self.waiting.wake_reader((id, stream));
+                self.waiting.wake_writer((id, stream));
             }
+            StreamEvent::Open { .. } => {}
         }
-        self.settle();
     }
 
-    fn next_timeout(&self) -> Option<Instant> {
-        self.sessions.iter().filter_map(ClientSession::poll_timeout).min()
+    fn answer(&mut self, key: StreamKey, outcome: OpenOutcome) {
+        if let Some(answer) = self.opening.remove(&key) {
+            let result = match outcome {
+                OpenOutcome::Connected => Ok(()),
+                outcome => Err(OpenError::Refused(outcome).into()),
+            };
+            // Whoever asked may have given up.
+            let _ = answer.send(result);
+        }
     }
 }
 
@@ -396,21 +346,28 @@ impl Shared {
     fn end_all(&self) {
         let mut state = self.lock();
         state.closed = true;
-        for session in &mut state.sessions {
-            session.end(CloseReason::Done);
-        }
+        state.opening.clear();
+        state.core.end();
         state.settle();
     }
 
+    /// Whether the provider has said anything in the session since then.
     fn heard_since(&self, id: SessionId, since: Instant) -> bool {
-        self.lock().session(id).is_some_and(|session| session.last_heard() > since)
+        let mut state = self.lock();
+        let session = state.core.session(id);
+        session.is_some_and(|session| session.is_confirmed() && session.last_heard() > since)
     }
 
+    /// Why nothing is heard. The first time in a row the user is told.
     fn silence(&self) -> Attempt {
-        Attempt::Failed(match &*self.endpoint.state().borrow() {
+        let error = match &*self.endpoint.state().borrow() {
             LinkState::Connected => OpenError::ProviderSilent,
             _ => OpenError::NoGateway,
-        })
+        };
+        if !std::mem::replace(&mut self.lock().told_silent, true) {
+            tracing::warn!("streams cannot be opened: {error}");
+        }
+        error.into()
     }
 
     /// Pulls packets out of the sessions whenever the link takes one: one of several equal tasks.
@@ -418,13 +375,18 @@ impl Shared {
         let mut contents = Vec::new();
         loop {
             self.wait_for_work().await;
-            let Some(permit) = self.endpoint.reserve().await else { return };
+            let permit = match self.endpoint.reserve().await {
+                Reserved::Permit(permit) => permit,
+                Reserved::TimedOut => continue,
+                Reserved::Ended => return self.end_all(),
+            };
             let Ok(route) = self.endpoint.route_to(&self.provider) else { return };
             let (sent, demand) = {
                 let mut state = self.lock();
-                let sent = state.next_packet(Instant::now(), &route, &mut contents);
+                let sent =
+                    state.core.next_packet(Instant::now(), route.total_delay(), &mut contents);
                 state.settle();
-                (sent, state.sessions.iter().any(|session| session.surb_demand() > 0))
+                (sent, state.core.surb_demand() > 0)
             };
             if demand {
                 self.wake_makers.notify_one();
@@ -444,11 +406,16 @@ impl Shared {
             let deadline = {
                 let now = Instant::now();
                 let mut state = self.lock();
-                state.handle_timeouts(now);
-                if state.wants_transmit(now) {
+                state.core.handle_timeout(now);
+                state.settle();
+                // What is overdue may have to be asked for with fresh SURBs.
+                if state.core.surb_demand() > 0 {
+                    self.wake_makers.notify_one();
+                }
+                if state.core.wants_transmit(now) {
                     return;
                 }
-                state.next_timeout()
+                state.core.poll_timeout()
             };
             match deadline {
                 Some(at) => {
@@ -465,19 +432,14 @@ impl Shared {
     /// Makes SURBs whenever sessions want some: one of several equal tasks.
     async fn make_surbs(self: Arc<Self>) {
         loop {
-            let claimed = {
-                let mut state = self.lock();
-                state.surbs.ready(Instant::now());
-                let demand = state.sessions.iter().map(ClientSession::surb_demand).sum();
-                state.surbs.claim(demand, SURBS_PER_TURN)
-            };
+            let claimed = self.lock().core.claim_surbs(Instant::now(), SURBS_PER_TURN);
             if claimed == 0 {
                 self.wake_makers.notified().await;
                 continue;
             }
             self.wake_makers.notify_one();
-            let made = surbs::make(&self.endpoint, claimed);
-            self.lock().surbs.deliver(claimed, made);
+            let made = self.endpoint.make_surbs(claimed);
+            self.lock().core.deliver_surbs(claimed, made);
             self.wake_senders.notify_one();
             tokio::task::yield_now().await;
         }
@@ -486,14 +448,17 @@ impl Shared {
 
 impl Arrivals for Shared {
     fn arrived(&self, identifier: Identifier, payload: Payload) {
-        let Some(awaited) = self.lock().surbs.take(&identifier) else { return };
+        let Some(awaited) = self.lock().core.take_awaited(&identifier) else {
+            return self.endpoint.drops().add(DropReason::NotAwaited);
+        };
         let Some(Ok(contents)) = recover_replies(vec![(awaited.recovery, payload)]).pop() else {
-            tracing::trace!("a reply was changed on its way");
-            return;
+            return self.endpoint.drops().add(DropReason::Changed);
         };
         let mut state = self.lock();
-        let Some(session) = state.session(awaited.session) else { return };
-        if let Err(error) = session.handle_reply(Instant::now(), awaited.delay, &contents) {
+        let now = Instant::now();
+        if let Err(error) = state.core.handle_reply(now, awaited.session, awaited.delay, &contents)
+        {
+            self.endpoint.drops().add(DropReason::Refused);
             tracing::trace!("a reply was not taken: {error}");
         }
         state.settle();
@@ -511,9 +476,8 @@ impl StreamHost for Shared {
         out: &mut [u8],
     ) -> Poll<io::Result<usize>> {
         let mut state = self.lock();
-        let State { sessions, waiting, .. } = &mut *state;
-        let session = sessions.iter_mut().find(|session| session.id() == key.0);
-        let result = waiting.poll_read(session, key, cx, out);
+        let State { core, waiting, .. } = &mut *state;
+        let result = waiting.poll_read(core.read(key, out), key, cx);
         if result.is_ready() {
             drop(state);
             self.wake_senders.notify_one();
@@ -528,18 +492,15 @@ impl StreamHost for Shared {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let mut state = self.lock();
-        let State { sessions, waiting, .. } = &mut *state;
-        let session = sessions.iter_mut().find(|session| session.id() == key.0);
-        let result = waiting.poll_write(session, key, cx, bytes);
+        let State { core, waiting, .. } = &mut *state;
+        let result = waiting.poll_write(core.write(key, bytes), key, cx);
         drop(state);
         self.wake_senders.notify_one();
         result
     }
 
     fn finish(&self, key: StreamKey) {
-        if let Some(session) = self.lock().session(key.0) {
-            session.finish(key.1);
-        }
+        self.lock().core.finish(key);
         self.wake_senders.notify_one();
     }
 
@@ -547,9 +508,7 @@ impl StreamHost for Shared {
         let mut state = self.lock();
         state.waiting.forget(key);
         state.opening.remove(&key);
-        if let Some(session) = state.session(key.0) {
-            session.release(key.1);
-        }
+        state.core.release(key);
         drop(state);
         self.wake_senders.notify_one();
     }

@@ -5,26 +5,38 @@ use std::fmt;
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::{Identity, IdentityKey};
-use mixsocks_common::replay::{Admission, ReplayFilter};
+use mixsocks_common::replay::{Admission, RecentTags};
 use mixsocks_common::topology::{NoRoute, Topology, random_route};
 use mixsocks_sphinx::{
-    HopAddress, Identifier, OpenedPacket, Packet, Payload, Peeled, Route, SecretKey, build_packets,
-    finish, max_plaintext, open_headers,
+    HopAddress, Identifier, OpenedPacket, Packet, Payload, Peeled, ReplyRecovery, Route, SecretKey,
+    build_packets, build_surbs, finish, max_plaintext, open_headers,
 };
+use rand::RngExt;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 
+use crate::drops::{DropReason, Drops};
 use crate::gateway::{
     self, GatewayLinkConfig, GatewayLinkError, GatewayReceiver, GatewaySender, GatewayState,
 };
+use crate::surbs::ReadySurb;
 
-/// Replay tags that a recipient keeps: some hours at full speed, about 180 MB; the table grows with
-/// what arrives.
+/// How long a recipient remembers the tags of packets, at least. Older replays do nothing: a reply is
+/// awaited once, and a session knows its packet numbers while it lives and is remembered until its
+/// START is too old.
+const REPLAY_SPAN: Duration = Duration::from_secs(10 * 60);
+
+/// Tags in that time: 28,000 packets a second, more than a machine peels. Up to 180 MB for each of
+/// two generations; the tables grow with what arrives.
 const MAX_REPLAY_TAGS: usize = 16 * 1024 * 1024;
+
+/// How long a task waits for the link before it looks after its sessions.
+const RESERVE_LIMIT: Duration = Duration::from_secs(1);
 
 /// Packets that a worker takes at a time: under a millisecond of work, so that others get their turn.
 const BATCH_PACKETS: usize = 8;
@@ -46,6 +58,17 @@ pub struct EndpointConfig {
     pub mean_delay: Option<Duration>,
 }
 
+/// What became of waiting for the link.
+#[derive(Debug)]
+pub enum Reserved<'a> {
+    /// It takes one packet.
+    Permit(mpsc::Permit<'a, (HopAddress, Packet)>),
+    /// It took none in time.
+    TimedOut,
+    /// It has ended for good.
+    Ended,
+}
+
 /// Takes what arrives for an endpoint.
 pub trait Arrivals: Send + Sync + 'static {
     /// A packet's payload; `identifier` is that of the SURB for replies, else zero.
@@ -58,7 +81,8 @@ pub struct Endpoint {
     address: Address,
     mean_delay: Duration,
     key: SecretKey,
-    replay: Mutex<ReplayFilter>,
+    replay: Mutex<RecentTags>,
+    drops: Drops,
     sender: GatewaySender,
     state: GatewayState,
 }
@@ -66,6 +90,14 @@ pub struct Endpoint {
 impl fmt::Debug for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Endpoint({})", self.address)
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        if !self.drops.is_empty() {
+            tracing::info!("packets dropped: {}", self.drops);
+        }
     }
 }
 
@@ -97,7 +129,13 @@ impl Endpoint {
             topology,
             address,
             key: encryption,
-            replay: Mutex::new(ReplayFilter::new(MAX_REPLAY_TAGS, &mut rand::rng())),
+            replay: Mutex::new(RecentTags::new(
+                Instant::now(),
+                REPLAY_SPAN,
+                MAX_REPLAY_TAGS,
+                &mut rand::rng(),
+            )),
+            drops: Drops::default(),
             sender,
             state,
         };
@@ -124,19 +162,24 @@ impl Endpoint {
         max_plaintext(self.topology.parameters.payload_bytes)
     }
 
+    /// What was dropped of what arrived.
+    pub fn drops(&self) -> &Drops {
+        &self.drops
+    }
+
     /// How the link to the gateway is.
     pub fn state(&self) -> &GatewayState {
         &self.state
     }
 
-    /// Waits until the link takes another packet; `None` when the link has ended for good.
-    pub async fn reserve(&self) -> Option<mpsc::Permit<'_, (HopAddress, Packet)>> {
-        self.sender.reserve().await.ok()
-    }
-
-    /// Sends when the link takes another packet at once; whether it did.
-    pub fn try_send(&self, first_hop: HopAddress, packet: Packet) -> bool {
-        self.sender.try_send((first_hop, packet)).is_ok()
+    /// Waits until the link takes another packet, but no longer than a second: the link may be down
+    /// for long, and time goes on for sessions.
+    pub async fn reserve(&self) -> Reserved<'_> {
+        match timeout(RESERVE_LIMIT, self.sender.reserve()).await {
+            Ok(Ok(permit)) => Reserved::Permit(permit),
+            Ok(Err(_)) => Reserved::Ended,
+            Err(_) => Reserved::TimedOut,
+        }
     }
 
     /// Draws a route for a packet to `recipient`.
@@ -175,6 +218,28 @@ impl Endpoint {
         (first_hop, packet)
     }
 
+    /// Makes `count` SURBs for replies to this endpoint; takes about half a millisecond of CPU for
+    /// each.
+    pub fn make_surbs(&self, count: usize) -> Vec<ReadySurb<ReplyRecovery>> {
+        let mut rng = rand::rng();
+        let routes: Vec<_> = std::iter::repeat_with(|| rng.random())
+            // Zero means "not a reply".
+            .filter(|identifier| *identifier != Identifier::default())
+            .take(count)
+            .map_while(|identifier| self.route_home(identifier).ok())
+            .collect();
+        let made = Instant::now();
+        build_surbs(&mut rand::rng(), &routes)
+            .into_iter()
+            .zip(&routes)
+            .filter_map(|(built, route)| {
+                let (surb, recovery) = built.ok()?;
+                let (identifier, delay) = (recovery.identifier(), route.total_delay());
+                Some(ReadySurb { surb, identifier, recovery, delay, made })
+            })
+            .collect()
+    }
+
     /// Hands everything that arrives to `arrivals`, until the link ends.
     pub async fn receive(self: Arc<Self>, receiver: GatewayReceiver, arrivals: Arc<impl Arrivals>) {
         let receiver = Arc::new(tokio::sync::Mutex::new(receiver));
@@ -201,9 +266,8 @@ impl Endpoint {
                     Ok(Peeled::Final { identifier, payload, .. }) => {
                         arrivals.arrived(identifier, payload)
                     }
-                    Ok(Peeled::Forward { .. }) | Err(_) => {
-                        tracing::trace!("a packet is not for us")
-                    }
+                    Ok(Peeled::Forward { .. }) => self.drops.add(DropReason::NotForUs),
+                    Err(_) => self.drops.add(DropReason::Unreadable),
                 }
             }
             tokio::task::yield_now().await;
@@ -211,11 +275,22 @@ impl Endpoint {
     }
 
     fn admit<E>(&self, opened: Vec<Result<OpenedPacket, E>>) -> Vec<OpenedPacket> {
+        let now = Instant::now();
         let mut replay = self.replay.lock().unwrap_or_else(PoisonError::into_inner);
         opened
             .into_iter()
-            .flatten()
-            .filter(|packet| replay.insert(&packet.replay_tag()) == Admission::Fresh)
+            .filter_map(|opened| {
+                let refusal = match &opened {
+                    Ok(packet) => match replay.insert(&packet.replay_tag(), now) {
+                        Admission::Fresh => return opened.ok(),
+                        Admission::Replayed => DropReason::Replayed,
+                        Admission::Full => DropReason::TooManyTags,
+                    },
+                    Err(_) => DropReason::Unreadable,
+                };
+                self.drops.add(refusal);
+                None
+            })
             .collect()
     }
 }

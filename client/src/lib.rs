@@ -6,6 +6,8 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
 
 mod client;
+pub mod core;
+pub mod drops;
 mod endpoint;
 pub mod gateway;
 #[cfg(feature = "socks")]
@@ -14,5 +16,6 @@ pub mod stream;
 mod surbs;
 
 pub use client::{Client, ClientConfig, ClientError};
-pub use endpoint::{Arrivals, Endpoint, EndpointConfig, worker_count};
+pub use endpoint::{Arrivals, Endpoint, EndpointConfig, Reserved, worker_count};
 pub use stream::{MixStream, OpenError};
+pub use surbs::{Awaited, ReadySurb};

@@ -7,10 +7,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-use mixsocks_common::session::frame::StreamId;
-use mixsocks_common::session::{
-    ClientSession, OpenOutcome, ProviderSession, SessionId, StreamReset,
-};
+use mixsocks_common::session::frame::{CloseReason, StreamId};
+use mixsocks_common::session::{OpenOutcome, SessionId, StreamReset};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Why a stream was not opened.
@@ -28,6 +26,9 @@ pub enum OpenError {
     /// This client already has as many streams as it may.
     #[error("too many streams are open")]
     TooManyStreams,
+    /// The provider ended the session, or broke its rules.
+    #[error("{0}")]
+    SessionEnded(CloseReason),
     /// The client was shut down.
     #[error("the client has been shut down")]
     Closed,
@@ -39,7 +40,9 @@ impl OpenError {
         match self {
             Self::Refused(outcome) => *outcome,
             Self::ProviderSilent => OpenOutcome::TimedOut,
-            Self::NoGateway | Self::TooManyStreams | Self::Closed => OpenOutcome::Failed,
+            Self::NoGateway | Self::TooManyStreams | Self::SessionEnded(_) | Self::Closed => {
+                OpenOutcome::Failed
+            }
         }
     }
 }
@@ -138,38 +141,6 @@ impl Drop for MixStream {
     }
 }
 
-/// What the sessions of clients and providers have in common.
-pub trait StreamSession {
-    /// See [`ClientSession::read`].
-    ///
-    /// # Errors
-    /// When the stream was reset.
-    fn read(&mut self, stream: StreamId, out: &mut [u8]) -> Result<Option<usize>, StreamReset>;
-
-    /// See [`ClientSession::write`].
-    fn write(&mut self, stream: StreamId, bytes: &[u8]) -> Option<usize>;
-}
-
-impl StreamSession for ClientSession {
-    fn read(&mut self, stream: StreamId, out: &mut [u8]) -> Result<Option<usize>, StreamReset> {
-        if self.closed().is_some() { Err(StreamReset) } else { Self::read(self, stream, out) }
-    }
-
-    fn write(&mut self, stream: StreamId, bytes: &[u8]) -> Option<usize> {
-        if self.closed().is_some() { None } else { Self::write(self, stream, bytes) }
-    }
-}
-
-impl StreamSession for ProviderSession {
-    fn read(&mut self, stream: StreamId, out: &mut [u8]) -> Result<Option<usize>, StreamReset> {
-        Self::read(self, stream, out)
-    }
-
-    fn write(&mut self, stream: StreamId, bytes: &[u8]) -> Option<usize> {
-        Self::write(self, stream, bytes)
-    }
-}
-
 /// The tasks that wait for streams of one host.
 #[derive(Debug, Default)]
 pub struct Waiting {
@@ -178,33 +149,33 @@ pub struct Waiting {
 }
 
 impl Waiting {
-    /// Reads, or notes that the task waits.
+    /// What the session's `read` says, as a task is told it; notes that the task waits if there is
+    /// nothing yet.
     pub fn poll_read(
         &mut self,
-        session: Option<&mut impl StreamSession>,
+        read: Result<Option<usize>, StreamReset>,
         key: StreamKey,
         cx: &Context<'_>,
-        out: &mut [u8],
     ) -> Poll<io::Result<usize>> {
-        match session.map(|session| session.read(key.1, out)) {
-            Some(Ok(Some(read))) => Poll::Ready(Ok(read)),
-            Some(Ok(None)) => {
+        match read {
+            Ok(Some(read)) => Poll::Ready(Ok(read)),
+            Ok(None) => {
                 self.readers.insert(key, cx.waker().clone());
                 Poll::Pending
             }
-            Some(Err(StreamReset)) | None => Poll::Ready(Err(reset())),
+            Err(StreamReset) => Poll::Ready(Err(reset())),
         }
     }
 
-    /// Writes, or notes that the task waits.
+    /// What the session's `write` says, as a task is told it; notes that the task waits if there was
+    /// no room.
     pub fn poll_write(
         &mut self,
-        session: Option<&mut impl StreamSession>,
+        written: Option<usize>,
         key: StreamKey,
         cx: &Context<'_>,
-        bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        match session.and_then(|session| session.write(key.1, bytes)) {
+        match written {
             Some(0) => {
                 self.writers.insert(key, cx.waker().clone());
                 Poll::Pending

@@ -4,10 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use mixsocks_common::session::{SessionId, SurbSource};
-use mixsocks_sphinx::{Identifier, ReplyRecovery, Surb, build_surbs};
-use rand::RngExt;
-
-use crate::endpoint::Endpoint;
+use mixsocks_sphinx::{Identifier, Surb};
 
 /// SURBs that are kept ready at most: some packets' worth.
 const MAX_READY: usize = 64;
@@ -19,57 +16,53 @@ const MAX_READY_AGE: Duration = Duration::from_secs(1);
 const MAX_AWAITED: usize = 32 * 1024;
 
 /// A SURB that nobody has been given yet.
-pub(crate) struct ReadySurb {
-    surb: Surb,
-    recovery: ReplyRecovery,
-    delay: Duration,
-    made: Instant,
-}
-
-/// Makes `count` SURBs; takes about half a millisecond of CPU for each.
-pub(crate) fn make(endpoint: &Endpoint, count: usize) -> Vec<ReadySurb> {
-    let mut rng = rand::rng();
-    let mut routes = Vec::with_capacity(count);
-    while routes.len() < count {
-        let identifier: Identifier = rng.random();
-        // Zero means "not a reply".
-        if identifier == Identifier::default() {
-            continue;
-        }
-        match endpoint.route_home(identifier) {
-            Ok(route) => routes.push(route),
-            Err(_) => return Vec::new(),
-        }
-    }
-    let made = Instant::now();
-    build_surbs(&mut rng, &routes)
-        .into_iter()
-        .zip(&routes)
-        .filter_map(|(built, route)| {
-            let (surb, recovery) = built.ok()?;
-            Some(ReadySurb { surb, recovery, delay: route.total_delay(), made })
-        })
-        .collect()
+#[derive(Debug)]
+pub struct ReadySurb<R> {
+    /// What the provider gets.
+    pub surb: Surb,
+    /// Names its reply.
+    pub identifier: Identifier,
+    /// What recovers the reply.
+    pub recovery: R,
+    /// The sum of the delays on its route.
+    pub delay: Duration,
+    /// When it was made.
+    pub made: Instant,
 }
 
 /// A reply that is awaited.
-pub(crate) struct Awaited {
-    pub(crate) recovery: ReplyRecovery,
-    pub(crate) session: SessionId,
-    pub(crate) delay: Duration,
+#[derive(Debug)]
+pub struct Awaited<R> {
+    /// What recovers it.
+    pub recovery: R,
+    /// Which session gave the SURB away.
+    pub session: SessionId,
+    /// The sum of the delays on the SURB's route.
+    pub delay: Duration,
 }
 
 /// All SURBs of a client.
-#[derive(Default)]
-pub(crate) struct SurbStore {
-    ready: VecDeque<ReadySurb>,
+#[derive(Debug)]
+pub(crate) struct SurbStore<R> {
+    ready: VecDeque<ReadySurb<R>>,
     /// SURBs that workers are making now.
     in_making: usize,
-    awaited: HashMap<Identifier, Awaited>,
+    awaited: HashMap<Identifier, Awaited<R>>,
     order: VecDeque<Identifier>,
 }
 
-impl SurbStore {
+impl<R> Default for SurbStore<R> {
+    fn default() -> Self {
+        Self {
+            ready: VecDeque::new(),
+            in_making: 0,
+            awaited: HashMap::new(),
+            order: VecDeque::new(),
+        }
+    }
+}
+
+impl<R> SurbStore<R> {
     /// How many more a worker should make, at most `max`, given that `demand` are wanted.
     pub(crate) fn claim(&mut self, demand: usize, max: usize) -> usize {
         let wanted = demand.min(MAX_READY).saturating_sub(self.ready.len() + self.in_making);
@@ -79,7 +72,7 @@ impl SurbStore {
     }
 
     /// Takes in what a worker made of what it claimed.
-    pub(crate) fn deliver(&mut self, claimed: usize, made: Vec<ReadySurb>) {
+    pub(crate) fn deliver(&mut self, claimed: usize, made: Vec<ReadySurb<R>>) {
         self.in_making -= claimed;
         self.ready.extend(made);
     }
@@ -93,12 +86,12 @@ impl SurbStore {
     }
 
     /// The SURBs at hand, for packets of `session`.
-    pub(crate) fn source(&mut self, session: SessionId) -> Source<'_> {
+    pub(crate) fn source(&mut self, session: SessionId) -> Source<'_, R> {
         Source { store: self, session }
     }
 
     /// The reply with this identifier has come: it is awaited no longer.
-    pub(crate) fn take(&mut self, identifier: &Identifier) -> Option<Awaited> {
+    pub(crate) fn take(&mut self, identifier: &Identifier) -> Option<Awaited<R>> {
         self.awaited.remove(identifier)
     }
 
@@ -107,33 +100,130 @@ impl SurbStore {
         self.awaited.retain(|_, awaited| awaited.session != session);
     }
 
-    fn remember(&mut self, identifier: Identifier, awaited: Awaited) {
+    fn remember(&mut self, identifier: Identifier, awaited: Awaited<R>) {
         self.awaited.insert(identifier, awaited);
         self.order.push_back(identifier);
-        // Identifiers of replies that came stay in the order until they reach its front.
-        while self.awaited.len() > MAX_AWAITED || self.order.len() > 2 * MAX_AWAITED {
-            let Some(oldest) = self.order.pop_front() else { break };
-            self.awaited.remove(&oldest);
+        if self.awaited.len() > MAX_AWAITED {
+            let awaited = &mut self.awaited;
+            while self.order.pop_front().is_some_and(|oldest| awaited.remove(&oldest).is_none()) {}
+        }
+        // Identifiers of replies that came stay in the order until there are as many of them.
+        if self.order.len() > 2 * MAX_AWAITED {
+            self.order.retain(|identifier| self.awaited.contains_key(identifier));
         }
     }
 }
 
 /// Hands the ready SURBs to one session.
-pub(crate) struct Source<'a> {
-    store: &'a mut SurbStore,
+pub(crate) struct Source<'a, R> {
+    store: &'a mut SurbStore<R>,
     session: SessionId,
 }
 
-impl SurbSource for Source<'_> {
+impl<R> SurbSource for Source<'_, R> {
     fn available(&self) -> usize {
         self.store.ready.len()
     }
 
     fn write_surb(&mut self, out: &mut Vec<u8>) {
-        if let Some(ReadySurb { surb, recovery, delay, .. }) = self.store.ready.pop_front() {
-            out.extend_from_slice(surb.as_bytes());
-            let awaited = Awaited { recovery, session: self.session, delay };
-            self.store.remember(awaited.recovery.identifier(), awaited);
+        if let Some(ready) = self.store.ready.pop_front() {
+            out.extend_from_slice(ready.surb.as_bytes());
+            let ReadySurb { identifier, recovery, delay, .. } = ready;
+            self.store.remember(identifier, Awaited { recovery, session: self.session, delay });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mixsocks_common::session::SESSION_ID_LEN;
+    use mixsocks_sphinx::SURB_LEN;
+
+    use super::*;
+
+    const SESSION: SessionId = SessionId([1; SESSION_ID_LEN]);
+
+    fn surb(number: u32, made: Instant) -> ReadySurb<u32> {
+        let mut bytes = [0; SURB_LEN];
+        // The base point: a group element that a SURB may begin with.
+        bytes[0] = 9;
+        ReadySurb {
+            surb: Surb::from_bytes(&bytes).unwrap(),
+            identifier: identifier(number),
+            recovery: number,
+            delay: Duration::ZERO,
+            made,
+        }
+    }
+
+    fn identifier(number: u32) -> Identifier {
+        let mut identifier = Identifier::default();
+        identifier[..4].copy_from_slice(&number.to_be_bytes());
+        identifier
+    }
+
+    #[test]
+    fn as_many_are_made_as_are_wanted_and_no_more() {
+        let now = Instant::now();
+        let mut store = SurbStore::default();
+        assert_eq!(store.claim(3, 2), 2);
+        assert_eq!(store.claim(3, 2), 1, "two are being made");
+        assert_eq!(store.claim(3, 2), 0);
+        store.deliver(2, vec![surb(1, now), surb(2, now)]);
+        store.deliver(1, vec![]);
+        assert_eq!(store.claim(3, 2), 1, "one could not be made");
+        assert_eq!(store.claim(usize::MAX, usize::MAX), MAX_READY - 3);
+    }
+
+    #[test]
+    fn old_ones_are_thrown_away() {
+        let now = Instant::now();
+        let mut store = SurbStore::default();
+        store.deliver(0, vec![surb(1, now), surb(2, now + MAX_READY_AGE / 2)]);
+        assert_eq!(store.ready(now + MAX_READY_AGE), 1);
+    }
+
+    #[test]
+    fn a_reply_is_awaited_once() {
+        let mut store = SurbStore::default();
+        store.deliver(0, vec![surb(1, Instant::now())]);
+        let mut out = Vec::new();
+        store.source(SESSION).write_surb(&mut out);
+        assert_eq!(out.len(), SURB_LEN);
+        assert_eq!(store.take(&identifier(1)).unwrap().recovery, 1);
+        assert!(store.take(&identifier(1)).is_none());
+    }
+
+    /// A quiet session's SURBs are kept however much another one receives.
+    #[test]
+    fn replies_that_came_drive_no_others_out() {
+        let now = Instant::now();
+        let mut store = SurbStore::default();
+        let other = SessionId([2; SESSION_ID_LEN]);
+        store.deliver(0, vec![surb(0, now)]);
+        store.source(SESSION).write_surb(&mut Vec::new());
+        for number in 1..u32::try_from(5 * MAX_AWAITED).unwrap() {
+            store.deliver(0, vec![surb(number, now)]);
+            store.source(other).write_surb(&mut Vec::new());
+            assert!(store.take(&identifier(number)).is_some());
+            assert!(store.order.len() <= 2 * MAX_AWAITED);
+        }
+        assert!(store.take(&identifier(0)).is_some());
+    }
+
+    #[test]
+    fn the_oldest_replies_are_given_up() {
+        let now = Instant::now();
+        let mut store = SurbStore::default();
+        let count = u32::try_from(MAX_AWAITED).unwrap() + 2;
+        for number in 0..count {
+            store.deliver(0, vec![surb(number, now)]);
+            store.source(SESSION).write_surb(&mut Vec::new());
+        }
+        assert!(store.take(&identifier(0)).is_none());
+        assert!(store.take(&identifier(1)).is_none());
+        assert!(store.take(&identifier(2)).is_some());
+        store.forget_session(SESSION);
+        assert!(store.take(&identifier(3)).is_none());
     }
 }

@@ -26,6 +26,8 @@ const SMTP_PORT: u16 = 25;
 pub struct ExitPolicy {
     /// Canonical: an IPv4-mapped address is kept as the IPv4 address.
     own: BTreeSet<IpAddr>,
+    /// The address that this machine would come from at a target.
+    source_towards: fn(IpAddr) -> Option<IpAddr>,
     allow_private: bool,
 }
 
@@ -46,6 +48,8 @@ pub enum Reason {
     Port,
     /// An address of the provider itself.
     OwnAddress,
+    /// In the `/64` of an IPv6 address of the provider: its neighbours, behind the same firewall.
+    OwnNetwork,
     /// `0.0.0.0/8` or `::`.
     Unspecified,
     /// `127.0.0.0/8` or `::1`.
@@ -128,7 +132,16 @@ impl ExitPolicy {
     /// private ranges of both families, [`Reason::Private`]. Everything else stays refused: nobody
     /// needs link-local addresses for a test, and cloud metadata lives there.
     pub fn new(own: impl IntoIterator<Item = IpAddr>, allow_private: bool) -> Self {
-        Self { own: own.into_iter().map(|ip| ip.to_canonical()).collect(), allow_private }
+        let own = own.into_iter().map(|ip| ip.to_canonical()).collect();
+        Self { own, source_towards: |_| None, allow_private }
+    }
+
+    /// Also refuses the addresses that the machine has at the moment, and their neighbours:
+    /// `source_towards` says which one it would come from at a target. Addresses change, those of
+    /// IPv6 with privacy extensions daily.
+    #[must_use]
+    pub fn with_source(self, source_towards: fn(IpAddr) -> Option<IpAddr>) -> Self {
+        Self { source_towards, ..self }
     }
 
     /// Judges one address.
@@ -155,7 +168,17 @@ impl ExitPolicy {
             }
             Some(Reason::Private) if self.allow_private => Ok(()),
             Some(reason) => Err(Forbidden { reason }),
-            None => Ok(()),
+            None => self.check_source(ip),
+        }
+    }
+
+    fn check_source(&self, ip: IpAddr) -> Result<(), Forbidden> {
+        match ((self.source_towards)(ip), ip) {
+            (Some(source), _) if source == ip => Err(Forbidden { reason: Reason::OwnAddress }),
+            (Some(IpAddr::V6(source)), IpAddr::V6(ip)) if contains_v6(source, 64, ip) => {
+                Err(Forbidden { reason: Reason::OwnNetwork })
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -196,6 +219,7 @@ impl fmt::Display for Reason {
         f.write_str(match self {
             Self::Port => "this port",
             Self::OwnAddress => "the provider's own addresses",
+            Self::OwnNetwork => "the provider's own network",
             Self::Unspecified => "the unspecified address",
             Self::Loopback => "loopback addresses",
             Self::Private => "private addresses",
@@ -494,6 +518,28 @@ mod tests {
             }
             for port in [1, 24, 26, 465, 587, u16::MAX] {
                 assert_eq!(policy.check(SocketAddr::new([1, 1, 1, 1].into(), port)), Ok(()));
+            }
+        }
+    }
+
+    #[test]
+    fn addresses_of_the_moment() {
+        let towards = |ip: IpAddr| {
+            let own = if ip.is_ipv4() { "8.8.4.4" } else { "2606:4700:1:2::77" };
+            own.parse().ok()
+        };
+        for allow_private in [false, true] {
+            let policy = ExitPolicy::new([], allow_private).with_source(towards);
+            for (ip, reason) in [
+                ("8.8.4.4", Some(Reason::OwnAddress)),
+                ("::ffff:8.8.4.4", Some(Reason::OwnAddress)),
+                ("64:ff9b::8.8.4.4", Some(Reason::OwnAddress)),
+                ("2606:4700:1:2::77", Some(Reason::OwnAddress)),
+                ("2606:4700:1:2::1", Some(Reason::OwnNetwork)),
+                ("2606:4700:1:3::77", None),
+                ("8.8.8.8", None),
+            ] {
+                assert_eq!(verdict(&policy, ip), reason, "{ip}");
             }
         }
     }

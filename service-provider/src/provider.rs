@@ -1,6 +1,6 @@
 //! The provider itself: sessions in, TCP connections out.
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -9,31 +9,26 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use mixsocks_client::drops::DropReason;
 use mixsocks_client::gateway::GatewayLinkError;
 use mixsocks_client::stream::{StreamHost, StreamKey, Waiting};
-use mixsocks_client::{Arrivals, Endpoint, EndpointConfig, MixStream, worker_count};
+use mixsocks_client::{Arrivals, Endpoint, EndpointConfig, MixStream, Reserved, worker_count};
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::{Identity, IdentityKey};
-use mixsocks_common::session::frame::StreamId;
-use mixsocks_common::session::{
-    Handled, OpenOutcome, ProviderSession, ProviderSessions, SessionId, StreamEvent,
-};
+use mixsocks_common::session::{OpenOutcome, SessionId, StreamEvent};
 use mixsocks_common::target::Target;
 use mixsocks_common::topology::Topology;
 use mixsocks_sphinx::{HopAddress, Identifier, Packet, Payload, SecretKey, Surb, use_surbs};
 use tokio::io::copy_bidirectional_with_sizes;
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 
+use crate::core::{ProviderCore, ProviderEvent};
 use crate::dial::Dialer;
 use crate::policy::ExitPolicy;
 use crate::resolver::{Resolver, ResolverSetupError};
-
-/// Bytes that all streams of all sessions may hold or be sent; beyond, new streams are refused. A
-/// tenth of a server's memory, and a thousand busy streams.
-const MAX_COMMITTED_BYTES: u64 = 1024 * 1024 * 1024;
 
 /// Connections, and attempts at one, of all sessions. Each is an open file, of which systems allow
 /// few at first, often 1,024: `mixsocks up` raises the limit, and says when that is not enough.
@@ -100,7 +95,8 @@ impl Provider {
             Some(server) => Resolver::with_server(server),
             None => Resolver::system(),
         }?;
-        let policy = ExitPolicy::new(own_addresses(), config.allow_private);
+        let policy =
+            ExitPolicy::new(own_addresses(), config.allow_private).with_source(source_towards);
         let ProviderConfig { topology, identity, encryption, gateway, token_file, .. } = config;
         let config = EndpointConfig {
             topology,
@@ -111,13 +107,22 @@ impl Provider {
             mean_delay: None,
         };
         let (endpoint, receiver) = Endpoint::connect(config).await?;
-        let sessions =
-            ProviderSessions::new(wall_ms(), endpoint.max_contents_bytes(), endpoint.mean_delay());
+        let state = State {
+            core: ProviderCore::new(
+                wall_ms(),
+                endpoint.max_contents_bytes(),
+                endpoint.mean_delay(),
+            ),
+            waiting: Waiting::default(),
+            connections: JoinSet::new(),
+            dialling: HashMap::new(),
+            told_full: false,
+        };
         let shared = Arc::new_cyclic(|this| Shared {
             this: this.clone(),
             endpoint: endpoint.clone(),
             dialer: Dialer::new(resolver, policy),
-            state: Mutex::new(State::new(sessions)),
+            state: Mutex::new(state),
             wake_senders: Notify::new(),
         });
         let mut tasks = JoinSet::new();
@@ -149,104 +154,13 @@ struct Shared {
 }
 
 struct State {
-    sessions: ProviderSessions,
+    core: ProviderCore,
     waiting: Waiting,
-    /// Sessions that may have something to send, in turn.
-    ready: VecDeque<SessionId>,
-    is_ready: HashSet<SessionId>,
-    timeouts: BTreeSet<(Instant, SessionId)>,
-    timeout_of: HashMap<SessionId, Instant>,
     connections: JoinSet<()>,
-}
-
-impl State {
-    fn new(sessions: ProviderSessions) -> Self {
-        Self {
-            sessions,
-            waiting: Waiting::default(),
-            ready: VecDeque::new(),
-            is_ready: HashSet::new(),
-            timeouts: BTreeSet::new(),
-            timeout_of: HashMap::new(),
-            connections: JoinSet::new(),
-        }
-    }
-
-    /// Notes that a session has changed: its events are told, its turn and its timeout are set.
-    fn touch(&mut self, id: SessionId, opens: &mut Vec<(StreamKey, Target)>) {
-        let Some(session) = self.sessions.get_mut(id) else { return };
-        while let Some(event) = session.poll_event() {
-            match event {
-                StreamEvent::Open { stream, target } => opens.push(((id, stream), target)),
-                StreamEvent::Readable(stream) => self.waiting.wake_reader((id, stream)),
-                StreamEvent::Writable(stream) => self.waiting.wake_writer((id, stream)),
-                StreamEvent::Reset(stream) => {
-                    self.waiting.wake_reader((id, stream));
-                    self.waiting.wake_writer((id, stream));
-                }
-                StreamEvent::Opened { .. } => {}
-            }
-        }
-        let timeout = session.poll_timeout();
-        self.set_timeout(id, timeout);
-        if self.is_ready.insert(id) {
-            self.ready.push_back(id);
-        }
-    }
-
-    fn set_timeout(&mut self, id: SessionId, timeout: Option<Instant>) {
-        if let Some(old) = self.timeout_of.remove(&id) {
-            self.timeouts.remove(&(old, id));
-        }
-        if let Some(at) = timeout {
-            self.timeout_of.insert(id, at);
-            self.timeouts.insert((at, id));
-        }
-    }
-
-    /// The next reply of any session.
-    fn next_reply(&mut self, now: Instant, contents: &mut Vec<u8>) -> Option<Surb> {
-        while let Some(id) = self.ready.pop_front() {
-            self.is_ready.remove(&id);
-            let Some(session) = self.sessions.get_mut(id) else { continue };
-            let surb = session.poll_transmit(now, contents);
-            let timeout = session.poll_timeout();
-            let ended = session.has_ended();
-            if ended && surb.is_none() {
-                self.end(id, now);
-                continue;
-            }
-            self.set_timeout(id, timeout);
-            if surb.is_some() {
-                self.is_ready.insert(id);
-                self.ready.push_back(id);
-                return surb;
-            }
-        }
-        None
-    }
-
-    fn handle_timeouts(&mut self, now: Instant) {
-        while let Some(&(at, id)) = self.timeouts.first()
-            && at <= now
-        {
-            self.set_timeout(id, None);
-            if let Some(session) = self.sessions.get_mut(id) {
-                session.handle_timeout(now);
-                // Due acknowledgements are sent by the turn that follows, which also sets the next
-                // timeout.
-                if self.is_ready.insert(id) {
-                    self.ready.push_back(id);
-                }
-            }
-        }
-    }
-
-    fn end(&mut self, id: SessionId, now: Instant) {
-        self.sessions.remove(id, now);
-        self.set_timeout(id, None);
-        self.waiting.wake_session(id);
-    }
+    /// Streams whose targets are being dialled, and what stops that.
+    dialling: HashMap<StreamKey, oneshot::Sender<()>>,
+    /// The operator was told that streams are refused, and none was taken since.
+    told_full: bool,
 }
 
 impl Shared {
@@ -254,61 +168,77 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does something with a session, and sees to what follows from it.
-    fn with_session<T>(
-        &self,
-        id: SessionId,
-        act: impl FnOnce(&mut ProviderSession) -> T,
-    ) -> Option<T> {
-        let mut state = self.lock();
-        let result = act(state.sessions.get_mut(id)?);
-        self.settle(state, id);
-        Some(result)
-    }
-
-    fn settle(&self, mut state: MutexGuard<'_, State>, id: SessionId) {
-        let mut opens = Vec::new();
-        state.touch(id, &mut opens);
-        for (key, target) in opens {
-            self.start_connection(&mut state, key, target);
+    /// Sees to what follows from a change of the core.
+    fn settle(&self, mut state: MutexGuard<'_, State>) {
+        while let Some(event) = state.core.poll_event() {
+            match event {
+                ProviderEvent::Stream(id, event) => self.handle_event(&mut state, id, event),
+                ProviderEvent::SessionEnded(id) => {
+                    state.waiting.wake_session(id);
+                    state.dialling.retain(|key, _| key.0 != id);
+                }
+            }
         }
         drop(state);
         self.wake_senders.notify_one();
     }
 
+    fn handle_event(&self, state: &mut State, id: SessionId, event: StreamEvent) {
+        match event {
+            StreamEvent::Open { stream, target } => {
+                self.start_connection(state, (id, stream), target);
+            }
+            StreamEvent::Readable(stream) => state.waiting.wake_reader((id, stream)),
+            StreamEvent::Writable(stream) => state.waiting.wake_writer((id, stream)),
+            StreamEvent::Reset(stream) => {
+                state.dialling.remove(&(id, stream));
+                state.waiting.wake_reader((id, stream));
+                state.waiting.wake_writer((id, stream));
+            }
+            StreamEvent::Opened { .. } => {}
+        }
+    }
+
     fn start_connection(&self, state: &mut State, key: StreamKey, target: Target) {
         while state.connections.try_join_next().is_some() {}
         let Some(this) = self.this.upgrade() else { return };
-        let is_full = state.connections.len() >= MAX_CONNECTIONS
-            || state.sessions.committed_bytes() > MAX_COMMITTED_BYTES;
+        let is_full = state.connections.len() >= MAX_CONNECTIONS || state.core.is_memory_short();
         if is_full {
-            tracing::warn!("a stream was refused: all connections or all memory are in use");
-            if let Some(session) = state.sessions.get_mut(key.0) {
-                session.opened(key.1, OpenOutcome::Failed);
-                session.release(key.1);
+            if !std::mem::replace(&mut state.told_full, true) {
+                tracing::warn!("streams are refused: all connections or all memory are in use");
             }
+            state.core.opened(key, OpenOutcome::Failed);
+            state.core.release(key);
             return;
         }
-        state.connections.spawn(this.connect(key, target));
+        state.told_full = false;
+        let (stop, stopped) = oneshot::channel();
+        state.dialling.insert(key, stop);
+        state.connections.spawn(this.connect(key, target, stopped));
     }
 
     /// Connects a stream and carries its bytes until both directions have ended.
-    async fn connect(self: Arc<Self>, key: StreamKey, target: Target) {
+    async fn connect(self: Arc<Self>, key: StreamKey, target: Target, stop: oneshot::Receiver<()>) {
         // Dropping it, however this ends, lets go of the stream.
         let mut stream = MixStream::new(self.clone(), key);
-        match self.dialer.connect(&target).await {
-            Ok(mut connection) => {
+        let dialled = tokio::select! {
+            dialled = self.dialer.connect(&target) => dialled,
+            // The client does not want it any more.
+            _ = stop => return,
+        };
+        self.lock().dialling.remove(&key);
+        match dialled {
+            Ok(connection) => {
+                let mut connection = Guarded { connection, ended: false };
                 self.answer(key, OpenOutcome::Connected);
                 let result = copy_bidirectional_with_sizes(
                     &mut stream,
-                    &mut connection,
+                    &mut connection.connection,
                     RELAY_BYTES,
                     RELAY_BYTES,
                 )
                 .await;
-                if result.is_err() {
-                    reset(&connection);
-                }
+                connection.ended = result.is_ok();
             }
             Err(error) => {
                 tracing::debug!("{target}: {error}");
@@ -317,8 +247,10 @@ impl Shared {
         }
     }
 
-    fn answer(&self, (id, stream): (SessionId, StreamId), outcome: OpenOutcome) {
-        self.with_session(id, |session| session.opened(stream, outcome));
+    fn answer(&self, key: StreamKey, outcome: OpenOutcome) {
+        let mut state = self.lock();
+        state.core.opened(key, outcome);
+        self.settle(state);
     }
 
     /// Pulls replies out of the sessions whenever the link takes one: one of several equal tasks.
@@ -326,8 +258,14 @@ impl Shared {
         let mut contents = Vec::new();
         loop {
             self.wait_for_work().await;
-            let Some(permit) = self.endpoint.reserve().await else { return };
-            let surb = self.lock().next_reply(Instant::now(), &mut contents);
+            let permit = match self.endpoint.reserve().await {
+                Reserved::Permit(permit) => permit,
+                Reserved::TimedOut => continue,
+                Reserved::Ended => return,
+            };
+            let mut state = self.lock();
+            let surb = state.core.next_reply(Instant::now(), &mut contents);
+            self.settle(state);
             let Some(surb) = surb else { continue };
             // There may be more; while this task builds, another one looks.
             self.wake_senders.notify_one();
@@ -341,11 +279,11 @@ impl Shared {
         loop {
             let deadline = {
                 let mut state = self.lock();
-                state.handle_timeouts(Instant::now());
-                if !state.ready.is_empty() {
+                state.core.handle_timeout(Instant::now());
+                if state.core.wants_transmit() {
                     return;
                 }
-                state.timeouts.first().map(|&(at, _)| at)
+                state.core.poll_timeout()
             };
             match deadline {
                 Some(at) => {
@@ -373,26 +311,19 @@ impl Shared {
 
 impl Arrivals for Shared {
     fn arrived(&self, identifier: Identifier, payload: Payload) {
+        let drops = self.endpoint.drops();
         if identifier != Identifier::default() {
-            return;
+            return drops.add(DropReason::NotAwaited);
         }
         let Ok(contents) = payload.into_plaintext() else {
-            tracing::trace!("a packet was changed on its way");
-            return;
+            return drops.add(DropReason::Changed);
         };
         let mut state = self.lock();
-        match state.sessions.handle_packet(Instant::now(), wall_ms(), &contents) {
-            Handled::Session(id) => self.settle(state, id),
-            Handled::Refused { reason, contents, surb } => {
-                drop(state);
-                tracing::debug!("a session was refused: {reason}");
-                if let Some((first_hop, packet)) = self.seal(surb, &contents) {
-                    // A full queue has more important things to carry.
-                    self.endpoint.try_send(first_hop, packet);
-                }
-            }
-            Handled::Dropped(reason) => tracing::trace!("a packet was dropped: {reason}"),
+        if let Err(reason) = state.core.handle_packet(Instant::now(), wall_ms(), &contents) {
+            drops.add(DropReason::Refused);
+            tracing::trace!("a packet was dropped: {reason}");
         }
+        self.settle(state);
     }
 }
 
@@ -404,11 +335,9 @@ impl StreamHost for Shared {
         out: &mut [u8],
     ) -> Poll<io::Result<usize>> {
         let mut state = self.lock();
-        let State { sessions, waiting, .. } = &mut *state;
-        let result = waiting.poll_read(sessions.get_mut(key.0), key, cx, out);
-        if result.is_ready() {
-            self.settle(state, key.0);
-        }
+        let State { core, waiting, .. } = &mut *state;
+        let result = waiting.poll_read(core.read(key, out), key, cx);
+        self.settle(state);
         result
     }
 
@@ -419,45 +348,60 @@ impl StreamHost for Shared {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let mut state = self.lock();
-        let State { sessions, waiting, .. } = &mut *state;
-        let result = waiting.poll_write(sessions.get_mut(key.0), key, cx, bytes);
-        if result.is_ready() {
-            self.settle(state, key.0);
-        }
+        let State { core, waiting, .. } = &mut *state;
+        let result = waiting.poll_write(core.write(key, bytes), key, cx);
+        self.settle(state);
         result
     }
 
     fn finish(&self, key: StreamKey) {
-        self.with_session(key.0, |session| session.finish(key.1));
+        let mut state = self.lock();
+        state.core.finish(key);
+        self.settle(state);
     }
 
     fn release(&self, key: StreamKey) {
-        self.lock().waiting.forget(key);
-        self.with_session(key.0, |session| session.release(key.1));
+        let mut state = self.lock();
+        state.waiting.forget(key);
+        state.core.release(key);
+        self.settle(state);
     }
 }
 
-/// Ends a connection with a reset, so that the target does not take the break for an end.
-fn reset(connection: &TcpStream) {
-    // The connection may be gone already.
-    let _ = connection.set_zero_linger();
+/// A connection to a target: reset when it is dropped, unless it ended, so that the target does not
+/// take a break for an end.
+struct Guarded {
+    connection: TcpStream,
+    ended: bool,
 }
 
-/// The addresses that this machine uses towards the internet. Nothing is sent to find out: a
-/// datagram socket that is connected has a source address.
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        if !self.ended {
+            // It fails on a socket that is broken already.
+            let _ = self.connection.set_zero_linger();
+        }
+    }
+}
+
+/// The addresses that this machine uses towards the internet when it starts.
 fn own_addresses() -> Vec<IpAddr> {
     // Addresses of documentation (RFC 5737, RFC 3849), which routes treat like all others.
-    let far: [(IpAddr, IpAddr); 2] = [
-        (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::new(192, 0, 2, 1).into()),
-        (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()),
-    ];
-    far.into_iter()
-        .filter_map(|(any, far)| {
-            let socket = UdpSocket::bind((any, 0)).ok()?;
-            socket.connect((far, 9)).ok()?;
-            Some(socket.local_addr().ok()?.ip())
-        })
-        .collect()
+    let far: [IpAddr; 2] =
+        [Ipv4Addr::new(192, 0, 2, 1).into(), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()];
+    far.into_iter().filter_map(source_towards).collect()
+}
+
+/// The address that this machine comes from at `target`. Nothing is sent to find out: a datagram
+/// socket that is connected has a source address.
+fn source_towards(target: IpAddr) -> Option<IpAddr> {
+    let any: IpAddr = match target {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    socket.connect((target, 9)).ok()?;
+    Some(socket.local_addr().ok()?.ip())
 }
 
 /// Milliseconds since 1970.

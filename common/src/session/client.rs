@@ -439,6 +439,12 @@ impl ClientSession {
         let in_flight = self.transport.flight.len();
         let window = self.transport.window(self.window.packets());
         let ack_due = self.transport.received.ack_due().is_some_and(|due| due <= now);
+        // The provider may have no SURB left, so that a probe must bring some: it waits for them.
+        let is_probe = self.transport.is_backing_off() && self.surb_demand() >= REFILL_SURBS;
+        if is_probe && !ack_due {
+            let is_ready = in_flight < window && surbs_available >= REFILL_SURBS;
+            return is_ready.then_some(Purpose::Refill);
+        }
         if ack_due
             || (in_flight < window && (self.ping_wanted || self.transport.streams.has_control()))
         {
@@ -499,6 +505,9 @@ impl ClientSession {
             cargo.push(Cargo::Close);
         }
         let surb_count = self.write_surbs(surbs, out);
+        if !self.surbs.on_given(surb_count) {
+            self.end(CloseReason::Protocol);
+        }
         // Every packet with SURBs is to be heard of, so that it is known where they are.
         let eliciting = !cargo.is_empty() || surb_count > 0 || self.ping_wanted;
         if cargo.is_empty() && eliciting {

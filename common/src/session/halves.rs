@@ -83,10 +83,11 @@ impl SendHalf {
         self.buffer.len()
     }
 
-    /// How many bytes [`SendHalf::write`] would take now: what the peer has granted and a little
-    /// more. So what is kept for repeating is bounded by what the peer may hold.
+    /// How many bytes [`SendHalf::write`] would take now: what the peer has granted, within the most
+    /// that it can hold, and a little more.
     pub(super) fn capacity(&self) -> usize {
-        index((self.credit + SEND_AHEAD_BYTES).saturating_sub(self.end()))
+        let may_hold = self.credit.min(self.acked_to + MAX_HELD_BYTES) + SEND_AHEAD_BYTES;
+        index(may_hold.saturating_sub(self.end()))
     }
 
     /// Takes as much of `bytes` as there is room for.
@@ -260,7 +261,9 @@ impl RecvHalf {
             Some(known) if end > known || (fin && end != known) => {
                 return Err(StreamViolation::FinalSize);
             }
-            None if fin && end < self.received.end() => return Err(StreamViolation::FinalSize),
+            None if fin && end < self.received.end().max(self.read_to) => {
+                return Err(StreamViolation::FinalSize);
+            }
             _ => {}
         }
         let was_readable = self.is_readable();
@@ -282,6 +285,11 @@ impl RecvHalf {
             write_at(&mut self.buffer, from, bytes);
         }
         Ok(!was_readable && self.is_readable())
+    }
+
+    /// Bytes that are kept, gaps included.
+    pub(super) fn buffered_bytes(&self) -> usize {
+        self.buffer.len()
     }
 
     /// Bytes that can be read now.
@@ -489,6 +497,10 @@ mod tests {
         assert_eq!(recv.insert(0, b"ab", false), Ok(false));
         let mut recv = RecvHalf::new();
         assert_eq!(recv.insert(5, b"x", false), Ok(false));
+        assert_eq!(recv.insert(0, b"abc", true), Err(StreamViolation::FinalSize));
+        let mut recv = RecvHalf::new();
+        assert_eq!(recv.insert(0, b"abcd", false), Ok(true));
+        assert_eq!(recv.read(&mut [0; 4]), Some(4));
         assert_eq!(recv.insert(0, b"abc", true), Err(StreamViolation::FinalSize));
     }
 

@@ -20,6 +20,9 @@ use crate::topology::delay_quantile;
 /// there: enough for an OPENED, a RESET and several reports, some of which are lost.
 pub const RESERVE_SURBS: usize = 8;
 
+/// Of those, SURBs that plain acknowledgements leave for the rest.
+const ACK_RESERVE_SURBS: usize = 4;
+
 /// Most SURBs that a provider keeps for one session: 1.6 MB.
 pub const MAX_STOCK_SURBS: usize = 4096;
 
@@ -112,9 +115,9 @@ impl ProviderSession {
         self.surbs_refused
     }
 
-    /// Bytes that the session's streams hold or may be sent.
-    pub fn committed_bytes(&self) -> u64 {
-        self.transport.streams.committed_bytes()
+    /// Bytes of memory that its streams and SURBs take.
+    pub fn held_bytes(&self) -> usize {
+        self.transport.streams.held_bytes() + self.stock.len() * SURB_LEN
     }
 
     // --- Streams: as in the client's session.
@@ -226,11 +229,13 @@ impl ProviderSession {
         if self.ended {
             return None;
         }
-        let usable = !self.stock.is_empty();
-        let ack = self.transport.received.ack_due().filter(|_| usable);
-        let report = self.starving.filter(|_| usable).map(|starving| starving.next_report);
+        let report = self.starving.filter(|_| !self.stock.is_empty());
+        let report = report.map(|starving| starving.next_report);
         let silence = Some(self.last_heard + SESSION_SILENCE);
-        [ack, report, self.transport.loss_deadline(), silence].into_iter().flatten().min()
+        [self.ack_due(), report, self.transport.loss_deadline(), silence]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Handles what is due at `now`.
@@ -267,12 +272,21 @@ impl ProviderSession {
         Some(surb)
     }
 
+    /// When an acknowledgement must leave, if there is a SURB that it may use.
+    fn ack_due(&self) -> Option<Instant> {
+        let due = self.transport.received.ack_due()?;
+        (self.stock.len() > ACK_RESERVE_SURBS).then_some(due)
+    }
+
     /// What the next reply is for; `None` when there is none to send now.
     fn next_reply(&mut self, now: Instant) -> Option<Fill> {
         if self.stock.is_empty() {
             return None;
         }
         let data = self.transport.streams.has_data();
+        if !data {
+            self.starving = None;
+        }
         let room = self.transport.flight.len() < self.transport.window(usize::MAX);
         let spare = self.stock.len() > RESERVE_SURBS;
         let fill = |data| Fill { ack: true, data, reserved_bytes: 0 };
@@ -283,7 +297,7 @@ impl ProviderSession {
         if data && spare && room {
             return Some(fill(true));
         }
-        let ack_due = self.transport.received.ack_due().is_some_and(|due| due <= now);
+        let ack_due = self.ack_due().is_some_and(|due| due <= now);
         if ack_due || (room && self.transport.streams.has_control()) {
             return Some(fill(data && spare && room));
         }

@@ -73,9 +73,12 @@ pub enum Violation {
     /// A frame about a stream that was never opened.
     #[error("a frame about stream {0}, which was never opened")]
     NeverOpened(StreamId),
-    /// More streams than allowed.
-    #[error("more than {MAX_PEER_STREAMS} streams")]
+    /// More streams than allowed, or more gaps between their numbers.
+    #[error("more than {MAX_PEER_STREAMS} streams, or gaps between their numbers")]
     TooManyStreams,
+    /// The provider has taken far more SURBs than it has sent replies.
+    #[error("more SURBs are used up than replies explain")]
+    SurbsUnanswered,
     /// An acknowledgement of a packet that was never sent.
     #[error("an acknowledgement of a packet that was never sent")]
     NeverSent,
@@ -96,12 +99,21 @@ struct Stream {
     wants: Wants,
     in_control_queue: bool,
     turn: Turn,
-    /// Whether it is one of the `pending` streams: it has data that may be sent now.
-    is_pending: bool,
+    /// What it adds to the session's totals.
+    noted: Totals,
     write_blocked: bool,
     reset: Option<ResetState>,
     /// The application holds no handle any more.
     released: bool,
+}
+
+/// Sums over streams.
+#[derive(Debug, Default, Clone, Copy)]
+struct Totals {
+    /// Streams with data that may be sent now.
+    pending: usize,
+    /// Bytes in buffers of both directions.
+    held_bytes: usize,
 }
 
 #[derive(Debug, Default)]
@@ -150,8 +162,7 @@ pub(super) struct Streams {
     control: VecDeque<StreamId>,
     fresh: VecDeque<StreamId>,
     steady: VecDeque<StreamId>,
-    /// Streams with data that may be sent now.
-    pending: usize,
+    totals: Totals,
     events: VecDeque<StreamEvent>,
     window_pool_bytes: u64,
 }
@@ -166,7 +177,7 @@ impl Streams {
             control: VecDeque::new(),
             fresh: VecDeque::new(),
             steady: VecDeque::new(),
-            pending: 0,
+            totals: Totals::default(),
             events: VecDeque::new(),
             window_pool_bytes: WINDOW_POOL_BYTES,
         }
@@ -184,12 +195,9 @@ impl Streams {
         self.events.pop_front()
     }
 
-    /// Bytes that the windows and send buffers of all streams may hold or do hold.
-    pub(super) fn committed_bytes(&self) -> u64 {
-        let windows = self.streams.len() as u64 * INITIAL_WINDOW_BYTES + WINDOW_POOL_BYTES
-            - self.window_pool_bytes;
-        let buffers: usize = self.streams.values().map(|stream| stream.send.buffered_bytes()).sum();
-        windows + buffers as u64
+    /// Bytes of memory that the streams take.
+    pub(super) fn held_bytes(&self) -> usize {
+        self.totals.held_bytes + self.streams.len() * size_of::<Stream>()
     }
 
     // --- The application's side.
@@ -246,6 +254,7 @@ impl Streams {
         }
         let read = stream.recv.read(out);
         self.grant(id);
+        self.note(id);
         Ok(read)
     }
 
@@ -264,7 +273,7 @@ impl Streams {
             stream.reset = Some(ResetState::Telling);
             stream.wants = Wants { reset: true, ..Wants::default() };
             stream.send = SendHalf::new(0);
-            self.note_pending(id);
+            self.note(id);
             self.queue_control(id);
         }
     }
@@ -290,6 +299,8 @@ impl Streams {
             Frame::Data { stream, offset, fin, bytes } => {
                 self.handle_data(*stream, *offset, bytes, *fin)
             }
+            // Whoever may send already has an OPEN: no other stream has credit to raise.
+            Frame::Credit { stream, .. } if !self.streams.contains_key(stream) => Ok(()),
             Frame::Credit { stream, limit } => {
                 if let Some(state) = self.known(*stream)?
                     && state.reset.is_none()
@@ -338,7 +349,7 @@ impl Streams {
                     stream.send = SendHalf::new(0);
                 }
                 self.events.push_back(StreamEvent::Opened { stream: id, outcome });
-                self.note_pending(id);
+                self.note(id);
                 self.forget_if_over(id);
             }
         }
@@ -364,10 +375,17 @@ impl Streams {
             self.events.push_back(StreamEvent::Readable(id));
         }
         self.grant(id);
+        self.note(id);
         Ok(())
     }
 
     fn handle_reset(&mut self, id: StreamId) -> Result<(), Violation> {
+        if self.side == Side::Provider && !self.streams.contains_key(&id) {
+            // It overtook its OPEN, which must not dial any more.
+            self.closed.insert(id..id + 1);
+            let gaps = self.closed.range_count();
+            return if gaps > MAX_CLOSED_GAPS { Err(Violation::TooManyStreams) } else { Ok(()) };
+        }
         if let Some(stream) = self.known(id)? {
             let told = stream.reset.is_some();
             let never_seen = matches!(stream.opening, Opening::Unasked);
@@ -378,7 +396,7 @@ impl Streams {
             if !told && !never_seen {
                 self.events.push_back(StreamEvent::Reset(id));
             }
-            self.note_pending(id);
+            self.note(id);
             self.forget_if_over(id);
         }
         Ok(())
@@ -412,7 +430,7 @@ impl Streams {
 
     /// Whether [`Streams::write_data`] has something.
     pub(super) fn has_data(&self) -> bool {
-        self.pending > 0
+        self.totals.pending > 0
     }
 
     /// Writes frames other than DATA, as many as fit below `limit` bytes of `out`.
@@ -466,7 +484,7 @@ impl Streams {
                 usize::try_from(piece.range.end - piece.range.start).expect("fits the packet");
             put_data_header(out, id, piece.range.start, len, piece.fin);
             stream.send.copy(&piece.range, out);
-            stream.note_pending(&mut self.pending);
+            stream.note(&mut self.totals);
             cargo.push(Cargo::Data(id, piece));
             match &mut stream.turn {
                 Turn::Fresh { sent_bytes } if *sent_bytes + len < FRESH_QUANTUM_BYTES => {
@@ -485,8 +503,12 @@ impl Streams {
         match cargo {
             Cargo::Data(id, piece) => {
                 let Some(stream) = self.streams.get_mut(id) else { return };
+                // What a stream had under way when it was reset is of no interest any more.
+                if stream.reset.is_some() {
+                    return;
+                }
                 stream.send.on_acked(piece);
-                stream.note_pending(&mut self.pending);
+                stream.note(&mut self.totals);
                 self.forget_if_over(*id);
             }
             Cargo::Reset(id) => {
@@ -551,12 +573,12 @@ impl Streams {
             stream.turn = Turn::Fresh { sent_bytes: 0 };
             self.fresh.push_back(id);
         }
-        self.note_pending(id);
+        self.note(id);
     }
 
-    fn note_pending(&mut self, id: StreamId) {
+    fn note(&mut self, id: StreamId) {
         if let Some(stream) = self.streams.get_mut(&id) {
-            stream.note_pending(&mut self.pending);
+            stream.note(&mut self.totals);
         }
     }
 
@@ -583,7 +605,8 @@ impl Streams {
         let ended = stream.send.is_done() && stream.recv.is_done();
         if stream.released && (ended || stream.reset == Some(ResetState::Over)) {
             self.window_pool_bytes += stream.recv.pooled_bytes();
-            self.pending -= usize::from(stream.is_pending);
+            self.totals.pending -= stream.noted.pending;
+            self.totals.held_bytes -= stream.noted.held_bytes;
             self.streams.remove(&id);
             self.closed.insert(id..id + 1);
         }
@@ -599,18 +622,22 @@ impl Stream {
             wants: Wants::default(),
             in_control_queue: false,
             turn: Turn::Idle,
-            is_pending: false,
+            noted: Totals::default(),
             write_blocked: false,
             reset: None,
             released: false,
         }
     }
 
-    /// Keeps the number of pending streams true.
-    fn note_pending(&mut self, pending: &mut usize) {
-        let is_pending = self.send.has_pending();
-        *pending = *pending + usize::from(is_pending) - usize::from(self.is_pending);
-        self.is_pending = is_pending;
+    /// Keeps the totals true after a change.
+    fn note(&mut self, totals: &mut Totals) {
+        let now = Totals {
+            pending: usize::from(self.send.has_pending()),
+            held_bytes: self.send.buffered_bytes() + self.recv.buffered_bytes(),
+        };
+        totals.pending = totals.pending + now.pending - self.noted.pending;
+        totals.held_bytes = totals.held_bytes + now.held_bytes - self.noted.held_bytes;
+        self.noted = now;
     }
 
     /// Whether everything that waited was written.

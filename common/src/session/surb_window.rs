@@ -14,6 +14,12 @@ use super::transport::MIN_MARGIN;
 const MIN_WINDOW: u32 = 40;
 const MAX_WINDOW: u32 = 4096;
 
+/// SURBs that may be given out beyond two for each reply heard. A provider that says it has none, and
+/// keeps them, could make the client send at any rate, and later answer in a burst that it knows
+/// again; honest networks that lose a quarter of all packets each way, and four whole windows in
+/// blackouts, stay within.
+const MAX_UNANSWERED: u64 = 4 * MAX_WINDOW as u64;
+
 /// The client's book of SURBs. Its window is how much the provider may have under way: SURBs are
 /// the provider's right to send.
 #[derive(Debug)]
@@ -31,6 +37,9 @@ pub(super) struct SurbWindow {
     marks: VecDeque<(Instant, u64)>,
     /// Longest time (p99.9) that mixes hold a reply.
     reply_quantile: Duration,
+    /// SURBs given out in all, and replies heard in all.
+    given: u64,
+    heard: u64,
 }
 
 impl SurbWindow {
@@ -43,6 +52,8 @@ impl SurbWindow {
             queueing: Queueing::new(now, 0.0),
             marks: VecDeque::new(),
             reply_quantile,
+            given: 0,
+            heard: 0,
         }
     }
 
@@ -69,6 +80,7 @@ impl SurbWindow {
     /// A new reply with this number has come, whose SURB was built with delays that sum to
     /// `surb_delay`; `now` and `sent` are the two ends' clocks.
     pub(super) fn on_reply(&mut self, now: Instant, surb_delay: Duration, number: u64, trip: f64) {
+        self.heard += 1;
         self.queueing.update(trip - surb_delay.as_secs_f64(), now);
         let left = now.checked_sub(surb_delay).unwrap_or(now);
         if self.marks.back().is_none_or(|&(_, end)| end <= number) {
@@ -77,6 +89,12 @@ impl SurbWindow {
             }
             self.marks.push_back((left, number + 1));
         }
+    }
+
+    /// SURBs leave for the provider; whether it is still plausible that it needs them.
+    pub(super) fn on_given(&mut self, count: usize) -> bool {
+        self.given += count as u64;
+        self.given <= 2 * self.heard + MAX_UNANSWERED
     }
 
     /// A reply with this number, which left at `left` by the delays of its SURB, tells how many SURBs
@@ -132,6 +150,7 @@ impl SurbWindow {
         self.stock = 0;
         flight.surbs_counted_at(None);
         received.settle_below(received.end());
+        self.marks.clear();
     }
 
     /// From now on SURBs are of a new generation, and all older ones count as used.

@@ -78,6 +78,8 @@ pub struct ProviderSessions {
     /// When each ended session may be forgotten.
     ended: HashMap<SessionId, Instant>,
     ended_order: BTreeSet<(Instant, SessionId)>,
+    /// Sessions that packets have ended, of which the caller has not heard yet.
+    put_out: Vec<SessionId>,
     max_sessions: usize,
     max_remembered: usize,
     provider_started_ms: u64,
@@ -103,6 +105,7 @@ impl ProviderSessions {
             sessions: HashMap::new(),
             ended: HashMap::new(),
             ended_order: BTreeSet::new(),
+            put_out: Vec::new(),
             max_sessions,
             max_remembered,
             provider_started_ms: started_ms,
@@ -124,11 +127,6 @@ impl ProviderSessions {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.sessions.is_empty()
-    }
-
-    /// Bytes that all streams of all sessions hold or may be sent.
-    pub fn committed_bytes(&self) -> u64 {
-        self.sessions.values().map(ProviderSession::committed_bytes).sum()
     }
 
     /// Takes the contents of a packet; `wall_ms` is the time in milliseconds since 1970.
@@ -154,6 +152,7 @@ impl ProviderSessions {
             Err(PacketError::Duplicate) => Handled::Dropped(PacketError::Duplicate.into()),
             Err(error) => {
                 let session = self.remove(id, now);
+                self.put_out.push(id);
                 let mut contents = Vec::new();
                 match session
                     .and_then(|session| session.refuse(CloseReason::Protocol, &mut contents))
@@ -165,6 +164,11 @@ impl ProviderSessions {
                 }
             }
         }
+    }
+
+    /// A session that [`ProviderSessions::handle_packet`] has ended.
+    pub fn poll_ended(&mut self) -> Option<SessionId> {
+        self.put_out.pop()
     }
 
     /// Takes an ended session out and remembers its id, so that a replayed START begins nothing.
@@ -218,6 +222,7 @@ impl ProviderSessions {
         let oldest = idle.map(|(id, session)| (session.last_heard(), *id)).min();
         if let Some((_, id)) = oldest {
             self.remove(id, now);
+            self.put_out.push(id);
         }
     }
 }

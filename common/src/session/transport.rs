@@ -134,11 +134,16 @@ impl Transport {
     }
 
     /// Repeats what was not heard of in time.
+    ///
+    /// When the time has come for one packet, all that should have been heard of by then are lost: if
+    /// each of them doubled the wait, the last would take hours.
     pub(super) fn lose_by_time(&mut self, now: Instant) -> Vec<Sent> {
-        let wait = self.backed_off_wait();
-        let Some(cutoff) = now.checked_sub(wait) else { return Vec::new() };
+        if self.loss_deadline().is_none_or(|deadline| now < deadline) {
+            return Vec::new();
+        }
+        let Some(cutoff) = now.checked_sub(self.loss_wait()) else { return Vec::new() };
         let lost = self.flight.lost_by_time(cutoff);
-        if !lost.is_empty() && now.saturating_duration_since(self.last_progress) >= wait {
+        if now.saturating_duration_since(self.last_progress) >= self.backed_off_wait() {
             self.backoff = (self.backoff + 1).min(MAX_BACKOFF);
         }
         self.requeue(&lost);

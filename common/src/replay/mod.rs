@@ -5,6 +5,10 @@
 //! can aim at its tag. A sender does know the tags of its own packets, and can search for some
 //! that share leading bits; a secret key of the table takes the use out of that.
 
+mod recent;
+
+pub use recent::RecentTags;
+
 use mixsocks_sphinx::ReplayTag;
 use rand::{Rng, RngExt};
 
@@ -59,11 +63,15 @@ struct Shard {
 impl ReplayFilter {
     /// A filter that remembers at most `max_tags` tags; `rng` gives the secret key of its table.
     pub fn new(max_tags: usize, rng: &mut impl Rng) -> Self {
+        Self::with_key(max_tags, [rng.random(), rng.random()])
+    }
+
+    fn with_key(max_tags: usize, key: [u64; 2]) -> Self {
         let shards = max_tags.div_ceil(SHARD_TAGS).max(2).next_power_of_two();
         Self {
             shards: std::iter::repeat_with(Shard::default).take(shards).collect(),
             shard_shift: u64::BITS - shards.trailing_zeros(),
-            key: [rng.random(), rng.random()],
+            key,
             has_empty_prefix: false,
             len: 0,
             max_tags,
@@ -93,6 +101,22 @@ impl ReplayFilter {
         slots * size_of::<u64>() + self.shards.len() * size_of::<Shard>()
     }
 
+    fn contains_prefix(&self, prefix: u64) -> bool {
+        if prefix == EMPTY {
+            return self.has_empty_prefix;
+        }
+        let (index, home) = self.place(prefix);
+        self.shards[index].find(prefix, home).is_err()
+    }
+
+    /// The shard of a tag, and its home there.
+    fn place(&self, prefix: u64) -> (usize, u64) {
+        let mixed = mix(prefix, self.key);
+        let index = usize::try_from(mixed >> self.shard_shift).expect("fewer shards than memory");
+        // The bits that named the shard are the same for all of its tags.
+        (index, mixed << (u64::BITS - self.shard_shift))
+    }
+
     fn insert_prefix(&mut self, prefix: u64) -> Admission {
         let full = self.len >= self.max_tags;
         if prefix == EMPTY {
@@ -107,22 +131,19 @@ impl ReplayFilter {
             }
             return admission;
         }
-        let key = self.key;
-        let mixed = mix(prefix, key);
-        let index = usize::try_from(mixed >> self.shard_shift).expect("fewer shards than memory");
+        let (index, home) = self.place(prefix);
+        let (key, shard_bits) = (self.key, u64::BITS - self.shard_shift);
+        let home_of = |prefix| mix(prefix, key) << shard_bits;
         let shard = &mut self.shards[index];
-        // The bits that named the shard are the same for all of its tags.
-        let shard_bits = u64::BITS - self.shard_shift;
-        let home = |prefix| mix(prefix, key) << shard_bits;
-        match shard.find(prefix, mixed << shard_bits) {
+        match shard.find(prefix, home) {
             Err(()) => Admission::Replayed,
             Ok(_) if full => Admission::Full,
             Ok(free) => {
                 let free = match free {
                     Some(free) if !shard.is_loaded() => free,
                     _ => {
-                        shard.grow(home);
-                        shard.free_slot(mixed << shard_bits)
+                        shard.grow(home_of);
+                        shard.free_slot(home)
                     }
                 };
                 shard.slots[free] = prefix;

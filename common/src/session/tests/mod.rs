@@ -2,7 +2,7 @@
 //! fake time and one seed.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use mixsocks_sphinx::SURB_LEN;
@@ -11,6 +11,9 @@ use rand::{RngExt, SeedableRng};
 
 use super::frame::StreamId;
 use super::*;
+
+mod hostile;
+mod outages;
 
 const MAX_PACKET_BYTES: usize = 2031;
 const MEAN_DELAY: Duration = Duration::from_millis(15);
@@ -43,7 +46,36 @@ enum Arrival {
     Reply { surb: u64, contents: Vec<u8> },
 }
 
+/// SURBs that are made ahead, as a client does it.
+#[derive(Default)]
+struct Maker {
+    /// When each was made.
+    ready: VecDeque<Instant>,
+    done_at: Option<Instant>,
+}
+
+impl Maker {
+    const MAX_READY: usize = 64;
+    const MAX_AGE: Duration = Duration::from_secs(1);
+    const WORK: Duration = Duration::from_millis(2);
+
+    fn handle_timeout(&mut self, now: Instant, demand: usize) {
+        let demand = demand.min(Self::MAX_READY);
+        while self.ready.front().is_some_and(|made| *made + Self::MAX_AGE <= now) {
+            self.ready.pop_front();
+        }
+        if self.done_at.is_some_and(|at| at <= now) {
+            self.done_at = None;
+            self.ready.resize(self.ready.len().max(demand), now);
+        }
+        if demand > self.ready.len() {
+            self.done_at.get_or_insert(now + Self::WORK);
+        }
+    }
+}
+
 struct Surbs<'a> {
+    maker: &'a mut Maker,
     made: &'a mut HashMap<u64, Duration>,
     rng: &'a mut StdRng,
     mean_delay: Duration,
@@ -51,10 +83,11 @@ struct Surbs<'a> {
 
 impl SurbSource for Surbs<'_> {
     fn available(&self) -> usize {
-        10
+        self.maker.ready.len()
     }
 
     fn write_surb(&mut self, out: &mut Vec<u8>) {
+        self.maker.ready.pop_front().expect("one was available");
         let id: u64 = self.rng.random();
         let mut bytes = [0u8; SURB_LEN];
         // The base point: a group element that a SURB may begin with.
@@ -79,6 +112,7 @@ struct World {
     sessions: ProviderSessions,
     arrivals: BinaryHeap<Reverse<(Instant, u64, Arrival)>>,
     serial: u64,
+    maker: Maker,
     surbs: HashMap<u64, Duration>,
     free_at: [Instant; 2],
     sent: [u64; 2],
@@ -102,6 +136,7 @@ impl World {
             sessions: ProviderSessions::new(0, MAX_PACKET_BYTES, network.mean_delay),
             arrivals: BinaryHeap::new(),
             serial: 0,
+            maker: Maker::default(),
             surbs: HashMap::new(),
             free_at: [now; 2],
             sent: [0; 2],
@@ -138,12 +173,14 @@ impl World {
     fn transmit(&mut self) {
         let mut out = Vec::new();
         loop {
+            self.maker.handle_timeout(self.now, self.client.surb_demand());
             // The link takes a packet when it is free, as a real one does.
             if self.free_at[0] > self.now + self.network.spacing * 16 {
                 break;
             }
             let delay = trip(self.network.mean_delay, &mut self.rng);
             let mut surbs = Surbs {
+                maker: &mut self.maker,
                 made: &mut self.surbs,
                 rng: &mut self.rng,
                 mean_delay: self.network.mean_delay,
@@ -181,6 +218,7 @@ impl World {
         let links = self.free_at.into_iter().filter(|at| *at > self.now);
         let next = [
             self.arrivals.peek().map(|Reverse((at, _, _))| *at),
+            self.maker.done_at,
             self.client.poll_timeout(),
             self.sessions.get_mut(id).and_then(|session| session.poll_timeout()),
         ];
@@ -402,37 +440,6 @@ fn an_idle_session_falls_silent() {
 }
 
 #[test]
-fn a_session_survives_a_blackout_in_both_directions() {
-    let mut world = World::new(11, Network::perfect());
-    let stream = world.open();
-    let bytes = pattern(stream, 8 << 20);
-    let mut written = 0;
-    let mut read = Vec::new();
-    let mut chunk = [0u8; 65536];
-    let dark = Duration::from_millis(600)..Duration::from_secs(31);
-    let mut ended = false;
-    world.run_until(Duration::from_secs(120), |world| {
-        world.blackout = dark.contains(&world.elapsed());
-        if written < bytes.len() {
-            written += world.provider().write(stream, &bytes[written..]).unwrap();
-            if written == bytes.len() {
-                world.provider().finish(stream);
-            }
-        }
-        while let Some(n) = world.client.read(stream, &mut chunk).unwrap() {
-            read.extend_from_slice(&chunk[..n]);
-            if n == 0 {
-                ended = true;
-                break;
-            }
-        }
-        ended
-    });
-    assert!(read == bytes);
-    println!("ended {:?} after the light", world.elapsed() - dark.end);
-}
-
-#[test]
 fn a_stalled_reader_stops_its_sender_and_nobody_else() {
     let mut world = World::new(13, Network::perfect());
     let stalled = world.open();
@@ -440,7 +447,8 @@ fn a_stalled_reader_stops_its_sender_and_nobody_else() {
     let mut written = world.provider().write(stalled, &bytes).unwrap();
     transfer(&mut world, 1, 1 << 20, true, Duration::from_secs(60));
     written += world.provider().write(stalled, &bytes).unwrap();
-    assert!(written as u64 <= SEND_AHEAD_BYTES + INITIAL_WINDOW_BYTES);
+    // Its first bytes may have come out of order, so that the window grew before it was stalled.
+    assert!(written as u64 <= SEND_AHEAD_BYTES + 4 * INITIAL_WINDOW_BYTES, "{written}");
 }
 
 #[test]
@@ -507,7 +515,13 @@ fn a_closed_session_is_forgotten_and_not_begun_again() {
     let mut replay = Vec::new();
     let mut copy = ClientSession::new(id, 1_000_000, now, MAX_PACKET_BYTES, MEAN_DELAY);
     copy.open("example.com:80".parse().unwrap()).unwrap();
-    let mut surbs = Surbs { made: &mut world.surbs, rng: &mut world.rng, mean_delay: MEAN_DELAY };
+    world.maker.ready = [now; 10].into();
+    let mut surbs = Surbs {
+        maker: &mut world.maker,
+        made: &mut world.surbs,
+        rng: &mut world.rng,
+        mean_delay: MEAN_DELAY,
+    };
     assert!(copy.poll_transmit(now, Duration::ZERO, &mut surbs, &mut replay));
     let handled = world.sessions.handle_packet(now, 1_001_000, &replay);
     assert!(
@@ -519,68 +533,36 @@ fn a_closed_session_is_forgotten_and_not_begun_again() {
 #[test]
 fn starts_of_another_time_are_refused() {
     let now = Instant::now();
-    let first_packet = |started_ms, id| {
-        let mut session = ClientSession::new(
-            client::SessionId([id; 16]),
-            started_ms,
-            now,
-            MAX_PACKET_BYTES,
-            MEAN_DELAY,
-        );
-        session.open("example.com:80".parse().unwrap()).unwrap();
-        let (mut made, mut rng, mut out) = (HashMap::new(), StdRng::seed_from_u64(1), Vec::new());
-        let mut surbs = Surbs { made: &mut made, rng: &mut rng, mean_delay: MEAN_DELAY };
-        assert!(session.poll_transmit(now, Duration::ZERO, &mut surbs, &mut out));
-        out
-    };
     let mut sessions = ProviderSessions::new(1_000_000, MAX_PACKET_BYTES, MEAN_DELAY);
     for (id, started_ms, taken) in
         [(1, 1_000_000, true), (2, 999_999, false), (3, 1_130_001, false), (4, 1_130_000, true)]
     {
-        let handled = sessions.handle_packet(now, 1_000_000, &first_packet(started_ms, id));
+        let packet = first_packet_of(id, started_ms, now, open_one);
+        let handled = sessions.handle_packet(now, 1_000_000, &packet);
         assert_eq!(matches!(handled, Handled::Session(_)), taken, "{started_ms}: {handled:?}");
     }
 }
 
-#[test]
-fn nonsense_never_panics() {
-    let mut rng = StdRng::seed_from_u64(29);
-    let mut world = World::new(29, Network::perfect());
-    let mut begun = 0;
-    for round in 0..20_000 {
-        if round % 100 == 0 || world.client.closed().is_some() {
-            world = World::new(round, Network::perfect());
-            world.open();
-            begun += 1;
-        }
-        let id = world.client.id();
-        let mut contents = vec![PacketKind::Session as u8];
-        contents.extend_from_slice(&id.0);
-        let len = rng.random_range(0..60);
-        contents.extend((0..len).map(|_| rng.random_range(0..16u8)));
-        // Nonsense ends the session at the provider, so that the client gets a new one.
-        if !matches!(
-            world.sessions.handle_packet(world.now, 1_000_000, &contents),
-            Handled::Session(_) | Handled::Dropped(Dropped::Packet(PacketError::Duplicate))
-        ) {
-            world.client.end(frame::CloseReason::Done);
-        }
-        contents[0] = PacketKind::Reply as u8;
-        contents.drain(1..17);
-        let _ = world.client.handle_reply(world.now, Duration::ZERO, &contents);
-    }
-    assert!(begun > 1000, "{begun}");
-}
-
 /// A packet that begins session `id` and does nothing in it but what `prepare` says.
 fn first_packet(id: u16, now: Instant, prepare: impl FnOnce(&mut ClientSession)) -> Vec<u8> {
+    first_packet_of(id, 1_000_000, now, prepare)
+}
+
+fn first_packet_of(
+    id: u16,
+    started_ms: u64,
+    now: Instant,
+    prepare: impl FnOnce(&mut ClientSession),
+) -> Vec<u8> {
     let mut bytes = [0; SESSION_ID_LEN];
     bytes[..2].copy_from_slice(&id.to_be_bytes());
     let id = client::SessionId(bytes);
-    let mut session = ClientSession::new(id, 1_000_000, now, MAX_PACKET_BYTES, MEAN_DELAY);
+    let mut session = ClientSession::new(id, started_ms, now, MAX_PACKET_BYTES, MEAN_DELAY);
     prepare(&mut session);
     let (mut made, mut rng, mut out) = (HashMap::new(), StdRng::seed_from_u64(1), Vec::new());
-    let mut surbs = Surbs { made: &mut made, rng: &mut rng, mean_delay: MEAN_DELAY };
+    let mut maker = Maker { ready: [now; 10].into(), done_at: None };
+    let mut surbs =
+        Surbs { maker: &mut maker, made: &mut made, rng: &mut rng, mean_delay: MEAN_DELAY };
     assert!(session.poll_transmit(now, Duration::ZERO, &mut surbs, &mut out));
     out
 }
