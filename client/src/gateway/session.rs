@@ -277,21 +277,12 @@ impl Session {
             error = carrier.write(&mut sink, uplink, downlink) => End::Failed(error),
             () = downlink.closed() => End::Dropped,
         };
-        let received = {
-            let mut flow = carrier.flow();
-            flow.delivery.detach(Instant::now().into_std());
-            flow.received
-        };
-        if let End::Dropped = end
-            && let Ok(frame) = control_frame(&codec, received, &ClientMessage::Goodbye)
-        {
-            let farewell = async {
-                sink.send(frame).await?;
-                sink.close().await
-            };
-            // The gateway notices the closed connection in any case.
-            let _ = timeout(GOODBYE_TIMEOUT, farewell).await;
+        if let End::Dropped = end {
+            // What was given to the link goes out before the farewell. The gateway notices the closed
+            // connection in any case.
+            let _ = timeout(GOODBYE_TIMEOUT, carrier.say_goodbye(&mut sink, uplink)).await;
         }
+        carrier.flow().delivery.detach(Instant::now().into_std());
         end
     }
 }
@@ -395,6 +386,32 @@ impl<'a> Carrier<'a> {
                 Err(_) => return GatewayLinkError::Stalled,
             }
         }
+    }
+
+    /// Sends what waits, and takes leave.
+    async fn say_goodbye(
+        &self,
+        sink: &mut SplitSink<Socket, Message>,
+        uplink: &mut mpsc::Receiver<Outgoing>,
+    ) -> Result<(), GatewayLinkError> {
+        let mut batch = Vec::new();
+        uplink.close();
+        while let Ok(outgoing) = uplink.try_recv() {
+            batch.push(outgoing);
+        }
+        loop {
+            let frames = self.gather(&mut batch, false)?;
+            if frames.is_empty() {
+                break;
+            }
+            for frame in frames {
+                sink.feed(frame).await?;
+            }
+        }
+        let received = self.flow().received;
+        sink.feed(control_frame(&self.codec, received, &ClientMessage::Goodbye)?).await?;
+        sink.close().await?;
+        Ok(())
     }
 
     /// The next frames to write, at most [`WRITE_FRAMES`]; none when there is nothing to do.
