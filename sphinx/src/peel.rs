@@ -23,6 +23,12 @@ use crate::{HopAddress, Identifier, Packet, Payload, REPLAY_TAG_LEN, SecretKey, 
 pub struct ReplayTag([u8; REPLAY_TAG_LEN]);
 
 impl ReplayTag {
+    /// A tag of these bytes: for simulations, in which packets have tags of their own.
+    #[must_use]
+    pub fn from_bytes(bytes: [u8; REPLAY_TAG_LEN]) -> Self {
+        Self(bytes)
+    }
+
     /// All bytes of the tag.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8; REPLAY_TAG_LEN] {

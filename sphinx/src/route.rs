@@ -105,6 +105,18 @@ impl Route {
         forwarding.iter().map(Delay::to_duration).sum()
     }
 
+    /// The addresses of the hops in their order, each with the time that it holds the packet.
+    pub fn hops(&self) -> impl ExactSizeIterator<Item = (HopAddress, Duration)> {
+        let delays = self.delays.iter().map(Delay::to_duration);
+        self.nodes.iter().map(|node| node.address.to_bytes()).zip(delays)
+    }
+
+    /// What the last hop is given along with the destination.
+    #[must_use]
+    pub fn identifier(&self) -> Identifier {
+        self.destination.identifier
+    }
+
     pub(crate) fn nodes(&self) -> &[Node] {
         &self.nodes
     }
