@@ -32,7 +32,7 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(10);
 const OPEN_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long saying goodbye may take, and how often it is looked whether it is done.
-const FAREWELL_LIMIT: Duration = Duration::from_millis(500);
+const FAREWELL_LIMIT: Duration = Duration::from_millis(800);
 const FAREWELL_POLL: Duration = Duration::from_millis(10);
 
 /// SURBs that a worker makes at a time: some milliseconds of work.
@@ -225,9 +225,9 @@ impl Client {
             state.core.close();
         }
         self.shared.wake_senders.notify_one();
-        // The CLOSEs are sent by then, or never: the provider forgets silent sessions by itself.
+        // Most providers have heard of it by then; they forget silent sessions by themselves.
         let _ = timeout(FAREWELL_LIMIT, async {
-            while self.shared.lock().core.wants_transmit(Instant::now()) {
+            while !self.shared.lock().core.sessions().is_empty() {
                 sleep(FAREWELL_POLL).await;
             }
         })

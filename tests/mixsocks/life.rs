@@ -6,6 +6,7 @@ use std::process::Stdio;
 use crate::process::{Proxy, mixsocks, run, shared_network};
 use crate::servers::{http, serve};
 use crate::socks;
+use crate::transfers::client_of;
 
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
@@ -31,11 +32,12 @@ fn ctrl_c_during_a_transfer() {
     let mut bytes = vec![0; 256 * 1024];
     download.read_exact(&mut bytes).unwrap();
     let (sender, receiver) = std::sync::mpsc::channel();
+    let (ended, upload_ended) = std::sync::mpsc::channel();
     let sink = serve(move |mut stream| {
         let mut bytes = vec![0; 256 * 1024];
         stream.read_exact(&mut bytes).unwrap();
         sender.send(()).unwrap();
-        let _ = std::io::copy(&mut stream, &mut std::io::sink());
+        ended.send(std::io::copy(&mut stream, &mut std::io::sink()).is_err()).unwrap();
     });
     let mut upload = socks::connect(proxy.address, sink);
     let uploading = std::thread::spawn(move || while upload.write_all(&[0; 16 * 1024]).is_ok() {});
@@ -45,8 +47,29 @@ fn ctrl_c_during_a_transfer() {
     stops_cleanly(proxy, "INT");
     uploading.join().unwrap();
     drop(waiting);
-    // The download ends in an error, so that nobody takes half a file for a whole one.
+    // Both end in an error, so that nobody takes half a file for a whole one.
     assert!(std::io::copy(&mut download, &mut std::io::sink()).is_err());
+    assert!(upload_ended.recv_timeout(crate::process::DEADLINE).unwrap());
+}
+
+/// The last words of a client get through, so that its targets do not wait for it.
+#[test]
+fn targets_hear_at_once_that_a_client_has_stopped() {
+    let network = shared_network();
+    for _ in 0..3 {
+        let data_dir = tempfile::tempdir().unwrap();
+        let client = Proxy::start(&mut client_of(network.data_dir.path(), data_dir.path()));
+        let (sender, ended) = std::sync::mpsc::channel();
+        let target = serve(move |mut stream| {
+            let end = stream.read_to_end(&mut Vec::new());
+            sender.send(end.is_err()).unwrap();
+        });
+        let stream = socks::connect(client.address, target);
+        stops_cleanly(client, "INT");
+        // Without its last words the provider would wait for a quarter of an hour.
+        assert!(ended.recv_timeout(crate::process::DEADLINE).unwrap(), "an end, not a reset");
+        drop(stream);
+    }
 }
 
 #[test]

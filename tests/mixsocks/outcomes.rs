@@ -2,10 +2,12 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::time::{Duration, Instant};
 
 use crate::process::{Proxy, shared_network};
 use crate::servers::{NameServer, body, http};
 use crate::socks::{self, CONNECT, reply_code};
+use crate::transfers::client_of;
 
 /// A loopback port on which nobody listens.
 fn closed_port() -> SocketAddr {
@@ -71,6 +73,28 @@ fn forbidden_by_policy() {
         assert_eq!(reply_code(proxy.address, &target), 2, "{what}");
     }
     curl_is_refused(&proxy, &format!("http://{server}/"));
+}
+
+/// Its gateway does not know it, as when it is switched off for good.
+#[test]
+fn a_provider_that_does_not_answer() {
+    const TIMED_OUT: u8 = 6;
+    let network = shared_network();
+    let data_dir = tempfile::tempdir().unwrap();
+    let (keys, _) = network.proxy.client.split_once('@').unwrap();
+    let (_, gateway) = network.proxy.provider.split_once('@').unwrap();
+    let mut command = client_of(network.data_dir.path(), data_dir.path());
+    let client = Proxy::start(command.args(["--provider", &format!("{keys}@{gateway}")]));
+    let target = socks::ip(closed_port());
+    for _ in 0..2 {
+        let asked = Instant::now();
+        assert_eq!(reply_code(client.address, &target), TIMED_OUT);
+        // Promised are 10 s; a first try that waits for 30 s would be wrong on any machine.
+        assert!(asked.elapsed() < Duration::from_secs(25), "{:?}", asked.elapsed());
+    }
+    client.process.signal("INT");
+    let ended = client.process.wait();
+    assert_eq!(ended.stderr.matches("the provider does not answer").count(), 1, "{ended:?}");
 }
 
 #[test]
