@@ -1,0 +1,105 @@
+//! What goes wrong, and when: drawn from the seed.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use rand::RngExt;
+use rand::rngs::StdRng;
+
+/// Nothing goes wrong after this time, so that everything can end well.
+pub(crate) const FAULTS_END: Duration = Duration::from_secs(60);
+
+/// Something that goes wrong for a while.
+#[derive(Clone, Debug)]
+pub(crate) enum Fault {
+    /// This share of the packets that enter the mixnet is lost.
+    Loss(f64),
+    /// This share arrives at some node twice.
+    Duplication(f64),
+    /// This share is held up on a wire for up to so long.
+    Delay(f64, Duration),
+    /// A byte of this share is changed on a wire.
+    Corruption(f64),
+    /// Wires carry so many packets a second, and what waits for them is bounded.
+    Narrow(u32),
+    /// Nothing goes from the client's side to the provider: it runs out of SURBs.
+    Famine,
+    /// The connection of an endpoint to its gateway is cut; it dials again.
+    Cut(usize),
+    /// A mix is down; afterwards it has forgotten what it held, and its replay tags if `true`.
+    MixDown(usize, bool),
+    /// A gateway is down; afterwards it has forgotten its clients.
+    GatewayDown(usize),
+    /// An endpoint stands still, as a machine does that is suspended.
+    Suspended(usize),
+    /// The provider is down; afterwards it has forgotten its sessions.
+    ProviderDown,
+    /// A client is down; afterwards it has forgotten everything.
+    ClientDown(usize),
+    /// An endpoint's wall clock is off by so many seconds.
+    WrongClock(usize, i64),
+    /// Somebody sends valid packets with nonsense inside to everybody.
+    Hostile,
+}
+
+impl Fault {
+    /// Whether streams may end because of it.
+    pub(crate) fn kills_streams(&self) -> bool {
+        match self {
+            Fault::ProviderDown | Fault::ClientDown(_) => true,
+            // Beyond two minutes, and what the steps of START add to it.
+            Fault::WrongClock(_, seconds) => seconds.abs() >= 110,
+            _ => false,
+        }
+    }
+}
+
+/// A fault and its time.
+#[derive(Clone, Debug)]
+pub(crate) struct Planned {
+    pub(crate) during: Range<Duration>,
+    pub(crate) fault: Fault,
+}
+
+/// What a network consists of, as far as faults are about it.
+pub(crate) struct Shape {
+    pub(crate) mixes: usize,
+    pub(crate) gateways: usize,
+    /// The provider is number 0, clients follow.
+    pub(crate) endpoints: usize,
+}
+
+/// Draws the faults of one run.
+pub(crate) fn draw(rng: &mut StdRng, shape: &Shape) -> Vec<Planned> {
+    let count = rng.random_range(0..=5);
+    (0..count).map(|_| draw_one(rng, shape)).collect()
+}
+
+fn draw_one(rng: &mut StdRng, shape: &Shape) -> Planned {
+    let endpoint = rng.random_range(0..shape.endpoints);
+    let client = rng.random_range(1..shape.endpoints);
+    let share = *[0.01, 0.05, 0.2].get(rng.random_range(0..3)).expect("one of three");
+    let fault = match rng.random_range(0..20) {
+        0..=3 => Fault::Loss(share),
+        4 => Fault::Duplication(share),
+        5 | 6 => Fault::Delay(share, Duration::from_millis(rng.random_range(1..3000))),
+        7 => Fault::Corruption(share),
+        8 | 9 => Fault::Narrow(rng.random_range(30..1000)),
+        10 => Fault::Famine,
+        11 | 12 => Fault::Cut(endpoint),
+        13 => Fault::MixDown(rng.random_range(0..shape.mixes), rng.random()),
+        14 => Fault::GatewayDown(rng.random_range(0..shape.gateways)),
+        15 => Fault::Suspended(endpoint),
+        16 => Fault::ProviderDown,
+        17 => Fault::ClientDown(client),
+        18 => Fault::WrongClock(endpoint, rng.random_range(-200..200)),
+        _ => Fault::Hostile,
+    };
+    let start = rng.random_range(0.0..30.0);
+    let length = match fault {
+        Fault::WrongClock(..) => FAULTS_END.as_secs_f64() - start,
+        _ => rng.random_range(0.1..30.0),
+    };
+    let during = Duration::from_secs_f64(start)..Duration::from_secs_f64(start + length);
+    Planned { during: during.start..during.end.min(FAULTS_END), fault }
+}

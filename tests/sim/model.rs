@@ -1,0 +1,250 @@
+//! What each stream should do: two byte queues, and what the programs at its ends do with them.
+//!
+//! What arrives must be a prefix of what was written, in order, and whole at the end. A stream may
+//! fail only when a program reset it, the target refused, or a fault allows it.
+
+use std::time::Duration;
+
+use mixsocks_client::stream::StreamKey;
+use mixsocks_common::session::OpenOutcome;
+use rand::RngExt;
+use rand::rngs::StdRng;
+
+/// One of the two ends of a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// The program behind the client.
+    Program,
+    /// The target behind the provider.
+    Target,
+}
+
+impl End {
+    pub(crate) fn other(self) -> Self {
+        match self {
+            End::Program => End::Target,
+            End::Target => End::Program,
+        }
+    }
+}
+
+/// What the program at one end does.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    /// Bytes that it writes before it ends its direction.
+    pub(crate) writes: u64,
+    pub(crate) chunk: usize,
+    /// Between two chunks.
+    pub(crate) pause: Duration,
+    /// Waits with its end until the other one has ended, as a server does that answers.
+    pub(crate) answers: bool,
+    /// How much it reads at a time, and how long it rests then.
+    pub(crate) reads: usize,
+    pub(crate) rest: Duration,
+    /// Lets go when it has read so many bytes, whatever is under way.
+    pub(crate) leaves_after: Option<u64>,
+}
+
+impl Plan {
+    fn draw(rng: &mut StdRng) -> Self {
+        let writes = match rng.random_range(0..10) {
+            0 => 0,
+            1..=5 => rng.random_range(1..3000),
+            6..=8 => rng.random_range(3000..200_000),
+            _ => rng.random_range(200_000..1_500_000),
+        };
+        let pause = if rng.random_bool(0.3) { rng.random_range(1..500) } else { 0 };
+        let rest = if rng.random_bool(0.2) { rng.random_range(1..300) } else { 0 };
+        Self {
+            writes,
+            chunk: rng.random_range(1..100_000).max(usize::try_from(writes).unwrap_or(1) / 100),
+            pause: Duration::from_millis(pause),
+            answers: rng.random_bool(0.4),
+            reads: rng.random_range(10_000..65_536),
+            rest: Duration::from_millis(rest),
+            leaves_after: rng.random_bool(0.1).then(|| rng.random_range(0..50_000)),
+        }
+    }
+}
+
+/// One direction of a stream.
+#[derive(Debug, Default)]
+pub(crate) struct Direction {
+    pub(crate) written: u64,
+    pub(crate) read: u64,
+    pub(crate) finished: bool,
+    pub(crate) end_read: bool,
+}
+
+/// A stream and all that is known about it.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    pub(crate) number: usize,
+    pub(crate) client: usize,
+    pub(crate) opens_at: Duration,
+    pub(crate) outcome: OpenOutcome,
+    /// How long the target takes to answer the connection.
+    pub(crate) dialling: Duration,
+    plans: [Plan; 2],
+    /// From the program, and from the target.
+    directions: [Direction; 2],
+    /// What the client and the provider call it.
+    pub(crate) key: Option<StreamKey>,
+    pub(crate) target_key: Option<StreamKey>,
+    pub(crate) has_begun: bool,
+    pub(crate) was_retried: bool,
+    /// Which ends have let go.
+    pub(crate) gone: [bool; 2],
+    pub(crate) opened: Option<OpenOutcome>,
+    /// An end left before both directions had ended.
+    pub(crate) was_left: bool,
+    /// It failed because of a fault that allows it.
+    pub(crate) was_killed: bool,
+    /// The client could not open it.
+    pub(crate) was_refused: bool,
+}
+
+impl Stream {
+    pub(crate) fn draw(rng: &mut StdRng, number: usize, clients: usize) -> Self {
+        let outcome = match rng.random_range(0..20) {
+            0 => OpenOutcome::Refused,
+            1 => OpenOutcome::HostUnreachable,
+            _ => OpenOutcome::Connected,
+        };
+        Self {
+            number,
+            client: rng.random_range(1..=clients),
+            opens_at: Duration::from_secs_f64(rng.random_range(0.0..30.0)),
+            outcome,
+            dialling: Duration::from_millis(rng.random_range(0..300)),
+            plans: [Plan::draw(rng), Plan::draw(rng)],
+            directions: Default::default(),
+            key: None,
+            target_key: None,
+            has_begun: false,
+            was_retried: false,
+            gone: [false; 2],
+            opened: None,
+            was_left: false,
+            was_killed: false,
+            was_refused: false,
+        }
+    }
+
+    pub(crate) fn plan(&self, end: End) -> &Plan {
+        &self.plans[end as usize]
+    }
+
+    /// The bytes that this end writes.
+    pub(crate) fn from(&self, end: End) -> &Direction {
+        &self.directions[end as usize]
+    }
+
+    pub(crate) fn from_mut(&mut self, end: End) -> &mut Direction {
+        &mut self.directions[end as usize]
+    }
+
+    /// The bytes that an end writes from `offset` on.
+    pub(crate) fn bytes(&self, end: End, offset: u64, len: usize) -> Vec<u8> {
+        (offset..offset + len as u64).map(|at| self.byte(end, at)).collect()
+    }
+
+    fn byte(&self, end: End, at: u64) -> u8 {
+        let mixed = (at + 1)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            .wrapping_add(self.number as u64 * 31 + end as u64 * 7);
+        (mixed >> 56).to_le_bytes()[0]
+    }
+
+    /// Bytes that `end` has read: they must be those that the other one wrote.
+    pub(crate) fn check_read(&mut self, end: End, bytes: &[u8]) -> Result<(), String> {
+        let from = end.other();
+        let at = self.from(from).read;
+        if at + bytes.len() as u64 > self.from(from).written {
+            return Err(format!("stream {} reads more than was written", self.number));
+        }
+        let wrong = (0..bytes.len()).find(|n| bytes[*n] != self.byte(from, at + *n as u64));
+        if let Some(wrong) = wrong {
+            let at = at + wrong as u64;
+            return Err(format!("stream {}: byte {at} from {from:?} is wrong", self.number));
+        }
+        self.from_mut(from).read += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// `end` has read the end of what the other one wrote.
+    pub(crate) fn check_end(&mut self, end: End) -> Result<(), String> {
+        let number = self.number;
+        let direction = self.from_mut(end.other());
+        if !direction.finished || direction.read != direction.written {
+            return Err(format!("stream {number} ends early: {direction:?}"));
+        }
+        direction.end_read = true;
+        Ok(())
+    }
+
+    /// `end` sees a reset.
+    pub(crate) fn check_reset(&mut self, end: End) -> Result<(), String> {
+        let is_expected =
+            self.was_left || self.was_killed || self.outcome != OpenOutcome::Connected;
+        if is_expected {
+            Ok(())
+        } else {
+            Err(format!("stream {} is reset for no reason at the {end:?}: {self:?}", self.number))
+        }
+    }
+
+    /// The client is told how opening ended.
+    pub(crate) fn check_opened(&mut self, outcome: OpenOutcome) -> Result<(), String> {
+        if self.opened.replace(outcome).is_some() {
+            return Err(format!("stream {} is opened twice", self.number));
+        }
+        if outcome != self.outcome && !self.was_killed {
+            return Err(format!("stream {}: told {outcome:?} of {:?}", self.number, self.outcome));
+        }
+        Ok(())
+    }
+
+    /// Whether `end` has nothing left to do.
+    pub(crate) fn is_done_at(&self, end: End) -> bool {
+        self.gone[end as usize] || (self.from(end).finished && self.from(end.other()).end_read)
+    }
+
+    /// Whether nothing is left to happen.
+    pub(crate) fn is_over(&self) -> bool {
+        // A program that leaves before its OPEN arrives leaves no target.
+        let is_gone = self.gone[0] && (self.gone[1] || self.was_left);
+        self.was_refused || self.was_killed || is_gone
+    }
+
+    /// What was to arrive has arrived.
+    pub(crate) fn check_complete(&self) -> Result<(), String> {
+        let may_be_short = self.was_left || self.was_killed || self.was_refused;
+        let is_whole = self.directions.iter().all(|d| d.end_read && d.read == d.written);
+        if may_be_short || self.outcome != OpenOutcome::Connected || is_whole {
+            Ok(())
+        } else {
+            Err(format!("stream {} is over and not whole: {self:?}", self.number))
+        }
+    }
+
+    /// Whether `end` wants to write more now.
+    pub(crate) fn next_chunk(&self, end: End) -> Option<usize> {
+        let (plan, direction) = (self.plan(end), self.from(end));
+        let left = usize::try_from(plan.writes - direction.written).ok()?;
+        (left > 0 && !direction.finished).then(|| plan.chunk.min(left))
+    }
+
+    /// Whether `end` ends its direction now.
+    pub(crate) fn wants_to_finish(&self, end: End) -> bool {
+        let (plan, direction) = (self.plan(end), self.from(end));
+        let may = !plan.answers || end == End::Program || self.from(end.other()).end_read;
+        !direction.finished && direction.written == plan.writes && may
+    }
+
+    /// Whether `end` leaves now, whatever is under way.
+    pub(crate) fn wants_to_leave(&self, end: End) -> bool {
+        let read = self.from(end.other()).read;
+        self.plan(end).leaves_after.is_some_and(|after| read >= after)
+    }
+}

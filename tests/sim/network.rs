@@ -1,0 +1,215 @@
+//! Mixes and gateways of the simulation: their real cores, and what their shells do around them.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use mixsocks_common::gateway::delivery::Delivery;
+use mixsocks_common::gateway::keepalive::{Due, Keepalive};
+use mixsocks_common::gateway::message::StreamId;
+use mixsocks_common::keys::Identity;
+use mixsocks_common::replay::{Admission, ReplayFilter};
+use mixsocks_common::topology::Topology;
+use mixsocks_node::link::NextHops;
+use mixsocks_node::mix::MixCore;
+use mixsocks_sphinx::{HopAddress, Packet, Peeled};
+use rand::RngExt;
+use rand::rngs::StdRng;
+
+use crate::codec::{Arrival, Codec, NodeKey};
+
+/// What a mix may hold in a simulation: far more than honest senders need, and few enough that the
+/// bound is met now and then.
+const MIX_HELD_BYTES: usize = 8 << 20;
+const REPLAY_TAGS: usize = 1 << 20;
+
+/// A frame between an endpoint and its gateway.
+pub(crate) struct Frame<P> {
+    /// PACKET frames that its sender has received.
+    pub(crate) counter: u64,
+    /// `None` is a PAD.
+    pub(crate) packet: Option<P>,
+}
+
+pub(crate) struct Mix {
+    pub(crate) key: NodeKey,
+    pub(crate) identity: Identity,
+    pub(crate) core: MixCore,
+    tags: ReplayFilter,
+    pub(crate) is_down: bool,
+}
+
+impl Mix {
+    pub(crate) fn new(
+        rng: &mut StdRng,
+        topology: &Topology,
+        identity: Identity,
+        key: NodeKey,
+    ) -> Self {
+        let core = MixCore::new(topology, &identity, MIX_HELD_BYTES);
+        Self { key, identity, core, tags: ReplayFilter::new(REPLAY_TAGS, rng), is_down: false }
+    }
+
+    pub(crate) fn max_held_packets(topology: &Topology) -> usize {
+        MIX_HELD_BYTES / topology.packet_bytes()
+    }
+
+    /// It comes back with nothing but, perhaps, its replay tags.
+    pub(crate) fn restart(&mut self, rng: &mut StdRng, topology: &Topology, forgets_tags: bool) {
+        self.core = MixCore::new(topology, &self.identity, MIX_HELD_BYTES);
+        if forgets_tags {
+            self.tags = ReplayFilter::new(REPLAY_TAGS, rng);
+        }
+        self.is_down = false;
+    }
+
+    pub(crate) fn handle_packet<C: Codec>(&mut self, codec: &C, now: Instant, packet: Packet) {
+        if self.is_down {
+            return;
+        }
+        if let Some(Arrival::Forward { next_hop, delay, packet }) =
+            peel(codec, &self.key, &mut self.tags, packet)
+        {
+            // A full mix drops what would leave last.
+            let _ = self.core.handle_peeled(now, Peeled::Forward { next_hop, delay, packet });
+        }
+    }
+}
+
+fn peel<C: Codec>(
+    codec: &C,
+    key: &NodeKey,
+    tags: &mut ReplayFilter,
+    packet: Packet,
+) -> Option<Arrival<C>> {
+    let (tag, opened) = codec.open(key, packet)?;
+    (tags.insert(&tag) == Admission::Fresh).then(|| codec.finish(opened))?
+}
+
+pub(crate) struct Gateway {
+    pub(crate) key: NodeKey,
+    pub(crate) next_hops: NextHops,
+    tags: ReplayFilter,
+    pub(crate) is_down: bool,
+    /// By identity, as packets name them.
+    pub(crate) clients: BTreeMap<HopAddress, Inbox>,
+}
+
+/// What a gateway holds for one endpoint.
+pub(crate) struct Inbox {
+    pub(crate) endpoint: usize,
+    pub(crate) connection: Option<u64>,
+    pub(crate) delivery: Delivery<Packet>,
+    pub(crate) received: u64,
+    pub(crate) keepalive: Keepalive,
+    /// When the last frame is on the wire.
+    pub(crate) free_at: Instant,
+}
+
+impl Gateway {
+    pub(crate) fn new(
+        rng: &mut StdRng,
+        topology: &Topology,
+        identity: &Identity,
+        key: NodeKey,
+    ) -> Self {
+        Self {
+            key,
+            next_hops: NextHops::new(topology, identity),
+            tags: ReplayFilter::new(REPLAY_TAGS, rng),
+            is_down: false,
+            clients: BTreeMap::new(),
+        }
+    }
+
+    pub(crate) fn restart(&mut self, rng: &mut StdRng) {
+        self.clients.clear();
+        self.tags = ReplayFilter::new(REPLAY_TAGS, rng);
+        self.is_down = false;
+    }
+
+    /// A packet from the last layer; the endpoint whose inbox it is in.
+    pub(crate) fn handle_packet<C: Codec>(
+        &mut self,
+        codec: &C,
+        now: Instant,
+        packet: Packet,
+    ) -> Option<usize> {
+        if self.is_down {
+            return None;
+        }
+        let Arrival::Forward { next_hop, packet, .. } =
+            peel(codec, &self.key, &mut self.tags, packet)?
+        else {
+            return None;
+        };
+        let inbox = self.clients.get_mut(&next_hop)?;
+        // A full inbox, or one of somebody long gone, takes nothing.
+        inbox.delivery.push(packet, now).ok()?;
+        Some(inbox.endpoint)
+    }
+
+    /// An endpoint logs in, as [`Clients`](mixsocks_node::gateway) does it: the stream goes on if
+    /// both sides remember it. Returns the stream and how many packets of the endpoint have arrived.
+    pub(crate) fn attach(
+        &mut self,
+        rng: &mut StdRng,
+        now: Instant,
+        endpoint: (usize, HopAddress),
+        connection: u64,
+        resume: Option<(StreamId, u64)>,
+        packet_bytes: usize,
+    ) -> (StreamId, u64) {
+        let new_stream = StreamId::new(rng.random_range(1..=u64::MAX)).expect("not zero");
+        let inbox = self.clients.entry(endpoint.1).or_insert_with(|| Inbox {
+            endpoint: endpoint.0,
+            connection: None,
+            delivery: Delivery::new(new_stream, packet_bytes),
+            received: 0,
+            keepalive: Keepalive::new(now),
+            free_at: now,
+        });
+        inbox.connection = Some(connection);
+        inbox.keepalive = Keepalive::new(now);
+        inbox.free_at = now;
+        match resume {
+            Some((stream, received)) if stream == inbox.delivery.stream() => {
+                inbox.delivery.resume(received).expect("an honest count");
+            }
+            _ => {
+                inbox.delivery.restart(new_stream);
+                inbox.received = 0;
+            }
+        }
+        (inbox.delivery.stream(), inbox.received)
+    }
+}
+
+impl Inbox {
+    /// The next frame for the endpoint.
+    pub(crate) fn poll_frame(&mut self, now: Instant) -> Option<Frame<Packet>> {
+        self.connection?;
+        let counter = self.received;
+        let packet = self.delivery.poll_transmit().cloned();
+        poll_frame(&mut self.keepalive, now, counter, packet)
+    }
+
+    pub(crate) fn poll_timeout(&self) -> Instant {
+        let keepalive = self.connection.map(|_| self.keepalive.poll_timeout());
+        let hold = self.delivery.poll_timeout();
+        keepalive.into_iter().chain(hold).min().unwrap_or(self.free_at + Duration::from_secs(3600))
+    }
+}
+
+/// A frame with `packet`, or a PAD if one is due.
+pub(crate) fn poll_frame<P>(
+    keepalive: &mut Keepalive,
+    now: Instant,
+    counter: u64,
+    packet: Option<P>,
+) -> Option<Frame<P>> {
+    if packet.is_none() && keepalive.due(now) != Some(Due::Pad) {
+        return None;
+    }
+    keepalive.sent(now);
+    Some(Frame { counter, packet })
+}

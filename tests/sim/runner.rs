@@ -1,0 +1,106 @@
+//! Runs seeds side by side, and says how to replay the one that failed.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::codec::{Codec, Plain, Real};
+use crate::faults::FAULTS_END;
+use crate::world::World;
+
+/// Seeds that a plain `cargo test` runs.
+const DEFAULT_SEEDS: u64 = 300;
+/// One seed in so many has real cryptography.
+const REAL_EVERY: u64 = 20;
+/// When everything must be over: every wait in the protocol is far shorter.
+const OVER_BY: Duration = Duration::from_secs(FAULTS_END.as_secs() + 240);
+/// After that long, nothing is under way any more.
+const SETTLED_AFTER: Duration = Duration::from_secs(30);
+/// How long an idle network is watched: sessions grow old and are closed meanwhile.
+const WATCHED_FOR: Duration = Duration::from_secs(20 * 60);
+/// Packets of a session that is closed: CLOSE three times at most, with what is sent for it.
+const PACKETS_OF_A_CLOSE: u64 = 12;
+
+/// Runs a seed to its end; an error says what went wrong and what happened before.
+fn run<C: Codec>(seed: u64) -> Result<(), String> {
+    let mut world = World::<C>::new(seed);
+    play(&mut world).map_err(|error| format!("{error}\n{}", world.trace()))
+}
+
+fn play<C: Codec>(world: &mut World<C>) -> Result<(), String> {
+    while !(world.elapsed() > FAULTS_END && world.streams.iter().all(|stream| stream.is_over())) {
+        if !world.step(OVER_BY)? {
+            let stuck: Vec<_> = world.streams.iter().filter(|stream| !stream.is_over()).collect();
+            return Err(format!("not over: {stuck:#?}"));
+        }
+    }
+    for stream in &world.streams {
+        stream.check_complete()?;
+    }
+    // An idle network is silent.
+    let settled = world.elapsed() + SETTLED_AFTER;
+    while world.step(settled)? {}
+    let before = world.packets_built;
+    let sessions = world.live_sessions();
+    let watched = settled + WATCHED_FOR;
+    while world.step(watched)? {}
+    let talk = world.packets_built - before;
+    if talk > sessions * PACKETS_OF_A_CLOSE {
+        return Err(format!("an idle network sends {talk} packets for {sessions} sessions"));
+    }
+    if world.live_sessions() > 0 {
+        return Err("sessions outlive their age".to_owned());
+    }
+    Ok(())
+}
+
+fn run_any(seed: u64) -> Result<(), String> {
+    if seed % REAL_EVERY == REAL_EVERY - 1 { run::<Real>(seed) } else { run::<Plain>(seed) }
+}
+
+fn number_from(variable: &str) -> Option<u64> {
+    let text = std::env::var(variable).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{variable}={text} is not a number")))
+}
+
+#[test]
+fn every_seed_ends_well() {
+    let (first, count) = match number_from("MIXSOCKS_SIM_SEED") {
+        Some(seed) => (seed, 1),
+        None => (0, number_from("MIXSOCKS_SIM_SEEDS").unwrap_or(DEFAULT_SEEDS)),
+    };
+    let began = Instant::now();
+    let next = AtomicU64::new(first);
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let failures: Vec<_> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut failures = Vec::new();
+                    loop {
+                        let seed = next.fetch_add(1, Ordering::Relaxed);
+                        if seed >= first + count || failures.len() >= 3 {
+                            return failures;
+                        }
+                        let result = std::panic::catch_unwind(|| run_any(seed));
+                        let result = result.unwrap_or_else(|_| Err("it panicked".to_owned()));
+                        failures.extend(result.err().map(|error| (seed, error)));
+                    }
+                })
+            })
+            .collect();
+        workers.into_iter().flat_map(|worker| worker.join().unwrap()).collect()
+    });
+    println!("{count} seeds in {:.1} s", began.elapsed().as_secs_f64());
+    let reports: Vec<_> = failures
+        .iter()
+        .map(|(seed, error)| {
+            format!("seed {seed}: {error}\nreplay: MIXSOCKS_SIM_SEED={seed} cargo test --test sim")
+        })
+        .collect();
+    assert!(reports.is_empty(), "\n{}\ncommit: {}", reports.join("\n\n"), commit());
+}
+
+fn commit() -> String {
+    let output = std::process::Command::new("git").args(["rev-parse", "HEAD"]).output();
+    output.map_or_else(|_| "unknown".to_owned(), |out| String::from_utf8_lossy(&out.stdout).into())
+}

@@ -1,0 +1,715 @@
+//! The whole network under one event queue, one fake clock and one generator.
+
+use std::cmp::{Ordering, Reverse};
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use mixsocks_common::keys::IdentityKey;
+use mixsocks_common::topology::{
+    LAYERS, NetworkName, Node, Parameters, Role, Topology, UnixTime, random_route,
+};
+use mixsocks_sphinx::{Identifier, Packet, SecretKey};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+use crate::codec::{Codec, NodeKey, codec};
+use crate::endpoint::{Endpoint, Role as EndpointRole};
+use crate::faults::{self, Fault, Planned, Shape};
+use crate::model::{End, Stream};
+use crate::network::{Frame, Gateway, Mix};
+
+pub(crate) const PAYLOAD_BYTES: usize = 2048;
+/// One way between two machines.
+const WIRE: Duration = Duration::from_millis(2);
+/// From one packet to the next on every wire, unless it is narrowed.
+const SPACING: Duration = Duration::from_micros(150);
+/// Packets that wait for a wire; a further one is dropped, or waits at its sender.
+const WIRE_QUEUE: u32 = 64;
+/// From a cut to the next try.
+const RECONNECT: Duration = Duration::from_millis(300);
+/// Milliseconds since 1970 when a simulation begins.
+const WALL_START_MS: u64 = 1_700_000_000_000;
+/// Events at one moment, beyond which something spins.
+const MAX_EVENTS_AT_ONCE: u32 = 100_000;
+/// Lines of the trace that are kept.
+const TRACE_LINES: usize = 60;
+
+/// What can happen.
+pub(crate) enum Event {
+    /// A packet comes to a mix or gateway.
+    Arrive(NodeRef, Packet),
+    /// A frame comes to a gateway.
+    Up {
+        endpoint: usize,
+        connection: u64,
+        frame: Frame<([u8; 32], Packet)>,
+    },
+    /// A frame comes to an endpoint.
+    Down {
+        endpoint: usize,
+        connection: u64,
+        frame: Frame<Packet>,
+    },
+    /// Something is due at a node.
+    Timer(NodeRef),
+    /// An endpoint dials its gateway.
+    Dial(usize),
+    /// A program or target may have something to do.
+    App(usize, End),
+    /// A program opens a stream.
+    Open(usize),
+    /// A target has answered the provider.
+    Dialled(usize),
+    FaultBegins(usize),
+    FaultEnds(usize),
+    /// The hostile endpoint sends something.
+    Attack,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum NodeRef {
+    Mix(usize),
+    Gateway(usize),
+    Endpoint(usize),
+}
+
+struct Timed {
+    at: Instant,
+    serial: u64,
+    event: Event,
+}
+
+impl PartialEq for Timed {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Timed {}
+
+impl PartialOrd for Timed {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Timed {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (self.at, self.serial).cmp(&(other.at, other.serial))
+    }
+}
+
+/// What the faults of the moment do to wires.
+#[derive(Default)]
+struct Weather {
+    loss: f64,
+    duplication: f64,
+    delay: (f64, Duration),
+    corruption: f64,
+    spacing: Option<Duration>,
+    famine: bool,
+    hostile: bool,
+}
+
+/// A simulated network.
+pub(crate) struct World<C: Codec> {
+    pub(crate) now: Instant,
+    pub(crate) start: Instant,
+    pub(crate) rng: StdRng,
+    pub(crate) codec: C,
+    pub(crate) topology: Topology,
+    events: BinaryHeap<Reverse<Timed>>,
+    serial: u64,
+    timers: BTreeMap<NodeRef, Instant>,
+    mixes: Vec<Mix>,
+    gateways: Vec<Gateway>,
+    pub(crate) endpoints: Vec<Endpoint<C>>,
+    nodes: BTreeMap<[u8; 32], NodeRef>,
+    wires: BTreeMap<(NodeRef, NodeRef), Instant>,
+    pub(crate) streams: Vec<Stream>,
+    faults: Vec<Planned>,
+    weather: Weather,
+    seen: VecDeque<(NodeRef, Packet)>,
+    trace: VecDeque<String>,
+    pub(crate) packets_built: u64,
+    at_once: u32,
+}
+
+/// What goes on in a run.
+pub(crate) struct Scenario {
+    pub(crate) streams: usize,
+    pub(crate) clients: usize,
+    pub(crate) mixes_per_layer: usize,
+    pub(crate) mean_delay: Duration,
+    pub(crate) faults: Vec<Planned>,
+}
+
+impl<C: Codec> World<C> {
+    pub(crate) fn new(seed: u64) -> Self {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let clients = rng.random_range(1..=3);
+        let mixes_per_layer = rng.random_range(1..=2);
+        let shape = Shape { mixes: LAYERS * mixes_per_layer, gateways: 2, endpoints: 1 + clients };
+        let scenario = Scenario {
+            streams: rng.random_range(1..=12),
+            clients,
+            mixes_per_layer,
+            mean_delay: Duration::from_millis(
+                *[0, 5, 15, 15, 15, 60].get(rng.random_range(0..6)).expect("one of six"),
+            ),
+            faults: faults::draw(&mut rng, &shape),
+        };
+        Self::with(rng, scenario)
+    }
+
+    pub(crate) fn with(mut rng: StdRng, scenario: Scenario) -> Self {
+        let start = Instant::now();
+        let keys: Vec<_> = (0..2 + LAYERS * scenario.mixes_per_layer)
+            .map(|_| (IdentityKey::generate(&mut rng).identity(), SecretKey::generate(&mut rng)))
+            .collect();
+        let topology = topology(&keys, &scenario);
+        let node_key = |number: usize| {
+            let (identity, key): &(_, SecretKey) = &keys[number];
+            NodeKey { address: *identity.as_bytes(), key: SecretKey::from_bytes(*key.to_bytes()) }
+        };
+        let gateways: Vec<_> =
+            (0..2).map(|n| Gateway::new(&mut rng, &topology, &keys[n].0, node_key(n))).collect();
+        let mixes: Vec<_> = (2..keys.len())
+            .map(|n| Mix::new(&mut rng, &topology, keys[n].0, node_key(n)))
+            .collect();
+        let gateway_refs = (0..2).map(|n| (gateways[n].key.address, NodeRef::Gateway(n)));
+        let mix_refs = mixes.iter().enumerate().map(|(n, mix)| (mix.key.address, NodeRef::Mix(n)));
+        let nodes = gateway_refs.chain(mix_refs).collect();
+        // The provider has the second gateway, clients the first.
+        let endpoints: Vec<Endpoint<C>> = (0..=scenario.clients)
+            .map(|number| {
+                let gateway = usize::from(number == 0);
+                Endpoint::new(&mut rng, start, WALL_START_MS, number, &topology, keys[gateway].0)
+            })
+            .collect();
+        let streams: Vec<_> = (0..scenario.streams)
+            .map(|number| Stream::draw(&mut rng, number, scenario.clients))
+            .collect();
+        let mut world = Self {
+            now: start,
+            start,
+            codec: codec(&topology),
+            rng,
+            topology,
+            events: BinaryHeap::new(),
+            serial: 0,
+            timers: BTreeMap::new(),
+            mixes,
+            gateways,
+            endpoints,
+            nodes,
+            wires: BTreeMap::new(),
+            streams,
+            faults: scenario.faults,
+            weather: Weather::default(),
+            seen: VecDeque::new(),
+            trace: VecDeque::new(),
+            packets_built: 0,
+            at_once: 0,
+        };
+        for number in 0..world.endpoints.len() {
+            world.at(start, Event::Dial(number));
+        }
+        for number in 0..world.streams.len() {
+            world.at(start + world.streams[number].opens_at, Event::Open(number));
+        }
+        for number in 0..world.faults.len() {
+            let during = world.faults[number].during.clone();
+            world.at(start + during.start, Event::FaultBegins(number));
+            world.at(start + during.end, Event::FaultEnds(number));
+        }
+        world
+    }
+
+    // --- Time.
+
+    pub(crate) fn at(&mut self, at: Instant, event: Event) {
+        self.serial += 1;
+        self.events.push(Reverse(Timed { at, serial: self.serial, event }));
+    }
+
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.now - self.start
+    }
+
+    /// Milliseconds since 1970, as a right clock tells.
+    pub(crate) fn wall_ms(&self) -> u64 {
+        WALL_START_MS + u64::try_from(self.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Lets the next thing happen; `false` when nothing will before `until`.
+    pub(crate) fn step(&mut self, until: Duration) -> Result<bool, String> {
+        let until = self.start + until;
+        let Some(Reverse(next)) = self.events.peek() else { return Ok(false) };
+        if next.at > until {
+            self.now = until;
+            return Ok(false);
+        }
+        let Some(Reverse(Timed { at, event, .. })) = self.events.pop() else { return Ok(false) };
+        self.at_once = if at > self.now { 0 } else { self.at_once + 1 };
+        if self.at_once > MAX_EVENTS_AT_ONCE {
+            return Err(format!("something spins at {:?}", self.elapsed()));
+        }
+        self.now = self.now.max(at);
+        self.handle(event)?;
+        self.check_bounds()?;
+        Ok(true)
+    }
+
+    fn handle(&mut self, event: Event) -> Result<(), String> {
+        match event {
+            Event::Arrive(node, packet) => self.arrive(node, packet)?,
+            Event::Up { endpoint, connection, frame } => {
+                self.handle_up(endpoint, connection, frame)?
+            }
+            Event::Down { endpoint, connection, frame } => {
+                self.handle_down(endpoint, connection, frame)?;
+            }
+            Event::Timer(node) => self.handle_timer(node)?,
+            Event::Dial(endpoint) => self.dial(endpoint)?,
+            Event::App(stream, end) => self.run_app(stream, end)?,
+            Event::Open(stream) => self.open_stream(stream)?,
+            Event::Dialled(stream) => self.dialled(stream)?,
+            Event::FaultBegins(number) => self.change_fault(number, true)?,
+            Event::FaultEnds(number) => self.change_fault(number, false)?,
+            Event::Attack => self.attack(),
+        }
+        Ok(())
+    }
+
+    /// Asks a node when it wants to be called, and sees to that.
+    pub(crate) fn reschedule(&mut self, node: NodeRef) {
+        let due = match node {
+            NodeRef::Mix(n) => self.mixes[n].core.poll_timeout(),
+            NodeRef::Gateway(n) => {
+                self.gateways[n].clients.values().map(|inbox| inbox.poll_timeout()).min()
+            }
+            NodeRef::Endpoint(n) => self.endpoints[n].poll_timeout(self.now),
+        };
+        let Some(due) = due else { return };
+        let due = due.max(self.now);
+        if self.timers.get(&node).is_none_or(|at| due < *at) {
+            self.timers.insert(node, due);
+            self.at(due, Event::Timer(node));
+        }
+    }
+
+    fn handle_timer(&mut self, node: NodeRef) -> Result<(), String> {
+        // Only the earliest one counts; it has been replaced if this is not it.
+        if self.timers.get(&node).is_none_or(|at| *at > self.now) {
+            return Ok(());
+        }
+        self.timers.remove(&node);
+        match node {
+            NodeRef::Mix(n) => {
+                while let Some((next, packet)) = self.mixes[n].core.poll_transmit(self.now) {
+                    self.send(node, next.as_bytes(), packet);
+                }
+            }
+            NodeRef::Gateway(n) => {
+                let endpoints: Vec<_> =
+                    self.gateways[n].clients.values().map(|inbox| inbox.endpoint).collect();
+                for inbox in self.gateways[n].clients.values_mut() {
+                    inbox.delivery.handle_timeout(self.now);
+                }
+                for endpoint in endpoints {
+                    self.flush_down(endpoint);
+                }
+            }
+            NodeRef::Endpoint(n) => {
+                if !self.endpoints[n].is_suspended {
+                    self.endpoints[n].handle_timeout(self.now);
+                    self.settle(n)?;
+                }
+            }
+        }
+        self.reschedule(node);
+        Ok(())
+    }
+
+    // --- Wires.
+
+    /// Sends a packet from a node to the next one, through the weather.
+    fn send(&mut self, from: NodeRef, to: &[u8; 32], packet: Packet) {
+        let Some(&to) = self.nodes.get(to) else { return };
+        let enters = matches!((from, to), (NodeRef::Gateway(_), NodeRef::Mix(_)));
+        if enters && self.weather.loss > 0.0 && self.rng.random_bool(self.weather.loss) {
+            return;
+        }
+        let spacing = self.weather.spacing.unwrap_or(SPACING);
+        let free_at = self.wires.entry((from, to)).or_insert(self.now);
+        let leaves = (*free_at).max(self.now);
+        if leaves > self.now + spacing * WIRE_QUEUE {
+            return;
+        }
+        *free_at = leaves + spacing;
+        let mut at = leaves + WIRE;
+        let (share, longest) = self.weather.delay;
+        if share > 0.0 && self.rng.random_bool(share) {
+            at += longest.mul_f64(self.rng.random());
+        }
+        let packet = self.spoil(packet);
+        if self.weather.hostile {
+            self.seen.push_back((to, packet.clone()));
+            self.seen.truncate(100);
+        }
+        if self.weather.duplication > 0.0 && self.rng.random_bool(self.weather.duplication) {
+            self.at(at + WIRE, Event::Arrive(to, packet.clone()));
+        }
+        self.at(at, Event::Arrive(to, packet));
+    }
+
+    fn spoil(&mut self, packet: Packet) -> Packet {
+        if self.weather.corruption == 0.0 || !self.rng.random_bool(self.weather.corruption) {
+            return packet;
+        }
+        let mut bytes = packet.into_bytes();
+        let at = self.rng.random_range(0..bytes.len());
+        bytes[at] ^= 1 << self.rng.random_range(0..8);
+        Packet::from_bytes(bytes, PAYLOAD_BYTES).expect("as long as before")
+    }
+
+    fn arrive(&mut self, node: NodeRef, packet: Packet) -> Result<(), String> {
+        match node {
+            NodeRef::Mix(n) => self.mixes[n].handle_packet(&self.codec, self.now, packet),
+            NodeRef::Gateway(n) => {
+                if let Some(endpoint) =
+                    self.gateways[n].handle_packet(&self.codec, self.now, packet)
+                {
+                    self.flush_down(endpoint);
+                }
+            }
+            NodeRef::Endpoint(_) => return Err("packets come to endpoints in frames".to_owned()),
+        }
+        self.reschedule(node);
+        Ok(())
+    }
+
+    /// Sends the frames that a gateway has for an endpoint.
+    fn flush_down(&mut self, endpoint: usize) {
+        let gateway = self.endpoints[endpoint].gateway;
+        let address = self.endpoints[endpoint].key.address;
+        let spacing = self.weather.spacing.unwrap_or(SPACING);
+        let mut sent = Vec::new();
+        if let Some(inbox) = self.gateways[gateway].clients.get_mut(&address) {
+            while let Some(frame) = inbox.poll_frame(self.now) {
+                inbox.free_at = inbox.free_at.max(self.now) + spacing;
+                sent.push((inbox.free_at + WIRE, inbox.connection.unwrap_or(0), frame));
+            }
+        }
+        for (at, connection, frame) in sent {
+            self.at(at, Event::Down { endpoint, connection, frame });
+        }
+        self.reschedule(NodeRef::Gateway(gateway));
+    }
+
+    /// Lets an endpoint send what its link has room for.
+    pub(crate) fn flush_up(&mut self, endpoint: usize) {
+        let spacing = self.weather.spacing.unwrap_or(SPACING);
+        let provider = self.endpoints[0].address;
+        let Self { endpoints, rng, codec, topology, now, packets_built, .. } = self;
+        let frames = endpoints[endpoint].pull(*now, spacing, |contents| {
+            *packets_built += 1;
+            match contents {
+                crate::endpoint::Contents::ToProvider(core) => {
+                    let (identifier, mean) =
+                        (Identifier::default(), topology.parameters.mean_delay);
+                    let route = random_route(topology, &provider, mean, identifier, rng).ok()?;
+                    let mut out = Vec::new();
+                    core.next_packet(*now, route.total_delay(), &mut out)
+                        .then(|| (route.first_hop(), codec.build(rng, &route, &out)))
+                }
+                crate::endpoint::Contents::Reply(surb, contents) => codec.use_surb(surb, &contents),
+            }
+        });
+        let connection = self.endpoints[endpoint].connection;
+        for (at, frame) in frames {
+            self.at(at + WIRE, Event::Up { endpoint, connection, frame });
+        }
+        self.reschedule(NodeRef::Endpoint(endpoint));
+    }
+
+    fn handle_up(
+        &mut self,
+        endpoint: usize,
+        connection: u64,
+        frame: Frame<([u8; 32], Packet)>,
+    ) -> Result<(), String> {
+        let gateway = self.endpoints[endpoint].gateway;
+        let address = self.endpoints[endpoint].key.address;
+        let Some(inbox) = self.gateways[gateway].clients.get_mut(&address) else { return Ok(()) };
+        if inbox.connection != Some(connection) {
+            return Ok(());
+        }
+        inbox.delivery.confirm(frame.counter).map_err(|error| error.to_string())?;
+        inbox.keepalive.heard(self.now);
+        if let Some((next_hop, packet)) = frame.packet {
+            inbox.received += 1;
+            let starved = self.weather.famine && endpoint != 0;
+            if !starved && self.gateways[gateway].next_hops.resolve(&next_hop).is_ok() {
+                self.send(NodeRef::Gateway(gateway), &next_hop, packet);
+            }
+        }
+        self.flush_down(endpoint);
+        Ok(())
+    }
+
+    fn handle_down(
+        &mut self,
+        endpoint: usize,
+        connection: u64,
+        frame: Frame<Packet>,
+    ) -> Result<(), String> {
+        let (now, wall_ms) = (self.now, self.wall_ms());
+        let target = &mut self.endpoints[endpoint];
+        if target.is_suspended || !target.is_connected || target.connection != connection {
+            return Ok(());
+        }
+        target.handle_frame(&self.codec, now, wall_ms, frame)?;
+        self.settle(endpoint)
+    }
+
+    fn dial(&mut self, endpoint: usize) -> Result<(), String> {
+        let gateway = self.endpoints[endpoint].gateway;
+        if self.endpoints[endpoint].is_connected || self.endpoints[endpoint].is_suspended {
+            return Ok(());
+        }
+        let is_cut = self.active().any(|fault| matches!(fault, Fault::Cut(n) if *n == endpoint));
+        if self.gateways[gateway].is_down || self.endpoints[endpoint].is_down || is_cut {
+            self.at(self.now + RECONNECT, Event::Dial(endpoint));
+            return Ok(());
+        }
+        self.serial += 1;
+        let connection = self.serial;
+        let target = &mut self.endpoints[endpoint];
+        let welcome = self.gateways[gateway].attach(
+            &mut self.rng,
+            self.now,
+            (endpoint, target.key.address),
+            connection,
+            target.resume(),
+            self.topology.packet_bytes(),
+        );
+        target.welcome(self.now, connection, welcome)?;
+        self.note(format!("endpoint {endpoint} is connected"));
+        self.flush_down(endpoint);
+        self.settle(endpoint)
+    }
+
+    fn cut(&mut self, endpoint: usize) {
+        let gateway = self.endpoints[endpoint].gateway;
+        let address = self.endpoints[endpoint].key.address;
+        if let Some(inbox) = self.gateways[gateway].clients.get_mut(&address) {
+            inbox.connection = None;
+            inbox.delivery.detach(self.now);
+        }
+        self.endpoints[endpoint].cut(self.now);
+        self.at(self.now + RECONNECT, Event::Dial(endpoint));
+        self.note(format!("endpoint {endpoint} is cut off"));
+    }
+
+    // --- Faults.
+
+    fn active(&self) -> impl Iterator<Item = &Fault> {
+        let elapsed = self.elapsed();
+        self.faults
+            .iter()
+            .filter(move |planned| planned.during.contains(&elapsed))
+            .map(|planned| &planned.fault)
+    }
+
+    /// Whether a fault that has begun may end streams.
+    pub(crate) fn may_kill(&self) -> bool {
+        let elapsed = self.elapsed();
+        self.faults
+            .iter()
+            .any(|planned| planned.fault.kills_streams() && planned.during.start <= elapsed)
+    }
+
+    fn change_fault(&mut self, number: usize, begins: bool) -> Result<(), String> {
+        let fault = self.faults[number].fault.clone();
+        self.note(format!("{} {fault:?}", if begins { "begins:" } else { "ends:" }));
+        match fault {
+            Fault::Cut(endpoint) if begins => self.cut(endpoint),
+            Fault::MixDown(mix, forgets) => {
+                if begins {
+                    self.mixes[mix].is_down = true;
+                } else {
+                    self.mixes[mix].restart(&mut self.rng, &self.topology, forgets);
+                }
+            }
+            Fault::GatewayDown(gateway) => {
+                if begins {
+                    self.gateways[gateway].is_down = true;
+                    for endpoint in 0..self.endpoints.len() {
+                        if self.endpoints[endpoint].gateway == gateway {
+                            self.cut(endpoint);
+                        }
+                    }
+                }
+                self.gateways[gateway].restart(&mut self.rng);
+                self.gateways[gateway].is_down = begins;
+            }
+            Fault::Suspended(endpoint) => {
+                if begins {
+                    self.cut(endpoint);
+                }
+                self.endpoints[endpoint].is_suspended = begins;
+                if !begins {
+                    self.at(self.now, Event::Dial(endpoint));
+                    self.reschedule(NodeRef::Endpoint(endpoint));
+                }
+            }
+            Fault::ProviderDown | Fault::ClientDown(_) => {
+                let endpoint = if let Fault::ClientDown(client) = fault { client } else { 0 };
+                if begins {
+                    self.cut(endpoint);
+                    self.lose_endpoint(endpoint);
+                }
+                self.endpoints[endpoint].is_down = begins;
+            }
+            Fault::WrongClock(endpoint, seconds) => {
+                self.endpoints[endpoint].clock_error_s = if begins { seconds } else { 0 };
+            }
+            Fault::Hostile if begins => self.at(self.now, Event::Attack),
+            _ => {}
+        }
+        self.weather = self.current_weather();
+        Ok(())
+    }
+
+    fn current_weather(&self) -> Weather {
+        let mut weather = Weather::default();
+        for fault in self.active() {
+            match fault {
+                Fault::Loss(share) => weather.loss = weather.loss.max(*share),
+                Fault::Duplication(share) => weather.duplication = *share,
+                Fault::Delay(share, longest) => weather.delay = (*share, *longest),
+                Fault::Corruption(share) => weather.corruption = *share,
+                Fault::Narrow(rate) => weather.spacing = Some(Duration::from_secs(1) / *rate),
+                Fault::Famine => weather.famine = true,
+                Fault::Hostile => weather.hostile = true,
+                _ => {}
+            }
+        }
+        weather
+    }
+
+    /// An endpoint forgets everything.
+    fn lose_endpoint(&mut self, endpoint: usize) {
+        let wall_ms = self.wall_ms();
+        let (now, topology) = (self.now, &self.topology);
+        self.endpoints[endpoint].restart(now, wall_ms, topology);
+        for stream in &mut self.streams {
+            if (endpoint == 0 || stream.client == endpoint) && stream.has_begun {
+                stream.was_killed = true;
+            }
+        }
+    }
+
+    /// Somebody replays what it saw, and sends nonsense in valid packets to provider and clients.
+    fn attack(&mut self) {
+        if !self.weather.hostile {
+            return;
+        }
+        if !self.seen.is_empty() {
+            let (to, packet) = self.seen[self.rng.random_range(0..self.seen.len())].clone();
+            self.at(self.now + WIRE, Event::Arrive(to, packet));
+        }
+        let recipient = self.endpoints[self.rng.random_range(0..self.endpoints.len())].address;
+        let wall_ms = self.wall_ms();
+        let contents = crate::endpoint::nonsense(&mut self.rng, wall_ms);
+        let identifier = if self.rng.random() { Identifier::default() } else { self.rng.random() };
+        let mean = self.topology.parameters.mean_delay;
+        if let Ok(route) = random_route(&self.topology, &recipient, mean, identifier, &mut self.rng)
+        {
+            let packet = self.codec.build(&mut self.rng, &route, &contents);
+            self.send(NodeRef::Gateway(0), &route.first_hop(), packet);
+        }
+        let pause = Duration::from_millis(self.rng.random_range(1..100));
+        self.at(self.now + pause, Event::Attack);
+    }
+
+    // --- Checks.
+
+    fn check_bounds(&self) -> Result<(), String> {
+        let max_held = Mix::max_held_packets(&self.topology);
+        if let Some(mix) = self.mixes.iter().find(|mix| mix.core.held() > max_held) {
+            return Err(format!("a mix holds {} packets", mix.core.held()));
+        }
+        self.endpoints.iter().try_for_each(Endpoint::check_bounds)
+    }
+
+    pub(crate) fn note(&mut self, line: String) {
+        if self.trace.len() >= TRACE_LINES {
+            self.trace.pop_front();
+        }
+        let at = self.elapsed().as_secs_f64();
+        self.trace.push_back(format!("{at:9.4} {line}"));
+    }
+
+    /// What happened last, for whoever has to find out why.
+    pub(crate) fn trace(&self) -> String {
+        let faults: Vec<_> = self.faults.iter().map(|planned| format!("{planned:?}")).collect();
+        let lines: Vec<_> = self.trace.iter().map(String::as_str).collect();
+        format!("faults:\n  {}\nlast events:\n  {}", faults.join("\n  "), lines.join("\n  "))
+    }
+
+    /// Sessions that anybody remembers, but for those of the hostile endpoint.
+    pub(crate) fn live_sessions(&self) -> u64 {
+        let of = |endpoint: &Endpoint<C>| match &endpoint.role {
+            EndpointRole::Client(core) => core.sessions().len(),
+            EndpointRole::Provider(_) => 0,
+        };
+        self.endpoints.iter().map(of).sum::<usize>() as u64
+    }
+
+    pub(crate) fn provider(&mut self) -> &mut mixsocks_provider::core::ProviderCore {
+        match &mut self.endpoints[0].role {
+            EndpointRole::Provider(core) => core,
+            EndpointRole::Client(_) => unreachable!("endpoint 0 is the provider"),
+        }
+    }
+}
+
+fn topology(
+    keys: &[(mixsocks_common::keys::Identity, SecretKey)],
+    scenario: &Scenario,
+) -> Topology {
+    let nodes = keys
+        .iter()
+        .enumerate()
+        .map(|(number, (identity, key))| {
+            let port = u16::try_from(1000 + 2 * number).expect("few nodes");
+            let role = match number.checked_sub(2) {
+                None => {
+                    Role::Gateway { client_address: SocketAddr::from(([127, 0, 0, 1], port + 1)) }
+                }
+                Some(mix) => {
+                    let layer = 1 + mix / scenario.mixes_per_layer;
+                    Role::Mix { layer: u8::try_from(layer).expect("three layers") }
+                }
+            };
+            Node {
+                identity: *identity,
+                sphinx_key: key.public_key().into(),
+                link_address: SocketAddr::from(([127, 0, 0, 1], port)),
+                role,
+            }
+        })
+        .collect();
+    let parameters = Parameters {
+        payload_bytes: PAYLOAD_BYTES,
+        mean_delay: scenario.mean_delay,
+        max_delay: Duration::from_secs(10),
+    };
+    let network = NetworkName::new("sim").expect("a good name");
+    let validity = UnixTime(0)..UnixTime(u64::MAX);
+    Topology::new(network, 1, validity, parameters, nodes, Vec::new()).expect("a good topology")
+}
