@@ -63,8 +63,9 @@ impl<R> ClientCore<R> {
         rng: &mut impl Rng,
         target: Target,
     ) -> Option<StreamKey> {
-        let usable =
-            |session: &ClientSession| session.closed().is_none() && session.age(now) < SESSION_AGE;
+        let usable = |session: &ClientSession| {
+            session.closed().is_none() && now < session.began() + SESSION_AGE
+        };
         if !self.sessions.last().is_some_and(usable) {
             self.sessions.push(ClientSession::new(
                 SessionId(rng.random()),
@@ -151,16 +152,18 @@ impl<R> ClientCore<R> {
 
     /// When [`ClientCore::handle_timeout`] wants to be called.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.sessions.iter().filter_map(ClientSession::poll_timeout).min()
+        let of_sessions = self.sessions.iter().filter_map(ClientSession::poll_timeout);
+        let ages = self.sessions.iter().filter(|session| session.is_idle());
+        of_sessions.chain(ages.map(|session| session.began() + SESSION_AGE)).min()
     }
 
-    /// Handles what is due at `now`. Old sessions without streams are closed when it is called.
+    /// Handles what is due at `now`. Old sessions without streams are closed.
     pub fn handle_timeout(&mut self, now: Instant) {
         for session in &mut self.sessions {
             if session.poll_timeout().is_some_and(|at| at <= now) {
                 session.handle_timeout(now);
             }
-            if session.age(now) >= SESSION_AGE && session.stream_count() == 0 {
+            if session.is_idle() && now >= session.began() + SESSION_AGE {
                 session.close();
             }
         }

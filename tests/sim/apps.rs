@@ -71,7 +71,7 @@ impl<C: Codec> World<C> {
         if reason == CloseReason::Unknown && stream.opened.is_none() && !stream.was_retried {
             stream.was_retried = true;
             stream.key = None;
-            *stream.from_mut(End::Program) = Direction::default();
+            *stream.writing_mut(End::Program) = Direction::default();
             self.at(self.now, Event::Open(number));
         } else {
             stream.was_killed = true;
@@ -219,9 +219,12 @@ impl<C: Codec> World<C> {
         }
         if let Some(key) = self.key(number, end)
             && !self.streams[number].gone[end as usize]
-            && !self.streams[number].was_killed
         {
-            self.act(number, end, key)?;
+            if self.streams[number].was_killed {
+                self.let_go(number, end)?;
+            } else {
+                self.act(number, end, key)?;
+            }
         }
         self.settle(endpoint)
     }
@@ -237,12 +240,12 @@ impl<C: Codec> World<C> {
             }
         }
         while let Some(len) = self.streams[number].next_chunk(end) {
-            let at = self.streams[number].from(end).written;
+            let at = self.streams[number].writing(end).written;
             let bytes = self.streams[number].bytes(end, at, len);
             let Some(taken) = self.with_core(number, end, |core| core.write(key, &bytes)) else {
                 return self.failed(number, end);
             };
-            self.streams[number].from_mut(end).written += taken as u64;
+            self.streams[number].writing_mut(end).written += taken as u64;
             let pause = self.streams[number].plan(end).pause;
             if taken < len {
                 return Ok(());
@@ -254,7 +257,7 @@ impl<C: Codec> World<C> {
         }
         if self.streams[number].wants_to_finish(end) && (end == End::Target || is_open) {
             self.with_core(number, end, |core| core.finish(key));
-            self.streams[number].from_mut(end).finished = true;
+            self.streams[number].writing_mut(end).finished = true;
         }
         if self.streams[number].is_done_at(end) {
             return self.let_go(number, end);
@@ -265,7 +268,7 @@ impl<C: Codec> World<C> {
     /// Reads what the plan says; `false` when nothing more is to be done now.
     fn read_some(&mut self, number: usize, end: End, key: StreamKey) -> Result<bool, String> {
         let mut buffer = vec![0; self.streams[number].plan(end).reads.min(READ_BYTES)];
-        while !self.streams[number].from(end.other()).end_read {
+        while !self.streams[number].writing(end.other()).end_read {
             match self.with_core(number, end, |core| core.read(key, &mut buffer)) {
                 Ok(None) => break,
                 Ok(Some(0)) => self.streams[number].check_end(end)?,
@@ -302,7 +305,7 @@ impl<C: Codec> World<C> {
         };
         match &mut self.endpoints[endpoint].role {
             Role::Client(core) => act(core),
-            Role::Provider(core) => act(core),
+            Role::Provider(core) => act(core.as_mut()),
         }
     }
 }

@@ -222,11 +222,13 @@ impl Codec for Plain {
 fn sum(bytes: &[u8]) -> u64 {
     let (words, rest) = bytes.as_chunks::<8>();
     let rest = rest.iter().map(|byte| u64::from(*byte));
-    words
-        .iter()
-        .map(|word| u64::from_le_bytes(*word))
-        .chain(rest)
-        .fold(bytes.len() as u64, |sum, word| sum.rotate_left(5).wrapping_add(word))
+    words.iter().map(|word| u64::from_le_bytes(*word)).chain(rest).fold(
+        bytes.len() as u64,
+        |sum, word| {
+            // Not linear: two changes must not make up for each other.
+            (sum ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
+        },
+    )
 }
 
 /// Bytes of a payload on this network.

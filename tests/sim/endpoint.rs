@@ -7,7 +7,7 @@ use mixsocks_client::ReadySurb;
 use mixsocks_client::core::ClientCore;
 use mixsocks_common::address::Address;
 use mixsocks_common::gateway::delivery::Delivery;
-use mixsocks_common::gateway::keepalive::Keepalive;
+use mixsocks_common::gateway::keepalive::{Due, Keepalive};
 use mixsocks_common::gateway::message::StreamId;
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::replay::{Admission, RecentTags};
@@ -32,7 +32,7 @@ const PULL_AHEAD: u32 = 16;
 
 /// What an endpoint is.
 pub(crate) enum Role<C: Codec> {
-    Provider(ProviderCore),
+    Provider(Box<ProviderCore>),
     Client(ClientCore<C::Recovery>),
 }
 
@@ -154,6 +154,12 @@ impl<C: Codec> Endpoint<C> {
         if let Some(flow) = &mut self.flow {
             flow.delivery.detach(now);
         }
+    }
+
+    /// Whether nothing was heard of the gateway for so long that the connection must be dead.
+    pub(crate) fn is_link_silent(&self, now: Instant) -> bool {
+        let flow = self.flow.as_ref().filter(|_| self.is_connected);
+        flow.is_some_and(|flow| flow.keepalive.due(now) == Some(Due::Close))
     }
 
     pub(crate) fn handle_frame(
@@ -316,7 +322,7 @@ fn role<C: Codec>(number: usize, wall_ms: u64, topology: &Topology) -> Role<C> {
     let max_contents_bytes = max_plaintext(topology.parameters.payload_bytes);
     let mean_delay = topology.parameters.mean_delay;
     if number == 0 {
-        Role::Provider(ProviderCore::new(wall_ms, max_contents_bytes, mean_delay))
+        Role::Provider(Box::new(ProviderCore::new(wall_ms, max_contents_bytes, mean_delay)))
     } else {
         Role::Client(ClientCore::new(max_contents_bytes, mean_delay))
     }

@@ -47,8 +47,8 @@ impl Fault {
     pub(crate) fn kills_streams(&self) -> bool {
         match self {
             Fault::ProviderDown | Fault::ClientDown(_) => true,
-            // Beyond two minutes, and what the steps of START add to it.
-            Fault::WrongClock(_, seconds) => seconds.abs() >= 110,
+            // A START must not be older than the provider's own start, nor two minutes ahead.
+            Fault::WrongClock(_, seconds) => !(0..100).contains(seconds),
             _ => false,
         }
     }

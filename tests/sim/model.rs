@@ -136,11 +136,11 @@ impl Stream {
     }
 
     /// The bytes that this end writes.
-    pub(crate) fn from(&self, end: End) -> &Direction {
+    pub(crate) fn writing(&self, end: End) -> &Direction {
         &self.directions[end as usize]
     }
 
-    pub(crate) fn from_mut(&mut self, end: End) -> &mut Direction {
+    pub(crate) fn writing_mut(&mut self, end: End) -> &mut Direction {
         &mut self.directions[end as usize]
     }
 
@@ -159,8 +159,8 @@ impl Stream {
     /// Bytes that `end` has read: they must be those that the other one wrote.
     pub(crate) fn check_read(&mut self, end: End, bytes: &[u8]) -> Result<(), String> {
         let from = end.other();
-        let at = self.from(from).read;
-        if at + bytes.len() as u64 > self.from(from).written {
+        let at = self.writing(from).read;
+        if at + bytes.len() as u64 > self.writing(from).written {
             return Err(format!("stream {} reads more than was written", self.number));
         }
         let wrong = (0..bytes.len()).find(|n| bytes[*n] != self.byte(from, at + *n as u64));
@@ -168,14 +168,14 @@ impl Stream {
             let at = at + wrong as u64;
             return Err(format!("stream {}: byte {at} from {from:?} is wrong", self.number));
         }
-        self.from_mut(from).read += bytes.len() as u64;
+        self.writing_mut(from).read += bytes.len() as u64;
         Ok(())
     }
 
     /// `end` has read the end of what the other one wrote.
     pub(crate) fn check_end(&mut self, end: End) -> Result<(), String> {
         let number = self.number;
-        let direction = self.from_mut(end.other());
+        let direction = self.writing_mut(end.other());
         if !direction.finished || direction.read != direction.written {
             return Err(format!("stream {number} ends early: {direction:?}"));
         }
@@ -207,7 +207,8 @@ impl Stream {
 
     /// Whether `end` has nothing left to do.
     pub(crate) fn is_done_at(&self, end: End) -> bool {
-        self.gone[end as usize] || (self.from(end).finished && self.from(end.other()).end_read)
+        self.gone[end as usize]
+            || (self.writing(end).finished && self.writing(end.other()).end_read)
     }
 
     /// Whether nothing is left to happen.
@@ -230,21 +231,21 @@ impl Stream {
 
     /// Whether `end` wants to write more now.
     pub(crate) fn next_chunk(&self, end: End) -> Option<usize> {
-        let (plan, direction) = (self.plan(end), self.from(end));
+        let (plan, direction) = (self.plan(end), self.writing(end));
         let left = usize::try_from(plan.writes - direction.written).ok()?;
         (left > 0 && !direction.finished).then(|| plan.chunk.min(left))
     }
 
     /// Whether `end` ends its direction now.
     pub(crate) fn wants_to_finish(&self, end: End) -> bool {
-        let (plan, direction) = (self.plan(end), self.from(end));
-        let may = !plan.answers || end == End::Program || self.from(end.other()).end_read;
+        let (plan, direction) = (self.plan(end), self.writing(end));
+        let may = !plan.answers || end == End::Program || self.writing(end.other()).end_read;
         !direction.finished && direction.written == plan.writes && may
     }
 
     /// Whether `end` leaves now, whatever is under way.
     pub(crate) fn wants_to_leave(&self, end: End) -> bool {
-        let read = self.from(end.other()).read;
+        let read = self.writing(end.other()).read;
         self.plan(end).leaves_after.is_some_and(|after| read >= after)
     }
 }

@@ -193,6 +193,14 @@ impl Inbox {
         poll_frame(&mut self.keepalive, now, counter, packet)
     }
 
+    pub(crate) fn handle_timeout(&mut self, now: Instant) {
+        self.delivery.handle_timeout(now);
+        if self.connection.is_some() && self.keepalive.due(now) == Some(Due::Close) {
+            self.connection = None;
+            self.delivery.detach(now);
+        }
+    }
+
     pub(crate) fn poll_timeout(&self) -> Instant {
         let keepalive = self.connection.map(|_| self.keepalive.poll_timeout());
         let hold = self.delivery.poll_timeout();

@@ -316,13 +316,16 @@ impl<C: Codec> World<C> {
                 let endpoints: Vec<_> =
                     self.gateways[n].clients.values().map(|inbox| inbox.endpoint).collect();
                 for inbox in self.gateways[n].clients.values_mut() {
-                    inbox.delivery.handle_timeout(self.now);
+                    inbox.handle_timeout(self.now);
                 }
                 for endpoint in endpoints {
                     self.flush_down(endpoint);
                 }
             }
             NodeRef::Endpoint(n) => {
+                if self.endpoints[n].is_link_silent(self.now) {
+                    self.cut(n);
+                }
                 if !self.endpoints[n].is_suspended {
                     self.endpoints[n].handle_timeout(self.now);
                     self.settle(n)?;
@@ -545,12 +548,9 @@ impl<C: Codec> World<C> {
                 }
             }
             Fault::GatewayDown(gateway) => {
-                if begins {
-                    self.gateways[gateway].is_down = true;
-                    for endpoint in 0..self.endpoints.len() {
-                        if self.endpoints[endpoint].gateway == gateway {
-                            self.cut(endpoint);
-                        }
+                for endpoint in 0..self.endpoints.len() {
+                    if self.endpoints[endpoint].gateway == gateway {
+                        self.cut(endpoint);
                     }
                 }
                 self.gateways[gateway].restart(&mut self.rng);
@@ -606,9 +606,18 @@ impl<C: Codec> World<C> {
         let wall_ms = self.wall_ms();
         let (now, topology) = (self.now, &self.topology);
         self.endpoints[endpoint].restart(now, wall_ms, topology);
-        for stream in &mut self.streams {
-            if (endpoint == 0 || stream.client == endpoint) && stream.has_begun {
+        for number in 0..self.streams.len() {
+            let stream = &mut self.streams[number];
+            // Whose OPEN has not arrived asks once more; all others have lost their stream.
+            let is_lost = if endpoint == 0 {
+                stream.opened.is_some() || stream.target_key.is_some()
+            } else {
+                stream.client == endpoint && stream.has_begun
+            };
+            if is_lost && !stream.is_over() {
                 stream.was_killed = true;
+                self.at(self.now, Event::App(number, End::Program));
+                self.at(self.now, Event::App(number, End::Target));
             }
         }
     }
@@ -661,13 +670,23 @@ impl<C: Codec> World<C> {
         format!("faults:\n  {}\nlast events:\n  {}", faults.join("\n  "), lines.join("\n  "))
     }
 
-    /// Sessions that anybody remembers, but for those of the hostile endpoint.
-    pub(crate) fn live_sessions(&self) -> u64 {
-        let of = |endpoint: &Endpoint<C>| match &endpoint.role {
-            EndpointRole::Client(core) => core.sessions().len(),
-            EndpointRole::Provider(_) => 0,
-        };
-        self.endpoints.iter().map(of).sum::<usize>() as u64
+    /// Sessions that clients have, and that the provider has.
+    pub(crate) fn sessions(&self) -> (u64, u64) {
+        let mut counts = (0, 0);
+        for endpoint in &self.endpoints {
+            match &endpoint.role {
+                EndpointRole::Client(core) => counts.0 += core.sessions().len() as u64,
+                EndpointRole::Provider(core) => counts.1 = core.session_count() as u64,
+            }
+        }
+        counts
+    }
+
+    /// Whether the provider may have sessions whose clients do not know of them.
+    pub(crate) fn may_have_orphans(&self) -> bool {
+        self.faults
+            .iter()
+            .any(|planned| matches!(planned.fault, Fault::ClientDown(_) | Fault::Hostile))
     }
 
     pub(crate) fn provider(&mut self) -> &mut mixsocks_provider::core::ProviderCore {

@@ -129,9 +129,14 @@ impl ClientSession {
         self.id
     }
 
-    /// How old it is.
-    pub fn age(&self, now: Instant) -> Duration {
-        now.saturating_duration_since(self.began)
+    /// When it began.
+    pub fn began(&self) -> Instant {
+        self.began
+    }
+
+    /// Whether it could be closed: it has no streams, and has neither ended nor been closed.
+    pub fn is_idle(&self) -> bool {
+        self.stream_count() == 0 && self.closing == Closing::No && self.closed.is_none()
     }
 
     /// Why it ended, once it has; its streams are then reset.
@@ -418,7 +423,8 @@ impl ClientSession {
     }
 
     fn surb_deficit(&self) -> usize {
-        self.surbs.deficit(&self.transport.flight, &self.transport.received)
+        let in_use = self.transport.streams.is_receiving();
+        self.surbs.deficit(&self.transport.flight, &self.transport.received, in_use)
     }
 
     /// Whether [`ClientSession::poll_transmit`] has something to send at `now`, given that `surbs`

@@ -287,6 +287,11 @@ impl RecvHalf {
         Ok(!was_readable && self.is_readable())
     }
 
+    /// Whether everything up to the end has arrived.
+    pub(super) fn is_whole(&self) -> bool {
+        self.end == Some(self.read_to + self.readable_bytes() as u64)
+    }
+
     /// Bytes that are kept, gaps included.
     pub(super) fn buffered_bytes(&self) -> usize {
         self.buffer.len()

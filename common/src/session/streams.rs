@@ -114,6 +114,8 @@ struct Totals {
     pending: usize,
     /// Bytes in buffers of both directions.
     held_bytes: usize,
+    /// Streams in which the peer may have more to say.
+    receiving: usize,
 }
 
 #[derive(Debug, Default)]
@@ -195,6 +197,11 @@ impl Streams {
         self.events.pop_front()
     }
 
+    /// Whether the peer may have more to say in any stream.
+    pub(super) fn is_receiving(&self) -> bool {
+        self.totals.receiving > 0
+    }
+
     /// Bytes of memory that the streams take.
     pub(super) fn held_bytes(&self) -> usize {
         self.totals.held_bytes + self.streams.len() * size_of::<Stream>()
@@ -213,6 +220,7 @@ impl Streams {
         let mut stream = Stream::new(Opening::Asked(target));
         stream.wants.open = true;
         self.streams.insert(id, stream);
+        self.note(id);
         self.queue_control(id);
         Some(id)
     }
@@ -607,6 +615,7 @@ impl Streams {
             self.window_pool_bytes += stream.recv.pooled_bytes();
             self.totals.pending -= stream.noted.pending;
             self.totals.held_bytes -= stream.noted.held_bytes;
+            self.totals.receiving -= stream.noted.receiving;
             self.streams.remove(&id);
             self.closed.insert(id..id + 1);
         }
@@ -634,9 +643,11 @@ impl Stream {
         let now = Totals {
             pending: usize::from(self.send.has_pending()),
             held_bytes: self.send.buffered_bytes() + self.recv.buffered_bytes(),
+            receiving: usize::from(self.reset.is_none() && !self.recv.is_whole()),
         };
         totals.pending = totals.pending + now.pending - self.noted.pending;
         totals.held_bytes = totals.held_bytes + now.held_bytes - self.noted.held_bytes;
+        totals.receiving = totals.receiving + now.receiving - self.noted.receiving;
         self.noted = now;
     }
 

@@ -13,6 +13,7 @@ use super::transport::MIN_MARGIN;
 /// first is one page of text; the most bounds the client's memory for recoveries to about 1 MiB.
 const MIN_WINDOW: u32 = 40;
 const MAX_WINDOW: u32 = 4096;
+const MIN_WINDOW_SURBS: usize = MIN_WINDOW as usize;
 
 /// SURBs that may be given out beyond two for each reply heard. A provider that says it has none, and
 /// keeps them, could make the client send at any rate, and later answer in a burst that it knows
@@ -61,9 +62,12 @@ impl SurbWindow {
         self.generation
     }
 
-    /// SURBs that the window has room for.
-    pub(super) fn deficit(&self, flight: &Flight, received: &Received) -> usize {
-        self.window.packets().saturating_sub(self.outstanding(flight, received))
+    /// SURBs that the window has room for. When the provider has nothing to say in any stream, it
+    /// needs no more than at first.
+    pub(super) fn deficit(&self, flight: &Flight, received: &Received, in_use: bool) -> usize {
+        let window = self.window.packets();
+        let wanted = if in_use { window } else { window.min(MIN_WINDOW_SURBS) };
+        wanted.saturating_sub(self.outstanding(flight, received))
     }
 
     /// Whether SURBs are more urgent than data.

@@ -13,6 +13,7 @@ use super::frame::StreamId;
 use super::*;
 
 mod hostile;
+mod latency;
 mod outages;
 
 const MAX_PACKET_BYTES: usize = 2031;
@@ -437,6 +438,28 @@ fn an_idle_session_falls_silent() {
     while world.step() && world.now < until {}
     assert!((1..=2).contains(&(world.sent[0] - before[0])), "{:?} {before:?}", world.sent);
     assert!((1..=2).contains(&(world.sent[1] - before[1])), "{:?} {before:?}", world.sent);
+}
+
+/// After a download nobody fills the stock up for nothing.
+#[test]
+fn an_unused_session_needs_few_surbs() {
+    let mut world = World::new(19, Network::perfect());
+    let stream = world.open();
+    let block = vec![1u8; 1 << 20];
+    let mut chunk = vec![0u8; 1 << 16];
+    let until = world.now + Duration::from_secs(3);
+    world.run_until(Duration::from_secs(60), |world| {
+        world.provider().write(stream, &block).unwrap();
+        while let Some(1..) = world.client.read(stream, &mut chunk).unwrap() {}
+        world.now >= until
+    });
+    world.client.release(stream);
+    let before = world.sent[0];
+    let until = world.now + Duration::from_secs(10);
+    while world.now < until && world.step() {}
+    assert_eq!(world.client.stream_count(), 0);
+    // What is under way when it ends is acknowledged; without the rule it is 80 packets.
+    assert!(world.sent[0] - before < 40, "{} packets", world.sent[0] - before);
 }
 
 #[test]
