@@ -76,9 +76,6 @@ pub enum Violation {
     /// More streams than allowed, or more gaps between their numbers.
     #[error("more than {MAX_PEER_STREAMS} streams, or gaps between their numbers")]
     TooManyStreams,
-    /// The provider has taken far more SURBs than it has sent replies.
-    #[error("more SURBs are used up than replies explain")]
-    SurbsUnanswered,
     /// An acknowledgement of a packet that was never sent.
     #[error("an acknowledgement of a packet that was never sent")]
     NeverSent,
