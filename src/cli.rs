@@ -130,7 +130,8 @@ pub(crate) struct ListenArgs {
 /// How packets are delayed.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct TrafficArgs {
-    /// Mean time that each of the three mixes holds a packet, such as 15ms; 0 is allowed.
+    /// Mean time that each of the three mixes holds a packet; 0 switches mixing off (for tests)
+    /// [default: 15ms].
     #[arg(
         long, value_name = "DURATION", env = "MIXSOCKS_MEAN_DELAY", value_parser = parse_mean_delay
     )]
@@ -157,10 +158,12 @@ pub(crate) struct UpArgs {
     pub(crate) listen: ListenArgs,
     #[command(flatten)]
     pub(crate) traffic: TrafficArgs,
-    /// Where keys and registrations are kept, so that addresses stay the same.
+    /// Where keys and registrations are kept, so that addresses stay the same [default: the
+    /// platform's data directory].
     #[arg(long, value_name = "DIR", env = "MIXSOCKS_DATA_DIR")]
     pub(crate) data_dir: Option<PathBuf>,
-    /// Let the provider connect to private and loopback addresses too (for tests).
+    /// Let the provider connect to private and loopback addresses too, but for other addresses of this
+    /// machine (for tests).
     #[arg(
         long, env = "MIXSOCKS_ALLOW_PRIVATE", action = ArgAction::SetTrue,
         value_parser = BoolishValueParser::new()
@@ -190,7 +193,8 @@ pub(crate) struct ClientArgs {
     pub(crate) listen: ListenArgs,
     #[command(flatten)]
     pub(crate) timing: TimingArgs,
-    /// Where keys and the registration are kept, so that the address stays the same.
+    /// Where keys and the registration are kept, so that the address stays the same [default: the
+    /// platform's data directory].
     #[arg(long, value_name = "DIR", env = "MIXSOCKS_DATA_DIR")]
     pub(crate) data_dir: Option<PathBuf>,
 }

@@ -85,7 +85,11 @@ fn greeting(
          \n\
          Try it:   curl --socks5-hostname {address} https://example.com\n\
          Ctrl-C stops.",
-        weakness(profile)
+        if network.topology().parameters.mean_delay.is_zero() {
+            "Mixes hold nothing: neither order nor timing is hidden."
+        } else {
+            weakness(profile)
+        }
     )
 }
 

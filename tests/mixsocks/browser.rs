@@ -15,6 +15,7 @@ fn chromium_shows_a_page_whose_name_only_the_provider_can_resolve() {
     chromium
         .arg(format!("--proxy-server=socks5://{}", network.proxy.address))
         .arg("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+        .arg("--webrtc-ip-handling-policy=disable_non_proxied_udp")
         .arg(format!("--user-data-dir={}", profile.path().display()))
         // No window, no sandbox (which root cannot have), and nothing that a browser does unasked.
         .args(["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"])
