@@ -270,6 +270,7 @@ impl ClientSession {
         }
         if frames.iter().any(Frame::elicits_ack) {
             self.transport.received.owe_ack(now);
+            self.surbs.on_use(now);
         }
         self.settle_replies(now);
         Ok(())

@@ -15,6 +15,9 @@ const MIN_WINDOW: u32 = 40;
 const MAX_WINDOW: u32 = 4096;
 const MIN_WINDOW_SURBS: usize = MIN_WINDOW as usize;
 
+/// Use is measured over two long waits for a reply and this, for wires and busy processors.
+const MIN_USAGE_SPAN: Duration = Duration::from_millis(200);
+
 /// SURBs that may be given out beyond two for each reply heard. A provider that says it has none, and
 /// keeps them, could make the client send at any rate, and later answer in a burst that it knows
 /// again; honest networks that lose a quarter of all packets each way, and four whole windows in
@@ -41,6 +44,32 @@ pub(super) struct SurbWindow {
     /// SURBs given out in all, and replies heard in all.
     given: u64,
     heard: u64,
+    usage: Usage,
+}
+
+/// How many SURBs are used for contents in a time that is longer than a round trip.
+#[derive(Debug)]
+struct Usage {
+    span: Duration,
+    since: Instant,
+    current: usize,
+    previous: usize,
+}
+
+impl Usage {
+    fn on_reply(&mut self, now: Instant) {
+        let age = now.saturating_duration_since(self.since);
+        if age >= self.span {
+            self.previous = if age < 2 * self.span { self.current } else { 0 };
+            self.current = 0;
+            self.since = now;
+        }
+        self.current += 1;
+    }
+
+    fn recent(&self) -> usize {
+        self.current + self.previous
+    }
 }
 
 impl SurbWindow {
@@ -55,6 +84,12 @@ impl SurbWindow {
             reply_quantile,
             given: 0,
             heard: 0,
+            usage: Usage {
+                span: 2 * reply_quantile + MIN_USAGE_SPAN,
+                since: now,
+                current: 0,
+                previous: 0,
+            },
         }
     }
 
@@ -62,11 +97,12 @@ impl SurbWindow {
         self.generation
     }
 
-    /// SURBs that the window has room for. When the provider has nothing to say in any stream, it
-    /// needs no more than at first.
+    /// SURBs that the window has room for, as far as they are used: a window that was large once is
+    /// not filled up for a provider that answers little now. When it has nothing to say in any
+    /// stream, it needs no more than at first.
     pub(super) fn deficit(&self, flight: &Flight, received: &Received, in_use: bool) -> usize {
-        let window = self.window.packets();
-        let wanted = if in_use { window } else { window.min(MIN_WINDOW_SURBS) };
+        let used = if in_use { 2 * self.usage.recent() } else { 0 };
+        let wanted = self.window.packets().min(used.max(MIN_WINDOW_SURBS));
         wanted.saturating_sub(self.outstanding(flight, received))
     }
 
@@ -93,6 +129,11 @@ impl SurbWindow {
             }
             self.marks.push_back((left, number + 1));
         }
+    }
+
+    /// A reply had more to say than what has arrived and how many SURBs there are.
+    pub(super) fn on_use(&mut self, now: Instant) {
+        self.usage.on_reply(now);
     }
 
     /// SURBs leave for the provider; whether it is still plausible that it needs them.

@@ -425,9 +425,13 @@ fn an_idle_session_falls_silent() {
     world.run_until(Duration::from_secs(30), |world| {
         world.provider_events.contains(&StreamEvent::Readable(stream))
     });
+    // What is left to do is done, also the SURBs that are being made.
     let quiet_from = world.elapsed() + Duration::from_secs(5);
     world.run_until(Duration::from_secs(60), |world| {
-        world.client.poll_timeout().is_none_or(|at| at > world.start + quiet_from)
+        // Fewer than five are not worth a packet.
+        world.client.surb_demand() < 5
+            && world.maker.done_at.is_none()
+            && world.client.poll_timeout().is_none_or(|at| at > world.start + quiet_from)
     });
     let before = world.sent;
     let until = world.now + KEEPALIVE - Duration::from_secs(10);
