@@ -131,7 +131,7 @@ pub(crate) struct ListenArgs {
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct TrafficArgs {
     /// Mean time that each of the three mixes holds a packet; 0 switches mixing off (for tests)
-    /// [default: 15ms].
+    /// (15ms unless said otherwise).
     #[arg(
         long, value_name = "DURATION", env = "MIXSOCKS_MEAN_DELAY", value_parser = parse_mean_delay
     )]
@@ -158,8 +158,8 @@ pub(crate) struct UpArgs {
     pub(crate) listen: ListenArgs,
     #[command(flatten)]
     pub(crate) traffic: TrafficArgs,
-    /// Where keys and registrations are kept, so that addresses stay the same [default: the
-    /// platform's data directory].
+    /// Where keys and registrations are kept, so that addresses stay the same (else in the
+    /// data directory of the platform).
     #[arg(long, value_name = "DIR", env = "MIXSOCKS_DATA_DIR")]
     pub(crate) data_dir: Option<PathBuf>,
     /// Let the provider connect to private and loopback addresses too, but for other addresses of this
@@ -193,8 +193,8 @@ pub(crate) struct ClientArgs {
     pub(crate) listen: ListenArgs,
     #[command(flatten)]
     pub(crate) timing: TimingArgs,
-    /// Where keys and the registration are kept, so that the address stays the same [default: the
-    /// platform's data directory].
+    /// Where keys and the registration are kept, so that the address stays the same (else in the
+    /// data directory of the platform).
     #[arg(long, value_name = "DIR", env = "MIXSOCKS_DATA_DIR")]
     pub(crate) data_dir: Option<PathBuf>,
 }
