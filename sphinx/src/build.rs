@@ -1,10 +1,11 @@
 //! Building packets: what a sender does.
 
 use rand::CryptoRng;
-use sphinx_packet::payload::Payload;
 use thiserror::Error;
+use zeroize::Zeroizing;
 
 use crate::header::build_header;
+use crate::payload_layers::{self, Seed};
 use crate::{MIN_PAYLOAD_LEN, Packet, Route, max_plaintext};
 
 /// Why a packet or a SURB cannot be built. All of it is the caller's fault.
@@ -42,18 +43,26 @@ pub fn build_packets<R: CryptoRng + ?Sized>(
     payload_len: usize,
     requests: &[(Route, &[u8])],
 ) -> Vec<Result<Packet, BuildError>> {
-    requests
+    let mut built: Vec<_> = requests
         .iter()
-        .map(|(route, plaintext)| build_packet(rng, payload_len, route, plaintext))
-        .collect()
+        .map(|(route, plaintext)| without_layers(rng, payload_len, route, plaintext))
+        .collect();
+    let mut payloads: Vec<_> = built
+        .iter_mut()
+        .flatten()
+        .map(|(packet, seeds)| (&seeds[..], packet.payload_mut()))
+        .collect();
+    payload_layers::add(&mut payloads);
+    built.into_iter().map(|built| built.map(|(packet, _)| packet)).collect()
 }
 
-fn build_packet<R: CryptoRng + ?Sized>(
+/// A packet whose payload has no layer yet, and the seeds of its layers.
+fn without_layers<R: CryptoRng + ?Sized>(
     rng: &mut R,
     payload_len: usize,
     route: &Route,
     plaintext: &[u8],
-) -> Result<Packet, BuildError> {
+) -> Result<(Packet, Zeroizing<Vec<Seed>>), BuildError> {
     if payload_len < MIN_PAYLOAD_LEN {
         return Err(BuildError::PayloadTooShort { payload_len });
     }
@@ -62,9 +71,7 @@ fn build_packet<R: CryptoRng + ?Sized>(
         return Err(BuildError::PlaintextTooLong { len: plaintext.len(), max });
     }
     let header = build_header(rng, route);
-    let payload = Payload::encapsulate_message(plaintext, &header.seeds, payload_len)
-        .expect("both lengths are checked");
-    Ok(Packet::join(&header.bytes, payload.as_bytes()))
+    Ok((Packet::new(&header.bytes, payload_len, plaintext), header.seeds))
 }
 
 #[cfg(test)]

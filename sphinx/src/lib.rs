@@ -60,13 +60,15 @@ mod build;
 mod header;
 mod key;
 mod packet;
+mod payload_layers;
 mod peel;
 mod route;
 mod surb;
+mod wide_block;
 
 pub use build::{BuildError, build_packets};
 pub use key::{KeyError, PublicKey, SecretKey};
-pub use packet::{Packet, PacketError, Payload, PayloadError, max_plaintext};
+pub use packet::{Packet, PacketError, Payload, PayloadError, max_plaintext, open_payloads};
 pub use peel::{OpenedPacket, PeelError, Peeled, ReplayTag, finish, open_headers};
 pub use route::{Hop, HopAddress, Identifier, Route, RouteError};
 pub use surb::{

@@ -4,7 +4,9 @@ use std::fmt;
 
 use sphinx_packet::header::SphinxHeader;
 use thiserror::Error;
+use zeroize::Zeroizing;
 
+use crate::payload_layers::{self, Seed};
 use crate::{HEADER_LEN, MIN_PAYLOAD_LEN, PAYLOAD_OVERHEAD};
 
 /// Zero bytes at the start of a payload that arrived unchanged.
@@ -71,30 +73,51 @@ impl Packet {
         self.0
     }
 
-    /// Joins a header and a payload.
-    pub(crate) fn join(header: &[u8; HEADER_LEN], payload: &[u8]) -> Self {
-        let mut bytes = Vec::with_capacity(HEADER_LEN + payload.len());
+    /// A packet whose payload is `plaintext` with its padding, still without a layer.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the plaintext is longer than [`max_plaintext`] allows.
+    pub(crate) fn new(header: &[u8; HEADER_LEN], payload_len: usize, plaintext: &[u8]) -> Self {
+        assert!(plaintext.len() <= max_plaintext(payload_len));
+        let len = HEADER_LEN + payload_len;
+        let mut bytes = Vec::with_capacity(len);
         bytes.extend_from_slice(header);
-        bytes.extend_from_slice(payload);
+        bytes.extend_from_slice(&[0; LEADING_ZEROS]);
+        bytes.extend_from_slice(plaintext);
+        bytes.push(1);
+        bytes.resize(len, 0);
         Self(bytes)
     }
 
-    /// Puts what the next hop gets in place of what this hop got; `payload` has the same length.
-    pub(crate) fn overwrite(mut self, header: &SphinxHeader, payload: &[u8]) -> Self {
+    /// Puts the header that the next hop gets in place of the one that this hop got.
+    pub(crate) fn set_header(&mut self, header: &SphinxHeader) {
         let (group_element, rest) = self.0.split_at_mut(header.shared_secret.as_bytes().len());
-        let (routing, old_payload) = rest.split_at_mut(HEADER_LEN - group_element.len());
         group_element.copy_from_slice(header.shared_secret.as_bytes());
-        routing.copy_from_slice(&header.routing_info.to_bytes());
-        old_payload.copy_from_slice(payload);
-        self
+        rest[..HEADER_LEN - group_element.len()].copy_from_slice(&header.routing_info.to_bytes());
     }
 
     pub(crate) fn header(&self) -> &[u8; HEADER_LEN] {
         self.0.first_chunk().expect("a packet is longer than a header")
     }
 
-    pub(crate) fn payload(&self) -> &[u8] {
-        &self.0[HEADER_LEN..]
+    /// The plaintext of a payload without layers.
+    pub(crate) fn into_plaintext(self) -> Result<Vec<u8>, PayloadError> {
+        const START: usize = HEADER_LEN + LEADING_ZEROS;
+        let mut bytes = self.0;
+        let (zeros, padded) = bytes[HEADER_LEN..].split_at(LEADING_ZEROS);
+        if zeros.iter().any(|byte| *byte != 0) {
+            return Err(PayloadError::LeadingZeros);
+        }
+        let end = padded.iter().rposition(|byte| *byte != 0);
+        let len = end.filter(|end| padded[*end] == 1).ok_or(PayloadError::Padding)?;
+        bytes.truncate(START + len);
+        bytes.drain(..START);
+        Ok(bytes)
+    }
+
+    pub(crate) fn payload_mut(&mut self) -> &mut [u8] {
+        &mut self.0[HEADER_LEN..]
     }
 }
 
@@ -105,11 +128,17 @@ impl fmt::Debug for Packet {
     }
 }
 
-/// What the last hop finds when it has taken off its layer.
+/// What arrives at the last hop of a route.
 ///
-/// Of a packet from [`crate::build_packets`] it is the plaintext with its padding; of a reply that
-/// came on a SURB it is noise until [`crate::recover_replies`] has it.
-pub struct Payload(sphinx_packet::payload::Payload);
+/// The layer of the last hop is still on it, and taken off when it is read: by [`open_payloads`] or
+/// [`Payload::into_plaintext`] if it came in a packet of [`crate::build_packets`]; by
+/// [`crate::recover_replies`], which need not take it off, if it came on a SURB.
+pub struct Payload {
+    /// The header, which means nothing any more, is left before it: that saves moving the payload.
+    packet: Packet,
+    /// Of the layer that is still on it.
+    seed: Zeroizing<Seed>,
+}
 
 /// Why a payload holds no plaintext: somebody changed it on the way, or it is a reply, which only
 /// its recovery opens.
@@ -125,44 +154,42 @@ pub enum PayloadError {
 
 #[expect(clippy::len_without_is_empty, reason = "no payload is empty")]
 impl Payload {
-    pub(crate) fn new(inner: sphinx_packet::payload::Payload) -> Self {
-        Self(inner)
-    }
-
-    pub(crate) fn into_inner(self) -> sphinx_packet::payload::Payload {
-        self.0
+    pub(crate) fn new(packet: Packet, seed: &Seed) -> Self {
+        Self { packet, seed: Zeroizing::new(*seed) }
     }
 
     /// The length in bytes: that of all payloads of the network.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.packet.0.len() - HEADER_LEN
     }
 
-    /// The bytes, padding included.
-    #[must_use]
-    pub fn as_bytes(&self) -> &[u8] {
-        self.0.as_bytes()
-    }
-
-    /// Takes the plaintext out: 0 to [`max_plaintext`] bytes.
+    /// Takes the plaintext out: 0 to [`max_plaintext`] bytes. For several at once, see
+    /// [`open_payloads`].
     ///
     /// # Errors
     ///
     /// See [`PayloadError`].
     pub fn into_plaintext(self) -> Result<Vec<u8>, PayloadError> {
-        let mut bytes = self.0.into_bytes();
-        let (zeros, padded) =
-            bytes.split_at_checked(LEADING_ZEROS).ok_or(PayloadError::LeadingZeros)?;
-        if zeros.iter().any(|byte| *byte != 0) {
-            return Err(PayloadError::LeadingZeros);
-        }
-        let end = padded.iter().rposition(|byte| *byte != 0);
-        let len = end.filter(|end| padded[*end] == 1).ok_or(PayloadError::Padding)?;
-        bytes.truncate(LEADING_ZEROS + len);
-        bytes.drain(..LEADING_ZEROS);
-        Ok(bytes)
+        open_payloads(vec![self]).remove(0)
     }
+
+    /// The packet without a thought for the layer that is still on its payload.
+    pub(crate) fn into_packet(self) -> Packet {
+        self.packet
+    }
+}
+
+/// Takes the plaintexts out of payloads that are no replies: 0 to [`max_plaintext`] bytes each.
+///
+/// # Errors
+///
+/// Per payload: see [`PayloadError`].
+pub fn open_payloads(mut payloads: Vec<Payload>) -> Vec<Result<Vec<u8>, PayloadError>> {
+    payload_layers::remove(
+        payloads.iter_mut().map(|Payload { packet, seed }| (&**seed, packet.payload_mut())),
+    );
+    payloads.into_iter().map(|payload| payload.packet.into_plaintext()).collect()
 }
 
 /// Shows the length only.
@@ -177,15 +204,13 @@ impl fmt::Debug for Payload {
 mod tests {
     use super::*;
 
-    fn payload(bytes: &[u8]) -> Payload {
-        Payload::new(sphinx_packet::payload::Payload::from_bytes(bytes).unwrap())
-    }
-
     fn plaintext(start: &[u8], end: &[u8]) -> Result<Vec<u8>, PayloadError> {
-        let mut bytes = [0; 64];
-        bytes[..start.len()].copy_from_slice(start);
-        bytes[64 - end.len()..].copy_from_slice(end);
-        payload(&bytes).into_plaintext()
+        let mut bytes = vec![0xcd; HEADER_LEN + 64];
+        let payload = &mut bytes[HEADER_LEN..];
+        payload.fill(0);
+        payload[..start.len()].copy_from_slice(start);
+        payload[64 - end.len()..].copy_from_slice(end);
+        Packet::from_bytes(bytes, 64).unwrap().into_plaintext()
     }
 
     #[test]
@@ -227,6 +252,16 @@ mod tests {
     }
 
     #[test]
+    fn padding_is_put_on() {
+        let packet = Packet::new(&[9; HEADER_LEN], 33, b"abc");
+        let expected = [&[9; HEADER_LEN][..], &[0; 16], b"abc\x01", &[0; 13]].concat();
+        assert_eq!(packet.as_bytes(), expected);
+        assert_eq!(packet.into_plaintext().unwrap(), b"abc");
+        let full = Packet::new(&[9; HEADER_LEN], 33, &[7; 16]);
+        assert_eq!(full.into_plaintext().unwrap(), [7; 16]);
+    }
+
+    #[test]
     fn wrong_padding_is_refused() {
         assert_eq!(plaintext(&[], &[]), Err(PayloadError::Padding));
         assert_eq!(plaintext(&[], &[1, 2]), Err(PayloadError::Padding));
@@ -242,8 +277,7 @@ mod tests {
     fn packets_and_payloads_show_their_length_only() {
         let packet = Packet::from_bytes(vec![0xab; 412], 64).unwrap();
         assert_eq!(format!("{packet:?}"), "Packet { len: 412, .. }");
-        let payload = payload(&[0xab; 64]);
+        let payload = Payload::new(packet, &[0xab; 16]);
         assert_eq!(format!("{payload:?}"), "Payload { len: 64, .. }");
-        assert_eq!(payload.as_bytes(), [0xab; 64]);
     }
 }

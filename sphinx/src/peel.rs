@@ -13,7 +13,10 @@ use sphinx_packet::{ErrorKind, ProcessedPacketData, SphinxPacket};
 use thiserror::Error;
 
 use crate::key::is_low_order;
-use crate::{HopAddress, Identifier, Packet, Payload, REPLAY_TAG_LEN, SecretKey, VERSION};
+use crate::{
+    HopAddress, Identifier, MIN_PAYLOAD_LEN, Packet, Payload, REPLAY_TAG_LEN, SecretKey, VERSION,
+    payload_layers,
+};
 
 /// What a packet is recognised by when it comes again: 32 bytes that only the hop can compute.
 ///
@@ -132,15 +135,35 @@ fn open_header(key: &SecretKey, packet: Packet) -> Result<OpenedPacket, PeelErro
 ///
 /// Per packet: [`PeelError::UnknownVersion`], [`PeelError::BadRouting`].
 pub fn finish(opened: Vec<OpenedPacket>) -> Vec<Result<Peeled, PeelError>> {
-    opened.into_iter().map(finish_one).collect()
+    let (secrets, mut peeled): (Vec<_>, Vec<_>) = opened
+        .into_iter()
+        .map(|OpenedPacket { packet, header, secret }| {
+            let peeled = read_header(packet, header, &secret);
+            (secret, peeled)
+        })
+        .unzip();
+    // The last hop's layer stays on, see `Payload`.
+    let forwarded = secrets.iter().zip(&mut peeled).filter_map(|(secret, peeled)| match peeled {
+        Ok(Peeled::Forward { packet, .. }) => {
+            Some((secret.payload_key_seed(), packet.payload_mut()))
+        }
+        _ => None,
+    });
+    payload_layers::remove(forwarded);
+    peeled
 }
 
-fn finish_one(opened: OpenedPacket) -> Result<Peeled, PeelError> {
-    let payload = sphinx_packet::payload::Payload::from_bytes(opened.packet.payload())
-        .expect("a packet's payload has at least the shortest length");
-    let packet = SphinxPacket { header: opened.header, payload };
+/// All of phase 2 but for the payload.
+fn read_header(
+    mut packet: Packet,
+    header: SphinxHeader,
+    secret: &ExpandedSharedSecret,
+) -> Result<Peeled, PeelError> {
+    // The crate below reads a header only along with a payload.
+    let payload = sphinx_packet::payload::Payload::from_bytes(&[0; MIN_PAYLOAD_LEN])
+        .expect("it has the shortest length");
     let processed =
-        packet.process_with_expanded_secret(&opened.secret).map_err(|error| {
+        SphinxPacket { header, payload }.process_with_expanded_secret(secret).map_err(|error| {
             match error.kind() {
                 ErrorKind::InvalidHeader => PeelError::BadMac,
                 _ => PeelError::BadRouting,
@@ -151,18 +174,17 @@ fn finish_one(opened: OpenedPacket) -> Result<Peeled, PeelError> {
     }
     Ok(match processed.data {
         ProcessedPacketData::ForwardHop { next_hop_packet, next_hop_address, delay } => {
+            packet.set_header(&next_hop_packet.header);
             Peeled::Forward {
                 next_hop: next_hop_address.to_bytes(),
                 delay: delay.to_duration(),
-                packet: opened
-                    .packet
-                    .overwrite(&next_hop_packet.header, next_hop_packet.payload.as_bytes()),
+                packet,
             }
         }
-        ProcessedPacketData::FinalHop { destination, identifier, payload } => Peeled::Final {
+        ProcessedPacketData::FinalHop { destination, identifier, .. } => Peeled::Final {
             destination: destination.as_bytes(),
             identifier,
-            payload: Payload::new(payload),
+            payload: Payload::new(packet, secret.payload_key_seed()),
         },
     })
 }

@@ -12,13 +12,12 @@
 use std::fmt;
 
 use rand::CryptoRng;
-use sphinx_packet::SurbReplyRecovery;
-use sphinx_packet::constants::PAYLOAD_KEY_SEED_SIZE;
 use thiserror::Error;
 use zeroize::{ZeroizeOnDrop, Zeroizing};
 
 use crate::header::build_header;
 use crate::key::is_low_order;
+use crate::payload_layers::{self, Seed};
 use crate::{
     BuildError, HEADER_LEN, HOP_ADDRESS_LEN, HopAddress, IDENTIFIER_LEN, Identifier,
     MIN_PAYLOAD_LEN, Packet, Payload, PayloadError, Route, SURB_LEN, max_plaintext,
@@ -62,7 +61,11 @@ pub enum UseSurbError {
 }
 
 /// What the creator of a SURB keeps in order to read the reply. Wiped when dropped.
-pub struct ReplyRecovery(SurbReplyRecovery);
+pub struct ReplyRecovery {
+    identifier: Identifier,
+    /// Of the payload's layers, in the order of the route.
+    seeds: Zeroizing<Vec<Seed>>,
+}
 
 /// Why a reply cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -104,7 +107,7 @@ impl Surb {
         self.0.first_chunk().expect("a SURB starts with a header")
     }
 
-    fn seed(&self) -> &[u8; PAYLOAD_KEY_SEED_SIZE] {
+    fn seed(&self) -> &Seed {
         self.0.last_chunk().expect("a SURB ends with a seed")
     }
 }
@@ -123,7 +126,7 @@ impl ReplyRecovery {
     /// The identifier that the last hop, which is the creator, is given with the reply.
     #[must_use]
     pub fn identifier(&self) -> Identifier {
-        *self.0.identifier()
+        self.identifier
     }
 }
 
@@ -165,10 +168,8 @@ fn build_surb<R: CryptoRng + ?Sized>(
     inline[HEADER_LEN..HEADER_LEN + HOP_ADDRESS_LEN].copy_from_slice(&route.first_hop());
     let seed = header.seeds.last().expect("a route has a hop");
     inline[HEADER_LEN + HOP_ADDRESS_LEN..].copy_from_slice(seed);
-    let kept = [&route.destination().identifier[..], header.seeds.as_flattened()].concat();
-    let recovery = SurbReplyRecovery::from_bytes(&Zeroizing::new(kept))
-        .expect("an identifier and a seed for each hop");
-    Ok((Surb(inline), ReplyRecovery(recovery)))
+    let identifier = route.destination().identifier;
+    Ok((Surb(inline), ReplyRecovery { identifier, seeds: header.seeds }))
 }
 
 /// Makes one reply packet of each SURB and plaintext, with payloads of `payload_len` bytes, and
@@ -183,14 +184,24 @@ pub fn use_surbs(
     payload_len: usize,
     requests: Vec<(Surb, &[u8])>,
 ) -> Vec<Result<(HopAddress, Packet), UseSurbError>> {
-    requests.into_iter().map(|(surb, plaintext)| use_surb(payload_len, &surb, plaintext)).collect()
+    let mut used: Vec<_> = requests
+        .into_iter()
+        .map(|(surb, plaintext)| {
+            check_lengths(payload_len, plaintext)?;
+            let packet = Packet::new(surb.header(), payload_len, plaintext);
+            Ok((surb, packet))
+        })
+        .collect();
+    let mut payloads: Vec<_> = used
+        .iter_mut()
+        .flatten()
+        .map(|(surb, packet)| (std::slice::from_ref(surb.seed()), packet.payload_mut()))
+        .collect();
+    payload_layers::add(&mut payloads);
+    used.into_iter().map(|used| used.map(|(surb, packet)| (surb.first_hop(), packet))).collect()
 }
 
-fn use_surb(
-    payload_len: usize,
-    surb: &Surb,
-    plaintext: &[u8],
-) -> Result<(HopAddress, Packet), UseSurbError> {
+fn check_lengths(payload_len: usize, plaintext: &[u8]) -> Result<(), UseSurbError> {
     if payload_len < MIN_PAYLOAD_LEN {
         return Err(UseSurbError::PayloadTooShort { payload_len });
     }
@@ -198,18 +209,14 @@ fn use_surb(
     if plaintext.len() > max {
         return Err(UseSurbError::PlaintextTooLong { len: plaintext.len(), max });
     }
-    // As `SURB::use_surb` does, without parsing and writing the header.
-    let payload = sphinx_packet::payload::Payload::encapsulate_message(
-        plaintext,
-        &[surb.seed()],
-        payload_len,
-    )
-    .expect("both lengths are checked");
-    let packet = Packet::join(surb.header(), payload.as_bytes());
-    Ok((surb.first_hop(), packet))
+    Ok(())
 }
 
 /// Opens replies with what was kept of their SURBs.
+///
+/// Each hop took off a layer of its own; the last hop, which is the caller, has left its layer
+/// where it was. So the others are put back, the last one first, and then the seal is open to view:
+/// one pass of the cipher per hop.
 ///
 /// # Errors
 ///
@@ -217,16 +224,19 @@ fn use_surb(
 pub fn recover_replies(
     requests: Vec<(ReplyRecovery, Payload)>,
 ) -> Vec<Result<Vec<u8>, RecoverError>> {
-    requests
-        .into_iter()
-        .map(|(recovery, payload)| {
-            let padded = recovery
-                .0
-                .unseal(payload.into_inner())
-                .expect("a recovery has a seed and a payload is no shorter than the cipher needs");
-            Ok(Payload::new(padded).into_plaintext()?)
+    let (recoveries, mut packets): (Vec<_>, Vec<_>) =
+        requests.into_iter().map(|(recovery, payload)| (recovery, payload.into_packet())).unzip();
+    let (seals, mut layers): (Vec<_>, Vec<_>) = recoveries
+        .iter()
+        .zip(&mut packets)
+        .map(|(recovery, packet)| {
+            let (seal, others) = recovery.seeds.split_last().expect("a route has a hop");
+            (seal, (others, packet.payload_mut()))
         })
-        .collect()
+        .unzip();
+    payload_layers::add(&mut layers);
+    payload_layers::remove(seals.into_iter().zip(layers.into_iter().map(|(_, payload)| payload)));
+    packets.into_iter().map(|packet| Ok(packet.into_plaintext()?)).collect()
 }
 
 #[cfg(test)]
@@ -243,7 +253,7 @@ mod tests {
 
     const fn assert_wiped<T: ZeroizeOnDrop>() {}
     const _: () = assert_wiped::<Zeroizing<[u8; SURB_LEN]>>();
-    const _: () = assert_wiped::<SurbReplyRecovery>();
+    const _: () = assert_wiped::<Zeroizing<Vec<Seed>>>();
 
     fn route(identifier: Identifier) -> Route {
         let hop = Hop {
