@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod determinism;
+mod differential;
 mod forge;
 mod hostile;
 mod network;

@@ -1,5 +1,8 @@
 //! The layers of payloads: one per hop, each of them LIONESS with a key made from the hop's seed.
 
+#[cfg_attr(not(test), expect(dead_code, reason = "for the choice of a backend"))]
+mod reference;
+
 use hkdf::Hkdf;
 use sha2::Sha256;
 use sphinx_packet::constants::{
@@ -52,4 +55,56 @@ fn keys<'a>(seeds: impl IntoIterator<Item = &'a Seed>) -> Vec<Key> {
             Key::from_bytes(&key)
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+
+    use super::*;
+
+    /// Payloads of random bytes with 0 to 5 seeds each.
+    fn payloads(seed: u64, lens: &[(usize, usize)]) -> Vec<(Vec<Seed>, Vec<u8>)> {
+        let mut rng = StdRng::seed_from_u64(seed);
+        lens.iter()
+            .map(|(depth, len)| {
+                let (mut seeds, mut payload) = (vec![[0; _]; *depth], vec![0; *len]);
+                seeds.iter_mut().for_each(|seed: &mut Seed| rng.fill_bytes(seed));
+                rng.fill_bytes(&mut payload);
+                (seeds, payload)
+            })
+            .collect()
+    }
+
+    fn borrow(payloads: &mut [(Vec<Seed>, Vec<u8>)]) -> Vec<(&[Seed], &mut [u8])> {
+        payloads.iter_mut().map(|(seeds, payload)| (&seeds[..], &mut payload[..])).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1000))]
+
+        #[test]
+        fn layers_are_those_of_the_reference(
+            seed: u64,
+            lens in prop::collection::vec(
+                (0..=5_usize, prop_oneof![33..300_usize, Just(1024_usize)]),
+                0..20,
+            ),
+        ) {
+            let mut ours = payloads(seed, &lens);
+            let mut theirs = ours.clone();
+            add(&mut borrow(&mut ours));
+            reference::add(&mut borrow(&mut theirs));
+            prop_assert!(ours == theirs);
+
+            let outermost = |payloads: &mut Vec<(Vec<Seed>, Vec<u8>)>| payloads.retain(|(s, _)| !s.is_empty());
+            outermost(&mut ours);
+            outermost(&mut theirs);
+            remove(borrow(&mut ours).into_iter().map(|(seeds, payload)| (&seeds[0], payload)));
+            reference::remove(borrow(&mut theirs).into_iter().map(|(seeds, payload)| (&seeds[0], payload)));
+            prop_assert!(ours == theirs);
+        }
+    }
 }
