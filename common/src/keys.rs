@@ -42,6 +42,9 @@ pub enum KeyError {
     /// The bytes are a number of 2^255 − 19 or more, so that the key has another spelling.
     #[error("the bytes are not an X25519 key in its canonical encoding")]
     NonCanonical,
+    /// The bytes are a point that no secret key belongs to.
+    #[error("the bytes are not an X25519 key that anybody can have made")]
+    OutsideSubgroup,
 }
 
 /// A signature does not belong to the message and the key it came with.
@@ -215,11 +218,13 @@ impl EncryptionKey {
     ///
     /// # Errors
     /// [`KeyError::LowOrder`] for the points whose shared secrets are the same for everybody;
-    /// [`KeyError::NonCanonical`] for keys that are spelled in another way than they should be.
+    /// [`KeyError::NonCanonical`] for keys that are spelled in another way than they should be;
+    /// [`KeyError::OutsideSubgroup`] for points that are no multiple of the base point.
     pub fn from_bytes(bytes: [u8; KEY_LEN]) -> Result<Self, KeyError> {
         PublicKey::from_bytes(bytes).map(Self).map_err(|error| match error {
             mixsocks_sphinx::KeyError::LowOrderPoint => KeyError::LowOrder,
             mixsocks_sphinx::KeyError::NonCanonical => KeyError::NonCanonical,
+            mixsocks_sphinx::KeyError::OutsideSubgroup => KeyError::OutsideSubgroup,
         })
     }
 

@@ -2,11 +2,9 @@
 
 use rand::CryptoRng;
 use thiserror::Error;
-use zeroize::Zeroizing;
 
-use crate::header::build_header;
-use crate::payload_layers::{self, Seed};
-use crate::{MIN_PAYLOAD_LEN, Packet, Route, max_plaintext};
+use crate::header::build_headers;
+use crate::{MIN_PAYLOAD_LEN, Packet, Route, max_plaintext, payload_layers};
 
 /// Why a packet or a SURB cannot be built. All of it is the caller's fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -43,9 +41,22 @@ pub fn build_packets<R: CryptoRng + ?Sized>(
     payload_len: usize,
     requests: &[(Route, &[u8])],
 ) -> Vec<Result<Packet, BuildError>> {
-    let mut built: Vec<_> = requests
+    let checked: Vec<_> =
+        requests.iter().map(|(_, plaintext)| check_lengths(payload_len, plaintext)).collect();
+    let (routes, plaintexts): (Vec<_>, Vec<_>) = requests
         .iter()
-        .map(|(route, plaintext)| without_layers(rng, payload_len, route, plaintext))
+        .zip(&checked)
+        .filter(|(_, checked)| checked.is_ok())
+        .map(|((route, plaintext), _)| (route, plaintext))
+        .unzip();
+    let headers = build_headers(rng, &routes);
+    // Packets whose payloads have no layers yet, and the seeds of those.
+    let mut unfinished = headers.into_iter().zip(plaintexts).map(|(header, plaintext)| {
+        (Packet::new(&header.bytes, payload_len, plaintext), header.seeds)
+    });
+    let mut built: Vec<_> = checked
+        .into_iter()
+        .map(|checked| checked.map(|()| unfinished.next().expect("one for each that fits")))
         .collect();
     let mut payloads: Vec<_> = built
         .iter_mut()
@@ -56,13 +67,7 @@ pub fn build_packets<R: CryptoRng + ?Sized>(
     built.into_iter().map(|built| built.map(|(packet, _)| packet)).collect()
 }
 
-/// A packet whose payload has no layer yet, and the seeds of its layers.
-fn without_layers<R: CryptoRng + ?Sized>(
-    rng: &mut R,
-    payload_len: usize,
-    route: &Route,
-    plaintext: &[u8],
-) -> Result<(Packet, Zeroizing<Vec<Seed>>), BuildError> {
+fn check_lengths(payload_len: usize, plaintext: &[u8]) -> Result<(), BuildError> {
     if payload_len < MIN_PAYLOAD_LEN {
         return Err(BuildError::PayloadTooShort { payload_len });
     }
@@ -70,8 +75,7 @@ fn without_layers<R: CryptoRng + ?Sized>(
     if plaintext.len() > max {
         return Err(BuildError::PlaintextTooLong { len: plaintext.len(), max });
     }
-    let header = build_header(rng, route);
-    Ok((Packet::new(&header.bytes, payload_len, plaintext), header.seeds))
+    Ok(())
 }
 
 #[cfg(test)]

@@ -2,15 +2,18 @@
 
 use std::fmt;
 
+use curve25519_dalek::MontgomeryPoint;
 use rand::CryptoRng;
 use thiserror::Error;
 use x25519_dalek::StaticSecret;
 use zeroize::{ZeroizeOnDrop, Zeroizing};
 
+use crate::x25519;
+
 /// The public X25519 key of a hop: 32 bytes, a u-coordinate, little-endian (RFC 7748 section 5).
 ///
-/// Only canonical encodings of points that are not of low order exist as values of this type, so
-/// that equal keys have equal bytes.
+/// Only canonical encodings of multiples of the base point exist as values of this type, so that
+/// equal keys have equal bytes, and senders may calculate with scalars modulo the group's order.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PublicKey([u8; 32]);
 
@@ -26,21 +29,31 @@ pub enum KeyError {
     /// The number is 2^255 − 19 or more; the same key has a smaller encoding.
     #[error("the public key is not in its canonical encoding")]
     NonCanonical,
+    /// The point is not in the subgroup of prime order, so nobody can have made it as a key.
+    #[error("the public key is not a multiple of the base point")]
+    OutsideSubgroup,
 }
 
 impl PublicKey {
-    /// Takes the encoding of a public key.
+    /// Takes the encoding of a public key. Costs as much as a multiplication.
     ///
     /// # Errors
     ///
     /// [`KeyError::LowOrderPoint`] for every encoding of a point of low order, canonical or not;
-    /// [`KeyError::NonCanonical`] for other encodings at or above 2^255 − 19.
+    /// [`KeyError::NonCanonical`] for other encodings at or above 2^255 − 19;
+    /// [`KeyError::OutsideSubgroup`] for everything else that is not a multiple of the base point,
+    /// also for points of the curve's twist.
     pub fn from_bytes(bytes: [u8; 32]) -> Result<Self, KeyError> {
         if is_low_order(&bytes) {
             return Err(KeyError::LowOrderPoint);
         }
         if !is_canonical(&bytes) {
             return Err(KeyError::NonCanonical);
+        }
+        // Either sign will do: a point and its negative are in the same subgroup.
+        let point = MontgomeryPoint(bytes).to_edwards(0).ok_or(KeyError::OutsideSubgroup)?;
+        if !point.is_torsion_free() {
+            return Err(KeyError::OutsideSubgroup);
         }
         Ok(Self(bytes))
     }
@@ -81,7 +94,7 @@ impl SecretKey {
     /// The public key that belongs to this key. Costs one multiplication of the base point.
     #[must_use]
     pub fn public_key(&self) -> PublicKey {
-        PublicKey(x25519_dalek::PublicKey::from(&self.0).to_bytes())
+        PublicKey(x25519::public_key(self.0.as_bytes()))
     }
 
     pub(crate) fn secret(&self) -> &StaticSecret {
@@ -221,7 +234,37 @@ mod tests {
         for low in 0xef..=0xff {
             assert_eq!(PublicKey::from_bytes(near_p(low)), Err(KeyError::NonCanonical));
         }
-        assert!(PublicKey::from_bytes(near_p(0xeb)).is_ok());
+        assert_ne!(PublicKey::from_bytes(near_p(0xeb)), Err(KeyError::NonCanonical));
+    }
+
+    #[test]
+    fn points_outside_the_subgroup_are_refused() {
+        let mut rng = StdRng::seed_from_u64(5);
+        for _ in 0..20 {
+            let key = *SecretKey::generate(&mut rng).public_key().as_bytes();
+            let point = MontgomeryPoint(key).to_edwards(0).unwrap();
+            for low_order in EIGHT_TORSION {
+                let sum = (point + low_order).to_montgomery().to_bytes();
+                let expected =
+                    if sum == key { Ok(PublicKey(key)) } else { Err(KeyError::OutsideSubgroup) };
+                assert_eq!(PublicKey::from_bytes(sum), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn points_of_the_twist_are_refused() {
+        let twisted = (2..=u8::MAX).map(|u| {
+            let mut bytes = [0; 32];
+            bytes[0] = u;
+            bytes
+        });
+        let twisted: Vec<_> =
+            twisted.filter(|u| MontgomeryPoint(*u).to_edwards(0).is_none()).collect();
+        assert!(twisted.len() > 100);
+        for u in twisted {
+            assert_eq!(PublicKey::from_bytes(u), Err(KeyError::OutsideSubgroup));
+        }
     }
 
     #[test]

@@ -56,16 +56,21 @@
 //! show nothing in their `Debug` output. What `sphinx-packet` keeps on its stack or in its vectors
 //! while it works (payload keys, a SURB's seeds while it is built) is out of reach and not wiped.
 
+mod backend;
 mod build;
 mod header;
 mod key;
 mod packet;
 mod payload_layers;
 mod peel;
+mod reference;
 mod route;
+mod secrets;
 mod surb;
 mod wide_block;
+mod x25519;
 
+pub use backend::{Backend, BackendError};
 pub use build::{BuildError, build_packets};
 pub use key::{KeyError, PublicKey, SecretKey};
 pub use packet::{Packet, PacketError, Payload, PayloadError, max_plaintext, open_payloads};
@@ -75,6 +80,8 @@ pub use surb::{
     RecoverError, ReplyRecovery, Surb, SurbError, UseSurbError, build_surbs, recover_replies,
     use_surbs,
 };
+
+pub use x25519::x25519;
 
 use sphinx_packet::version::{SINGLE_SEED_SURB_VERSION, Version};
 use sphinx_packet::{constants, payload};

@@ -2,11 +2,11 @@
 
 use std::fmt;
 
-use sphinx_packet::header::SphinxHeader;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
 use crate::payload_layers::{self, Seed};
+use crate::secrets::GROUP_ELEMENT_LEN;
 use crate::{HEADER_LEN, MIN_PAYLOAD_LEN, PAYLOAD_OVERHEAD};
 
 /// Zero bytes at the start of a payload that arrived unchanged.
@@ -90,15 +90,17 @@ impl Packet {
         Self(bytes)
     }
 
-    /// Puts the header that the next hop gets in place of the one that this hop got.
-    pub(crate) fn set_header(&mut self, header: &SphinxHeader) {
-        let (group_element, rest) = self.0.split_at_mut(header.shared_secret.as_bytes().len());
-        group_element.copy_from_slice(header.shared_secret.as_bytes());
-        rest[..HEADER_LEN - group_element.len()].copy_from_slice(&header.routing_info.to_bytes());
-    }
-
     pub(crate) fn header(&self) -> &[u8; HEADER_LEN] {
         self.0.first_chunk().expect("a packet is longer than a header")
+    }
+
+    pub(crate) fn header_mut(&mut self) -> &mut [u8; HEADER_LEN] {
+        self.0.first_chunk_mut().expect("a packet is longer than a header")
+    }
+
+    /// The u-coordinate that the header begins with.
+    pub(crate) fn group_element(&self) -> &[u8; GROUP_ELEMENT_LEN] {
+        self.0.first_chunk().expect("a packet is longer than a group element")
     }
 
     /// The plaintext of a payload without layers.

@@ -7,15 +7,18 @@
 use std::fmt;
 use std::time::Duration;
 
-use sphinx_packet::header::SphinxHeader;
+use sphinx_packet::header::routing::{FINAL_HOP, FORWARD_HOP};
 use sphinx_packet::header::shared_secret::ExpandedSharedSecret;
-use sphinx_packet::{ErrorKind, ProcessedPacketData, SphinxPacket};
 use thiserror::Error;
+use zeroize::Zeroizing;
 
 use crate::key::is_low_order;
+use crate::payload_layers::Seed;
+use crate::secrets::{GROUP_ELEMENT_LEN, HopSecrets, MAC_LEN, ROUTING_LEN, STEP, STREAM_LEN, xor};
+use crate::x25519::x25519;
 use crate::{
-    HopAddress, Identifier, MIN_PAYLOAD_LEN, Packet, Payload, REPLAY_TAG_LEN, SecretKey, VERSION,
-    payload_layers,
+    Backend, HEADER_LEN, HopAddress, Identifier, Packet, Payload, REPLAY_TAG_LEN, SecretKey,
+    VERSION, payload_layers, reference,
 };
 
 /// What a packet is recognised by when it comes again: 32 bytes that only the hop can compute.
@@ -49,16 +52,32 @@ impl ReplayTag {
 /// A packet with a valid MAC, whose replay tag is to be checked before [`finish`].
 pub struct OpenedPacket {
     packet: Packet,
-    header: SphinxHeader,
-    /// Wiped when dropped.
-    secret: ExpandedSharedSecret,
+    secrets: Secrets,
+}
+
+/// What the hop shares with the sender.
+enum Secrets {
+    Ours(HopSecrets),
+    Reference(ExpandedSharedSecret),
+}
+
+impl Secrets {
+    fn payload_seed(&self) -> &Seed {
+        match self {
+            Self::Ours(secrets) => secrets.payload_seed(),
+            Self::Reference(secrets) => secrets.payload_key_seed(),
+        }
+    }
 }
 
 impl OpenedPacket {
     /// What to recognise the packet by when it comes again.
     #[must_use]
     pub fn replay_tag(&self) -> ReplayTag {
-        ReplayTag(*self.secret.replay_tag())
+        ReplayTag(match &self.secrets {
+            Secrets::Ours(secrets) => *secrets.replay_tag(),
+            Secrets::Reference(secrets) => *secrets.replay_tag(),
+        })
     }
 }
 
@@ -115,17 +134,39 @@ pub enum PeelError {
 ///
 /// Per packet: [`PeelError::LowOrderPoint`], [`PeelError::BadMac`].
 pub fn open_headers(key: &SecretKey, packets: Vec<Packet>) -> Vec<Result<OpenedPacket, PeelError>> {
-    packets.into_iter().map(|packet| open_header(key, packet)).collect()
+    // Points of low order cost a multiplication too: they are too rare to sort out.
+    let shared = match Backend::current() {
+        Backend::Reference => None,
+        _ => {
+            let secret = key.secret().as_bytes();
+            let operations: Vec<_> =
+                packets.iter().map(|packet| (secret, packet.group_element())).collect();
+            Some(x25519(&operations))
+        }
+    };
+    packets
+        .into_iter()
+        .enumerate()
+        .map(|(i, packet)| {
+            if is_low_order(packet.group_element()) {
+                return Err(PeelError::LowOrderPoint);
+            }
+            let secrets = match &shared {
+                Some(shared) => Secrets::Ours(check_mac(&shared[i], &packet)?),
+                None => Secrets::Reference(reference::open_header(key, &packet)?),
+            };
+            Ok(OpenedPacket { packet, secrets })
+        })
+        .collect()
 }
 
-fn open_header(key: &SecretKey, packet: Packet) -> Result<OpenedPacket, PeelError> {
-    let header = SphinxHeader::from_bytes(packet.header()).expect("a header has its length");
-    if is_low_order(header.shared_secret.as_bytes()) {
-        return Err(PeelError::LowOrderPoint);
+fn check_mac(shared_secret: &[u8; 32], packet: &Packet) -> Result<HopSecrets, PeelError> {
+    let secrets = HopSecrets::derive(shared_secret);
+    let (mac, routing) = mac_and_routing(packet.header());
+    if !secrets.verify(routing, mac) {
+        return Err(PeelError::BadMac);
     }
-    let secret = header.compute_expanded_shared_secret(key.secret());
-    header.ensure_header_integrity(&secret).map_err(|_| PeelError::BadMac)?;
-    Ok(OpenedPacket { packet, header, secret })
+    Ok(secrets)
 }
 
 /// Phase 2: reads the routing information, blinds the group element and takes one layer off the
@@ -137,56 +178,92 @@ fn open_header(key: &SecretKey, packet: Packet) -> Result<OpenedPacket, PeelErro
 pub fn finish(opened: Vec<OpenedPacket>) -> Vec<Result<Peeled, PeelError>> {
     let (secrets, mut peeled): (Vec<_>, Vec<_>) = opened
         .into_iter()
-        .map(|OpenedPacket { packet, header, secret }| {
-            let peeled = read_header(packet, header, &secret);
-            (secret, peeled)
+        .map(|OpenedPacket { packet, secrets }| {
+            let peeled = match &secrets {
+                Secrets::Ours(secrets) => read_routing(packet, secrets),
+                Secrets::Reference(secrets) => reference::read_header(packet, secrets),
+            };
+            (secrets, peeled)
         })
         .unzip();
     // The last hop's layer stays on, see `Payload`.
-    let forwarded = secrets.iter().zip(&mut peeled).filter_map(|(secret, peeled)| match peeled {
-        Ok(Peeled::Forward { packet, .. }) => {
-            Some((secret.payload_key_seed(), packet.payload_mut()))
-        }
-        _ => None,
-    });
-    payload_layers::remove(forwarded);
+    let mut forwarded: Vec<_> = secrets
+        .iter()
+        .zip(&mut peeled)
+        .filter_map(|(secrets, peeled)| match peeled {
+            Ok(Peeled::Forward { packet, .. }) => Some((secrets, packet)),
+            _ => None,
+        })
+        .collect();
+    blind(&mut forwarded);
+    payload_layers::remove(
+        forwarded
+            .into_iter()
+            .map(|(secrets, packet)| (secrets.payload_seed(), packet.payload_mut())),
+    );
     peeled
 }
 
-/// All of phase 2 but for the payload.
-fn read_header(
-    mut packet: Packet,
-    header: SphinxHeader,
-    secret: &ExpandedSharedSecret,
-) -> Result<Peeled, PeelError> {
-    // The crate below reads a header only along with a payload.
-    let payload = sphinx_packet::payload::Payload::from_bytes(&[0; MIN_PAYLOAD_LEN])
-        .expect("it has the shortest length");
-    let processed =
-        SphinxPacket { header, payload }.process_with_expanded_secret(secret).map_err(|error| {
-            match error.kind() {
-                ErrorKind::InvalidHeader => PeelError::BadMac,
-                _ => PeelError::BadRouting,
-            }
-        })?;
-    if processed.version != VERSION {
-        return Err(PeelError::UnknownVersion(processed.version.value()));
+/// Reads what the hop is told. A packet to forward comes with the MAC and the routing information
+/// for the next hop, but still with this hop's group element and payload.
+fn read_routing(mut packet: Packet, secrets: &HopSecrets) -> Result<Peeled, PeelError> {
+    let mut routing = Zeroizing::new(secrets.stream());
+    let (_, encrypted) = mac_and_routing(packet.header());
+    xor(&mut routing[..], encrypted);
+
+    let flag = routing[0];
+    if flag != FORWARD_HOP && flag != FINAL_HOP {
+        return Err(PeelError::BadRouting);
     }
-    Ok(match processed.data {
-        ProcessedPacketData::ForwardHop { next_hop_packet, next_hop_address, delay } => {
-            packet.set_header(&next_hop_packet.header);
-            Peeled::Forward {
-                next_hop: next_hop_address.to_bytes(),
-                delay: delay.to_duration(),
-                packet,
-            }
-        }
-        ProcessedPacketData::FinalHop { destination, identifier, .. } => Peeled::Final {
-            destination: destination.as_bytes(),
-            identifier,
-            payload: Payload::new(packet, secret.payload_key_seed()),
-        },
+    // The first byte of the version does not count.
+    let version = u16::from_be_bytes([routing[2], routing[3]]);
+    if version != VERSION.value() {
+        return Err(PeelError::UnknownVersion(version));
+    }
+    if flag == FINAL_HOP {
+        return Ok(Peeled::Final {
+            destination: field(&routing, 4),
+            identifier: field(&routing, 36),
+            payload: Payload::new(packet, secrets.payload_seed()),
+        });
+    }
+    packet.header_mut()[GROUP_ELEMENT_LEN..].copy_from_slice(&routing[STEP - MAC_LEN..]);
+    Ok(Peeled::Forward {
+        next_hop: field(&routing, 4),
+        delay: Duration::from_nanos(u64::from_be_bytes(field(&routing, 36))),
+        packet,
     })
+}
+
+/// Makes the group elements of the next hops.
+fn blind(forwarded: &mut [(&Secrets, &mut Packet)]) {
+    let mut ours: Vec<_> = forwarded
+        .iter_mut()
+        .filter_map(|(secrets, packet)| match secrets {
+            Secrets::Ours(secrets) => Some((secrets, packet)),
+            Secrets::Reference(_) => None,
+        })
+        .collect();
+    let operations: Vec<_> = ours
+        .iter()
+        .map(|(secrets, packet)| (secrets.blinding_factor(), packet.group_element()))
+        .collect();
+    let blinded = x25519(&operations);
+    for ((_, packet), group_element) in ours.iter_mut().zip(blinded.iter()) {
+        packet.header_mut()[..GROUP_ELEMENT_LEN].copy_from_slice(group_element);
+    }
+}
+
+/// MAC and encrypted routing information.
+fn mac_and_routing(header: &[u8; HEADER_LEN]) -> (&[u8; MAC_LEN], &[u8; ROUTING_LEN]) {
+    let (mac, routing) = header[GROUP_ELEMENT_LEN..].split_first_chunk().expect(LAYOUT);
+    (mac, routing.try_into().expect(LAYOUT))
+}
+
+const LAYOUT: &str = "the parts of a header have constant lengths";
+
+fn field<const N: usize>(routing: &[u8; STREAM_LEN], offset: usize) -> [u8; N] {
+    *routing[offset..].first_chunk().expect("offsets are constants that leave enough bytes")
 }
 
 #[cfg(test)]

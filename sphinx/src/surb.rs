@@ -15,7 +15,7 @@ use rand::CryptoRng;
 use thiserror::Error;
 use zeroize::{ZeroizeOnDrop, Zeroizing};
 
-use crate::header::build_header;
+use crate::header::{Header, build_headers};
 use crate::key::is_low_order;
 use crate::payload_layers::{self, Seed};
 use crate::{
@@ -152,24 +152,27 @@ pub fn build_surbs<R: CryptoRng + ?Sized>(
     rng: &mut R,
     routes: &[Route],
 ) -> Vec<Result<(Surb, ReplyRecovery), BuildError>> {
-    routes.iter().map(|route| build_surb(rng, route)).collect()
+    let is_named = |route: &&Route| route.identifier() != [0; IDENTIFIER_LEN];
+    let named: Vec<_> = routes.iter().filter(is_named).collect();
+    let mut headers = build_headers(rng, &named).into_iter();
+    routes
+        .iter()
+        .map(|route| {
+            if !is_named(&route) {
+                return Err(BuildError::ZeroIdentifier);
+            }
+            Ok(surb(route, headers.next().expect("one for each that is named")))
+        })
+        .collect()
 }
 
-fn build_surb<R: CryptoRng + ?Sized>(
-    rng: &mut R,
-    route: &Route,
-) -> Result<(Surb, ReplyRecovery), BuildError> {
-    if route.destination().identifier == [0; IDENTIFIER_LEN] {
-        return Err(BuildError::ZeroIdentifier);
-    }
-    let header = build_header(rng, route);
+fn surb(route: &Route, header: Header) -> (Surb, ReplyRecovery) {
     let mut inline = Box::new(Zeroizing::new([0; SURB_LEN]));
     inline[..HEADER_LEN].copy_from_slice(&header.bytes[..]);
     inline[HEADER_LEN..HEADER_LEN + HOP_ADDRESS_LEN].copy_from_slice(&route.first_hop());
     let seed = header.seeds.last().expect("a route has a hop");
     inline[HEADER_LEN + HOP_ADDRESS_LEN..].copy_from_slice(seed);
-    let identifier = route.destination().identifier;
-    Ok((Surb(inline), ReplyRecovery { identifier, seeds: header.seeds }))
+    (Surb(inline), ReplyRecovery { identifier: route.identifier(), seeds: header.seeds })
 }
 
 /// Makes one reply packet of each SURB and plaintext, with payloads of `payload_len` bytes, and

@@ -1,6 +1,5 @@
 //! The layers of payloads: one per hop, each of them LIONESS with a key made from the hop's seed.
 
-#[cfg_attr(not(test), expect(dead_code, reason = "for the choice of a backend"))]
 mod reference;
 
 use hkdf::Hkdf;
@@ -10,8 +9,8 @@ use sphinx_packet::constants::{
 };
 use zeroize::Zeroizing;
 
-use crate::MIN_PAYLOAD_LEN;
 use crate::wide_block::{self, Key, WIDTH};
+use crate::{Backend, MIN_PAYLOAD_LEN};
 
 /// What the key of a layer is made from; the hop derives it from its shared secret.
 pub(crate) type Seed = [u8; PAYLOAD_KEY_SEED_SIZE];
@@ -21,6 +20,9 @@ const _: () = assert!(MIN_PAYLOAD_LEN == wide_block::MIN_BLOCK_LEN);
 /// Puts a layer on each payload for each of its seeds, the last one first, so that the first hop of
 /// a route takes off the outermost.
 pub(crate) fn add<'a>(payloads: &mut [(&'a [Seed], &'a mut [u8])]) {
+    if Backend::current() == Backend::Reference {
+        return reference::add(payloads);
+    }
     for group in payloads.chunks_mut(WIDTH) {
         let depth = group.iter().map(|(seeds, _)| seeds.len()).max().unwrap_or(0);
         for layer in (0..depth).rev() {
@@ -37,6 +39,9 @@ pub(crate) fn add<'a>(payloads: &mut [(&'a [Seed], &'a mut [u8])]) {
 
 /// Takes one layer off each payload.
 pub(crate) fn remove<'a>(payloads: impl IntoIterator<Item = (&'a Seed, &'a mut [u8])>) {
+    if Backend::current() == Backend::Reference {
+        return reference::remove(payloads);
+    }
     let (seeds, blocks): (Vec<_>, Vec<_>) = payloads.into_iter().unzip();
     let keys = keys(seeds);
     let mut blocks: Vec<_> = keys.iter().zip(blocks).collect();

@@ -1,0 +1,207 @@
+//! Field elements of five limbs for lanes that multiply 52-bit numbers and add.
+//!
+//! Limb `i` stands for itself times 2^(51 · i). Every operation carries once, so every limb that it
+//! returns is less than 2^51 + 2^15, and fits the 52 bits that a product takes of it.
+//!
+//! A sum of products in front of the carry is less than 2^56 in the low half and, as that of the high
+//! half counts 19 times, less than 20 · 2^56 < 2^61 in all; so a carry is less than 2^10, or 19 · 2^10 < 2^15
+//! into the lowest limb.
+
+#![expect(clippy::needless_range_loop, reason = "limbs of several elements go together")]
+
+use super::field::{join, limb};
+use super::ladder::Field;
+use super::lanes::Multiply52;
+#[cfg(test)]
+use super::lanes::{Emulated, Lanes};
+
+const LIMBS: usize = 5;
+const BITS: usize = 51;
+
+pub(super) type Limbs51<L> = [L; LIMBS];
+
+#[derive(Clone, Copy)]
+pub(super) struct Field51<L>(Limbs51<L>);
+
+/// A limb of 2p.
+const fn double_p(limb: usize) -> u64 {
+    let low = if limb == 0 { 38 } else { 2 };
+    (2 << BITS) - low
+}
+
+impl<L: Multiply52<N>, const N: usize> Field<N> for Field51<L> {
+    type Lanes = L;
+
+    #[inline(always)]
+    fn small(number: u64) -> Self {
+        let mut limbs = [L::splat(0); LIMBS];
+        limbs[0] = L::splat(number);
+        Self(limbs)
+    }
+
+    #[inline(always)]
+    fn decode(numbers: &[[u8; 32]; N]) -> Self {
+        let mut limbs = [L::splat(0); LIMBS];
+        for i in 0..LIMBS {
+            let mut lanes = [0; N];
+            for (lane, number) in lanes.iter_mut().zip(numbers) {
+                *lane = limb(number, BITS * i, BITS);
+            }
+            limbs[i] = L::from_array(lanes);
+        }
+        Self(limbs)
+    }
+
+    #[inline(always)]
+    fn encode(&self) -> [[u8; 32]; N] {
+        let mut columns = [[0; N]; LIMBS];
+        for i in 0..LIMBS {
+            columns[i] = self.0[i].to_array();
+        }
+        let mut numbers = [[0; 32]; N];
+        for (lane, number) in numbers.iter_mut().enumerate() {
+            *number = join((0..LIMBS).map(|i| (BITS * i, columns[i][lane])));
+        }
+        numbers
+    }
+
+    #[inline(always)]
+    fn add(&mut self, a: &Self, b: &Self) {
+        let mut sum = a.0;
+        for i in 0..LIMBS {
+            sum[i] = sum[i].add(b.0[i]);
+        }
+        self.0 = carry(sum);
+    }
+
+    #[inline(always)]
+    fn subtract(&mut self, a: &Self, b: &Self) {
+        let mut difference = a.0;
+        for i in 0..LIMBS {
+            difference[i] = difference[i].add(L::splat(double_p(i))).sub(b.0[i]);
+        }
+        self.0 = carry(difference);
+    }
+
+    #[inline(always)]
+    fn multiply(&mut self, a: &Self, b: &Self) {
+        L::multiply_elements(&mut self.0, &a.0, &b.0);
+    }
+
+    #[inline(always)]
+    fn square(&mut self, a: &Self) {
+        L::square_element(&mut self.0, &a.0);
+    }
+
+    #[inline(always)]
+    fn add_small_multiple(&mut self, a: &Self, factor: u64, b: &Self) {
+        let factor = L::splat(factor);
+        let mut sums = [L::splat(0); 2 * LIMBS];
+        for i in 0..LIMBS {
+            sums[i + 1] = sums[i + 1].add_product_high(b.0[i], factor);
+        }
+        for i in 1..=LIMBS {
+            sums[i] = sums[i].add(sums[i]);
+        }
+        for i in 0..LIMBS {
+            sums[i] = sums[i].add(a.0[i]).add_product_low(b.0[i], factor);
+        }
+        self.0 = fold(sums);
+    }
+
+    #[inline(always)]
+    fn select(&mut self, mask: L, a: &Self, b: &Self) {
+        for i in 0..LIMBS {
+            self.0[i] = a.0[i].xor(a.0[i].xor(b.0[i]).and(mask));
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn multiply<L: Multiply52<N>, const N: usize>(
+    product: &mut Limbs51<L>,
+    a: &Limbs51<L>,
+    b: &Limbs51<L>,
+) {
+    // A high half is worth 2^52: double in the limb after that of the low half.
+    let mut sums = [L::splat(0); 2 * LIMBS];
+    for i in 0..LIMBS {
+        for j in 0..LIMBS {
+            sums[i + j + 1] = sums[i + j + 1].add_product_high(a[i], b[j]);
+        }
+    }
+    for sum in &mut sums {
+        *sum = sum.add(*sum);
+    }
+    for i in 0..LIMBS {
+        for j in 0..LIMBS {
+            sums[i + j] = sums[i + j].add_product_low(a[i], b[j]);
+        }
+    }
+    *product = fold(sums);
+}
+
+#[inline(always)]
+pub(super) fn square<L: Multiply52<N>, const N: usize>(square: &mut Limbs51<L>, a: &Limbs51<L>) {
+    // Different limbs meet twice, and high halves count twice once more.
+    let mut sums = [L::splat(0); 2 * LIMBS];
+    for i in 0..LIMBS {
+        for j in i + 1..LIMBS {
+            sums[i + j + 1] = sums[i + j + 1].add_product_high(a[i], a[j]);
+        }
+    }
+    for sum in &mut sums {
+        *sum = sum.add(*sum);
+    }
+    for i in 0..LIMBS {
+        sums[2 * i + 1] = sums[2 * i + 1].add_product_high(a[i], a[i]);
+        for j in i + 1..LIMBS {
+            sums[i + j] = sums[i + j].add_product_low(a[i], a[j]);
+        }
+    }
+    for sum in &mut sums {
+        *sum = sum.add(*sum);
+    }
+    for i in 0..LIMBS {
+        sums[2 * i] = sums[2 * i].add_product_low(a[i], a[i]);
+    }
+    *square = fold(sums);
+}
+
+/// Adds the upper half 19 times to the lower one, because 2^255 is 19, and carries.
+#[inline(always)]
+fn fold<L: Multiply52<N>, const N: usize>(sums: [L; 2 * LIMBS]) -> Limbs51<L> {
+    let mut limbs = [L::splat(0); LIMBS];
+    for i in 0..LIMBS {
+        limbs[i] = sums[i].add(times_19(sums[i + LIMBS]));
+    }
+    carry(limbs)
+}
+
+/// Keeps 51 bits of each limb and adds the rest to the next one.
+#[inline(always)]
+fn carry<L: Multiply52<N>, const N: usize>(limbs: Limbs51<L>) -> Limbs51<L> {
+    let mask = L::splat((1 << BITS) - 1);
+    let mut carried = limbs;
+    for i in 0..LIMBS {
+        carried[i] = limbs[i].and(mask);
+    }
+    for i in 0..LIMBS - 1 {
+        carried[i + 1] = carried[i + 1].add(limbs[i].shift_right(51));
+    }
+    carried[0] = carried[0].add(times_19(limbs[LIMBS - 1].shift_right(51)));
+    carried
+}
+
+#[inline(always)]
+fn times_19<L: Multiply52<N>, const N: usize>(number: L) -> L {
+    number.add(number.shift_left(1)).add(number.shift_left(4))
+}
+
+#[cfg(test)]
+impl<const N: usize> Field51<Emulated<N>> {
+    /// The largest limbs of a reduced element.
+    pub(super) fn largest() -> Self {
+        Self([Emulated::splat((1 << BITS) + (1 << 15) - 1); LIMBS])
+    }
+}
