@@ -22,6 +22,8 @@ use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context;
+
 use crate::cli::{Cli, Command};
 
 /// What still runs after a command has ended, such as a name look-up, is left behind after this.
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
+    mixsocks_sphinx::Backend::from_environment().context("MIXSOCKS_SPHINX_BACKEND")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let quiet = cli.verbosity.quiet;
     let result = runtime.block_on(async move {

@@ -35,8 +35,8 @@ const OPEN_LIMIT: Duration = Duration::from_secs(30);
 const FAREWELL_LIMIT: Duration = Duration::from_millis(800);
 const FAREWELL_POLL: Duration = Duration::from_millis(10);
 
-/// SURBs that a worker makes at a time: some milliseconds of work.
-const SURBS_PER_TURN: usize = 2;
+/// SURBs that a worker makes at a time: as many as share vectors, and about a millisecond of work.
+const SURBS_PER_TURN: usize = 8;
 
 /// What a client needs.
 #[derive(Debug)]

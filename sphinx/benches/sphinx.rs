@@ -1,21 +1,22 @@
-//! What packets and SURBs cost: 5 hops, payloads of 2048 bytes.
+//! What packets and SURBs cost, beside the crate `sphinx-packet` (the backend `reference`) and
+//! x25519-dalek in the same run: payloads of 2048 bytes, 5 hops unless stated otherwise.
 
 #![expect(clippy::unwrap_used, reason = "benches")]
 
 use std::hint::black_box;
 use std::time::Duration;
 
-use criterion::{BatchSize, Criterion, Throughput};
+use criterion::measurement::WallTime;
+use criterion::{BatchSize, BenchmarkGroup, Criterion, Throughput};
 use mixsocks_sphinx::{
-    Hop, Packet, Payload, Peeled, ReplyRecovery, Route, SecretKey, Surb, build_packets,
-    build_surbs, finish, max_plaintext, open_headers, recover_replies, use_surbs,
+    Backend, Hop, Packet, Payload, Peeled, ReplyRecovery, Route, SecretKey, Surb, build_packets,
+    build_surbs, finish, max_plaintext, open_headers, recover_replies, use_surbs, x25519,
 };
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 const PAYLOAD_LEN: usize = 2048;
 const HOPS: usize = 5;
-const BATCHES: [usize; 2] = [1, 8];
 
 fn seeded() -> StdRng {
     StdRng::seed_from_u64(1)
@@ -24,6 +25,7 @@ fn seeded() -> StdRng {
 struct Bench {
     rng: StdRng,
     keys: Vec<SecretKey>,
+    hops: Vec<Hop>,
     route: Route,
     plaintext: Vec<u8>,
 }
@@ -44,12 +46,19 @@ impl Bench {
             rng,
             keys,
             route: Route::new(&hops, [2; 32], [3; 16]).unwrap(),
+            hops,
             plaintext: vec![4; max_plaintext(PAYLOAD_LEN)],
         }
     }
 
     fn requests(&self, batch: usize) -> Vec<(Route, &[u8])> {
         vec![(self.route.clone(), &self.plaintext[..]); batch]
+    }
+
+    /// The same for a route without its first hops.
+    fn shorter_requests(&self, hops: usize, batch: usize) -> Vec<(Route, &[u8])> {
+        let route = Route::new(&self.hops[HOPS - hops..], [2; 32], [3; 16]).unwrap();
+        vec![(route, &self.plaintext[..]); batch]
     }
 
     fn packets(&self, batch: usize) -> Vec<Packet> {
@@ -81,39 +90,70 @@ fn peel(key: &SecretKey, packets: Vec<Packet>) -> Vec<Peeled> {
     finish(opened).into_iter().map(Result::unwrap).collect()
 }
 
+/// Runs `bench` for `sphinx-packet`, which knows no batches, and for the fastest backend in batches.
+fn compare(
+    criterion: &mut Criterion,
+    name: &str,
+    batches: &[usize],
+    mut bench: impl FnMut(&mut BenchmarkGroup<'_, WallTime>, &str, usize),
+) {
+    let mut group = criterion.benchmark_group(name);
+    group.throughput(Throughput::Elements(1));
+    Backend::Reference.scope(|| bench(&mut group, "reference", 1)).unwrap();
+    for batch in batches {
+        group.throughput(Throughput::Elements(*batch as u64));
+        bench(&mut group, &format!("{}, batch of {batch}", Backend::current()), *batch);
+    }
+    group.finish();
+}
+
+fn bench_x25519(criterion: &mut Criterion, bench: &Bench) {
+    let secret = *bench.keys[0].to_bytes();
+    let point = *bench.hops[1].key.as_bytes();
+    let batches = [1, 2, 3, 4, 8];
+    compare(criterion, "x25519", &batches, |group, name, batch| {
+        let operations = vec![(&secret, &point); batch];
+        group.bench_function(name, |b| b.iter(|| x25519(black_box(&operations))));
+    });
+}
+
 fn bench_packets(criterion: &mut Criterion, bench: &Bench) {
-    for batch in BATCHES {
-        let mut group = criterion.benchmark_group(format!("batch of {batch}"));
-        group.throughput(Throughput::Elements(batch as u64));
-        let mut rng = seeded();
-        let requests = bench.requests(batch);
-        group.bench_function("build_packet", |b| {
-            b.iter(|| build_packets(&mut rng, PAYLOAD_LEN, black_box(&requests)));
+    for hops in [4, 5] {
+        compare(criterion, &format!("build {hops} hops"), &[1, 8], |group, name, batch| {
+            let mut rng = seeded();
+            let requests = bench.shorter_requests(hops, batch);
+            group.bench_function(name, |b| {
+                b.iter(|| build_packets(&mut rng, PAYLOAD_LEN, black_box(&requests)));
+            });
         });
+    }
+    let key = &bench.keys[0];
+    compare(criterion, "open header", &[1, 8], |group, name, batch| {
         let packets = bench.packets(batch);
-        let key = &bench.keys[0];
-        group.bench_function("open_header", |b| {
+        group.bench_function(name, |b| {
             b.iter_batched(
                 || packets.clone(),
                 |packets| open_headers(key, packets),
                 BatchSize::SmallInput,
             );
         });
-        group.bench_function("peel_packet", |b| {
+    });
+    compare(criterion, "peel", &[1, 2, 4, 8, 32], |group, name, batch| {
+        let packets = bench.packets(batch);
+        group.bench_function(name, |b| {
             b.iter_batched(|| packets.clone(), |packets| peel(key, packets), BatchSize::SmallInput);
         });
-        group.finish();
-    }
+    });
 }
 
 fn bench_surbs(criterion: &mut Criterion, bench: &mut Bench) {
+    compare(criterion, "build SURB", &[1, 8], |group, name, batch| {
+        let mut rng = seeded();
+        let routes = vec![bench.route.clone(); batch];
+        group.bench_function(name, |b| b.iter(|| build_surbs(&mut rng, black_box(&routes))));
+    });
     let mut group = criterion.benchmark_group("surb");
     group.throughput(Throughput::Elements(1));
-    let mut rng = seeded();
-    let routes = [bench.route.clone()];
-    group.bench_function("build_surb", |b| {
-        b.iter(|| build_surbs(&mut rng, black_box(&routes)));
-    });
     let surb = *bench.surb().0.as_bytes();
     let plaintext = vec![4; max_plaintext(PAYLOAD_LEN)];
     group.bench_function("use_surb", |b| {
@@ -141,6 +181,7 @@ fn main() {
         .sample_size(30)
         .configure_from_args();
     let mut bench = Bench::new();
+    bench_x25519(&mut criterion, &bench);
     bench_packets(&mut criterion, &bench);
     bench_surbs(&mut criterion, &mut bench);
     criterion.final_summary();

@@ -58,7 +58,7 @@ pub struct OpenedPacket {
 /// What the hop shares with the sender.
 enum Secrets {
     Ours(HopSecrets),
-    Reference(ExpandedSharedSecret),
+    Reference(Box<ExpandedSharedSecret>),
 }
 
 impl Secrets {
@@ -153,7 +153,7 @@ pub fn open_headers(key: &SecretKey, packets: Vec<Packet>) -> Vec<Result<OpenedP
             }
             let secrets = match &shared {
                 Some(shared) => Secrets::Ours(check_mac(&shared[i], &packet)?),
-                None => Secrets::Reference(reference::open_header(key, &packet)?),
+                None => Secrets::Reference(Box::new(reference::open_header(key, &packet)?)),
             };
             Ok(OpenedPacket { packet, secrets })
         })
@@ -274,6 +274,7 @@ mod tests {
 
     const fn assert_wiped<T: ZeroizeOnDrop>() {}
     const _: () = assert_wiped::<ExpandedSharedSecret>();
+    const _: () = assert_wiped::<HopSecrets>();
 
     #[test]
     fn the_prefix_of_a_tag_is_its_first_8_bytes() {

@@ -12,7 +12,7 @@ use sphinx_packet::constants::{
     PAYLOAD_KEY_SIZE,
 };
 use sphinx_packet::crypto::STREAM_CIPHER_KEY_SIZE;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use crate::payload_layers::Seed;
 use crate::{HEADER_LEN, MAX_HOPS, REPLAY_TAG_LEN};
@@ -35,14 +35,14 @@ const LEN: usize = REPLAY_TAG_AT + REPLAY_TAG_LEN;
 
 const _: () = assert!(LEN == EXPANDED_SHARED_SECRET_LENGTH);
 
-/// What one hop derives from its shared secret. Wiped when dropped.
-pub(crate) struct HopSecrets(Zeroizing<[u8; LEN]>);
+/// What one hop derives from its shared secret. Wiped when dropped; moving it leaves no copy behind.
+pub(crate) struct HopSecrets(Box<[u8; LEN]>);
 
 impl HopSecrets {
     pub(crate) fn derive(shared_secret: &[u8; 32]) -> Self {
-        let mut secrets = Zeroizing::new([0; LEN]);
+        let mut secrets = Box::new([0; LEN]);
         Hkdf::<Sha256>::new(Some(EXPANDED_SHARED_SECRET_HKDF_SALT), shared_secret)
-            .expand(EXPANDED_SHARED_SECRET_HKDF_INFO, secrets.as_mut())
+            .expand(EXPANDED_SHARED_SECRET_HKDF_INFO, &mut secrets[..])
             .expect("HKDF-SHA256 gives up to 8,160 bytes");
         Self(secrets)
     }
@@ -89,6 +89,15 @@ impl HopSecrets {
         self.0[offset..].first_chunk().expect("offsets are constants that leave enough bytes")
     }
 }
+
+impl Drop for HopSecrets {
+    fn drop(&mut self) {
+        // As a slice: arrays are wiped byte by byte, which takes far longer.
+        self.0.as_mut_slice().zeroize();
+    }
+}
+
+impl ZeroizeOnDrop for HopSecrets {}
 
 pub(crate) fn xor(bytes: &mut [u8], stream: &[u8]) {
     for (byte, key) in bytes.iter_mut().zip(stream) {

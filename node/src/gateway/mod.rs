@@ -55,7 +55,7 @@ pub use self::registrations::{FILE_NAME, MAX_REGISTRATIONS, RegistrationsError, 
 /// delay what the sender's clock has already judged lost. Of the largest packets they take 34 MB.
 const INBOUND_QUEUE_PACKETS: usize = 1024;
 /// Packets that a worker peels before it lets other tasks run: under 2 ms.
-const PEEL_BATCH_PACKETS: usize = 16;
+const PEEL_BATCH_PACKETS: usize = 32;
 /// How often expired packets and absent clients are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// How often it is written down who has logged in: once for all who did, so that no number of

@@ -29,7 +29,7 @@ use crate::peel::{MAX_REPLAY_TAGS, Peeler};
 /// delay what the sender's clock has already judged lost. Of the largest packets they take 34 MB.
 const INBOUND_QUEUE_PACKETS: usize = 1024;
 /// Packets that a worker peels before it lets other tasks run: under 2 ms.
-const PEEL_BATCH_PACKETS: usize = 16;
+const PEEL_BATCH_PACKETS: usize = 32;
 /// Batches between the workers and the core, which never waits: room for all workers at once.
 const PEELED_QUEUE_BATCHES: usize = 64;
 

@@ -144,6 +144,16 @@ impl<const N: usize> Multiply32<N> for Emulated<N> {
             u64::try_from(Self::product::<32>(a, b)).expect("32 and 32 bits make 64")
         })
     }
+
+    #[inline(never)]
+    fn multiply_elements(product: &mut Limbs25<Self>, a: &Limbs25<Self>, b: &Limbs25<Self>) {
+        field25::multiply(product, a, b);
+    }
+
+    #[inline(never)]
+    fn square_element(square: &mut Limbs25<Self>, a: &Limbs25<Self>) {
+        field25::square(square, a);
+    }
 }
 
 #[cfg(test)]
@@ -159,5 +169,15 @@ impl<const N: usize> Multiply52<N> for Emulated<N> {
         self.add(
             a.zip(b, |a, b| u64::try_from(Self::product::<52>(a, b) >> 52).expect("52 bits fit")),
         )
+    }
+
+    #[inline(never)]
+    fn multiply_elements(product: &mut Limbs51<Self>, a: &Limbs51<Self>, b: &Limbs51<Self>) {
+        field51::multiply(product, a, b);
+    }
+
+    #[inline(never)]
+    fn square_element(square: &mut Limbs51<Self>, a: &Limbs51<Self>) {
+        field51::square(square, a);
     }
 }

@@ -133,17 +133,19 @@ fn random(rng: &mut StdRng, len: usize) -> Vec<u8> {
 }
 
 proptest! {
-    // With batches of 1 to 5, about 1,500 packets each.
-    #![proptest_config(ProptestConfig::with_cases(256))]
+    // With batches of 1 to 12, about 5,000 packets each.
+    #![proptest_config(ProptestConfig::with_cases(384))]
 
     #[test]
     fn packets_of_both_are_the_same_to_both(
         seed: u64,
+        backend in network::backend(),
         hops in 1..=5_u8,
         payload_len in payload_len(),
         used in 0.0..=1.0_f64,
-        batch in 1..=5_usize,
+        batch in 1..=12_usize,
     ) {
+        backend.scope(|| {
         let mut rng = network::rng(seed);
         let network = Network::new(&mut rng, hops);
         let reference = Reference::new(&network);
@@ -169,15 +171,19 @@ proptest! {
             prop_assert!(ours.unwrap() == *plaintext);
             prop_assert!(theirs.recover_plaintext().unwrap() == *plaintext);
         }
+            Ok(())
+        }).unwrap()?;
     }
 
     #[test]
     fn replies_on_surbs_of_both_are_the_same_to_both(
         seed: u64,
+        backend in network::backend(),
         hops in 1..=5_u8,
         payload_len in payload_len(),
-        batch in 1..=5_usize,
+        batch in 1..=12_usize,
     ) {
+        backend.scope(|| {
         let mut rng = network::rng(seed);
         let network = Network::new(&mut rng, hops);
         let reference = Reference::new(&network);
@@ -214,6 +220,8 @@ proptest! {
         for reply in recover_replies(requests) {
             prop_assert!(reply.unwrap() == plaintext);
         }
+            Ok(())
+        }).unwrap()?;
     }
 }
 

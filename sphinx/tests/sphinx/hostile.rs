@@ -37,33 +37,39 @@ fn destination() -> Destination {
 
 #[test]
 fn an_odd_first_byte_of_the_version_does_not_panic() {
-    let key = SecretKey::from_bytes([3; 32]);
-    for first in 1..=u8::MAX {
-        let packet = forge::packet(&key, group_element(), &forge::routing(FINAL, [first, 1, 4]));
-        assert!(matches!(peel(&key, packet), Ok(Peeled::Final { .. })));
-        let packet = forge::packet(&key, group_element(), &forge::routing(FORWARD, [first, 3, 9]));
-        assert_eq!(peel(&key, packet).unwrap_err(), PeelError::UnknownVersion(777));
-    }
+    network::with_every_backend(|| {
+        let key = SecretKey::from_bytes([3; 32]);
+        for first in 1..=u8::MAX {
+            let packet =
+                forge::packet(&key, group_element(), &forge::routing(FINAL, [first, 1, 4]));
+            assert!(matches!(peel(&key, packet), Ok(Peeled::Final { .. })));
+            let packet =
+                forge::packet(&key, group_element(), &forge::routing(FORWARD, [first, 3, 9]));
+            assert_eq!(peel(&key, packet).unwrap_err(), PeelError::UnknownVersion(777));
+        }
+    });
 }
 
 #[test]
 fn every_version_but_260_is_refused() {
-    let key = SecretKey::from_bytes([3; 32]);
-    for version in 0..=u16::MAX {
-        // All of them near the known ones, some of the others.
-        if version > 1024 && version % 251 != 0 {
-            continue;
-        }
-        let [high, low] = version.to_be_bytes();
-        for flag in [FORWARD, FINAL] {
-            let packet =
-                forge::packet(&key, group_element(), &forge::routing(flag, [0, high, low]));
-            match peel(&key, packet) {
-                Ok(_) => assert_eq!(version, 260),
-                Err(error) => assert_eq!(error, PeelError::UnknownVersion(version)),
+    network::with_every_backend(|| {
+        let key = SecretKey::from_bytes([3; 32]);
+        for version in 0..=u16::MAX {
+            // All of them near the known ones, some of the others.
+            if version > 1024 && version % 251 != 0 {
+                continue;
+            }
+            let [high, low] = version.to_be_bytes();
+            for flag in [FORWARD, FINAL] {
+                let packet =
+                    forge::packet(&key, group_element(), &forge::routing(flag, [0, high, low]));
+                match peel(&key, packet) {
+                    Ok(_) => assert_eq!(version, 260),
+                    Err(error) => assert_eq!(error, PeelError::UnknownVersion(version)),
+                }
             }
         }
-    }
+    });
 }
 
 #[test]
@@ -86,45 +92,51 @@ fn versions_of_other_builders_are_refused_at_the_first_hop() {
 
 #[test]
 fn unknown_flags_are_refused() {
-    let key = SecretKey::from_bytes([3; 32]);
-    for flag in (0..=u8::MAX).filter(|flag| ![FORWARD, FINAL].contains(flag)) {
-        let packet = forge::packet(&key, group_element(), &forge::routing(flag, [0, 1, 4]));
-        assert_eq!(peel(&key, packet).unwrap_err(), PeelError::BadRouting);
-    }
+    network::with_every_backend(|| {
+        let key = SecretKey::from_bytes([3; 32]);
+        for flag in (0..=u8::MAX).filter(|flag| ![FORWARD, FINAL].contains(flag)) {
+            let packet = forge::packet(&key, group_element(), &forge::routing(flag, [0, 1, 4]));
+            assert_eq!(peel(&key, packet).unwrap_err(), PeelError::BadRouting);
+        }
+    });
 }
 
 #[test]
 fn the_longest_delay_is_reported_as_it_is() {
-    let key = SecretKey::from_bytes([3; 32]);
-    let mut routing = forge::routing(FORWARD, [0, 1, 4]);
-    routing[36..44].fill(0xff);
-    let peeled = peel(&key, forge::packet(&key, group_element(), &routing)).unwrap();
-    let Peeled::Forward { delay, .. } = peeled else {
-        panic!("not a forward hop");
-    };
-    assert_eq!(delay, Duration::from_nanos(u64::MAX));
+    network::with_every_backend(|| {
+        let key = SecretKey::from_bytes([3; 32]);
+        let mut routing = forge::routing(FORWARD, [0, 1, 4]);
+        routing[36..44].fill(0xff);
+        let peeled = peel(&key, forge::packet(&key, group_element(), &routing)).unwrap();
+        let Peeled::Forward { delay, .. } = peeled else {
+            panic!("not a forward hop");
+        };
+        assert_eq!(delay, Duration::from_nanos(u64::MAX));
+    });
 }
 
 #[test]
 fn group_elements_of_low_order_are_refused_even_with_a_valid_mac() {
-    let key = SecretKey::from_bytes([3; 32]);
-    let mut points: Vec<_> =
-        EIGHT_TORSION.iter().map(|point| point.to_montgomery().to_bytes()).collect();
-    // −1, 0 and 1 near p.
-    for low in [0xec, 0xed, 0xee] {
-        points.push(encoding_near_p(low));
-    }
-    for point in points {
-        for top_bit in [0, 0x80] {
-            let mut point = point;
-            point[31] |= top_bit;
-            let packet = forge::packet(&key, point, &forge::routing(FINAL, [0, 1, 4]));
-            assert_eq!(
-                open_headers(&key, vec![packet]).remove(0).unwrap_err(),
-                PeelError::LowOrderPoint
-            );
+    network::with_every_backend(|| {
+        let key = SecretKey::from_bytes([3; 32]);
+        let mut points: Vec<_> =
+            EIGHT_TORSION.iter().map(|point| point.to_montgomery().to_bytes()).collect();
+        // −1, 0 and 1 near p.
+        for low in [0xec, 0xed, 0xee] {
+            points.push(encoding_near_p(low));
         }
-    }
+        for point in points {
+            for top_bit in [0, 0x80] {
+                let mut point = point;
+                point[31] |= top_bit;
+                let packet = forge::packet(&key, point, &forge::routing(FINAL, [0, 1, 4]));
+                assert_eq!(
+                    open_headers(&key, vec![packet]).remove(0).unwrap_err(),
+                    PeelError::LowOrderPoint
+                );
+            }
+        }
+    });
 }
 
 /// The number `p − 0xed + low`.
@@ -137,61 +149,67 @@ fn encoding_near_p(low: u8) -> [u8; 32] {
 
 #[test]
 fn the_top_bit_of_the_group_element_does_not_hide_a_replay() {
-    let mut rng = network::rng(2);
-    let network = Network::new(&mut rng, 5);
-    let packet = network.packet(&mut rng, 1024, b"hello");
-    let flipped = change(&packet, |bytes| bytes[31] ^= 0x80);
-    assert_ne!(packet, flipped);
-    let first = &network.keys[0];
-    assert_eq!(tag(first, packet.clone()), tag(first, flipped.clone()));
+    network::with_every_backend(|| {
+        let mut rng = network::rng(2);
+        let network = Network::new(&mut rng, 5);
+        let packet = network.packet(&mut rng, 1024, b"hello");
+        let flipped = change(&packet, |bytes| bytes[31] ^= 0x80);
+        assert_ne!(packet, flipped);
+        let first = &network.keys[0];
+        assert_eq!(tag(first, packet.clone()), tag(first, flipped.clone()));
 
-    let [one, other] = [packet, flipped].map(|packet| match peel(first, packet).unwrap() {
-        Peeled::Forward { packet, .. } => packet,
-        Peeled::Final { .. } => panic!("the first hop of five is not the last"),
+        let [one, other] = [packet, flipped].map(|packet| match peel(first, packet).unwrap() {
+            Peeled::Forward { packet, .. } => packet,
+            Peeled::Final { .. } => panic!("the first hop of five is not the last"),
+        });
+        assert_eq!(one, other);
     });
-    assert_eq!(one, other);
 }
 
 #[test]
 fn other_encodings_of_the_group_element_do_not_hide_a_replay() {
-    let key = SecretKey::from_bytes([3; 32]);
-    let routing = forge::routing(FORWARD, [0, 1, 4]);
-    // 0 and 1 are of low order; 2 to 18 have a second encoding below 2^255.
-    for number in 2..=18 {
-        let mut canonical = [0; 32];
-        canonical[0] = number;
-        let packet = forge::packet(&key, canonical, &routing);
-        let expected = tag(&key, packet.clone());
-        for (encoding, top_bit) in [
-            (canonical, 0x80),
-            (encoding_near_p(0xed + number), 0),
-            (encoding_near_p(0xed + number), 0x80),
-        ] {
-            let rewritten = change(&packet, |bytes| {
-                bytes[..32].copy_from_slice(&encoding);
-                bytes[31] |= top_bit;
-            });
-            assert_ne!(packet, rewritten);
-            assert_eq!(tag(&key, rewritten), expected);
+    network::with_every_backend(|| {
+        let key = SecretKey::from_bytes([3; 32]);
+        let routing = forge::routing(FORWARD, [0, 1, 4]);
+        // 0 and 1 are of low order; 2 to 18 have a second encoding below 2^255.
+        for number in 2..=18 {
+            let mut canonical = [0; 32];
+            canonical[0] = number;
+            let packet = forge::packet(&key, canonical, &routing);
+            let expected = tag(&key, packet.clone());
+            for (encoding, top_bit) in [
+                (canonical, 0x80),
+                (encoding_near_p(0xed + number), 0),
+                (encoding_near_p(0xed + number), 0x80),
+            ] {
+                let rewritten = change(&packet, |bytes| {
+                    bytes[..32].copy_from_slice(&encoding);
+                    bytes[31] |= top_bit;
+                });
+                assert_ne!(packet, rewritten);
+                assert_eq!(tag(&key, rewritten), expected);
+            }
         }
-    }
+    });
 }
 
 #[test]
 fn adding_a_point_of_low_order_does_not_hide_a_replay() {
-    let mut rng = network::rng(3);
-    let network = Network::new(&mut rng, 2);
-    let packet = network.packet(&mut rng, 1024, b"hello");
-    let expected = tag(&network.keys[0], packet.clone());
-    let group_element = MontgomeryPoint(*packet.as_bytes().first_chunk().unwrap());
-    let point = group_element.to_edwards(0).unwrap();
-    for low_order in EIGHT_TORSION {
-        let sum = (point + low_order).to_montgomery();
-        let rewritten = change(&packet, |bytes| {
-            bytes[..32].copy_from_slice(sum.as_bytes());
-        });
-        assert_eq!(tag(&network.keys[0], rewritten), expected);
-    }
+    network::with_every_backend(|| {
+        let mut rng = network::rng(3);
+        let network = Network::new(&mut rng, 2);
+        let packet = network.packet(&mut rng, 1024, b"hello");
+        let expected = tag(&network.keys[0], packet.clone());
+        let group_element = MontgomeryPoint(*packet.as_bytes().first_chunk().unwrap());
+        let point = group_element.to_edwards(0).unwrap();
+        for low_order in EIGHT_TORSION {
+            let sum = (point + low_order).to_montgomery();
+            let rewritten = change(&packet, |bytes| {
+                bytes[..32].copy_from_slice(sum.as_bytes());
+            });
+            assert_eq!(tag(&network.keys[0], rewritten), expected);
+        }
+    });
 }
 
 #[test]

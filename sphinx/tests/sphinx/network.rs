@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use mixsocks_sphinx::{
-    Hop, HopAddress, Identifier, Packet, Payload, PeelError, Peeled, ReplyRecovery, Route,
+    Backend, Hop, HopAddress, Identifier, Packet, Payload, PeelError, Peeled, ReplyRecovery, Route,
     SecretKey, Surb, build_packets, build_surbs, finish, open_headers,
 };
+use proptest::prelude::*;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
@@ -14,6 +15,19 @@ pub(crate) const IDENTIFIER: Identifier = [0x1d; 16];
 
 pub(crate) fn rng(seed: u64) -> StdRng {
     StdRng::seed_from_u64(seed)
+}
+
+/// Does the same with every backend of this machine.
+pub(crate) fn with_every_backend(test: impl Fn()) {
+    for backend in Backend::available() {
+        println!("backend {backend}");
+        backend.scope(&test).unwrap();
+    }
+}
+
+/// One of the backends of this machine.
+pub(crate) fn backend() -> impl Strategy<Value = Backend> {
+    prop::sample::select(Backend::available().collect::<Vec<_>>())
 }
 
 /// The secret keys of hops, and the hops as a sender knows them.

@@ -114,56 +114,60 @@ fn a_plaintext_that_is_too_long_is_refused() {
 
 #[test]
 fn packets_of_a_batch_do_not_disturb_each_other() {
-    let mut rng = network::rng(3);
-    let network = Network::new(&mut rng, 1);
-    let good = |text: &[u8], rng: &mut _| network.packet(rng, 1024, text);
-    let [first, second, third] = [b"one", b"two", b"six"].map(|text| good(text, &mut rng));
-    let bad_mac = change(&second, |bytes| bytes[40] ^= 1);
-    let low_order = change(&second, |bytes| bytes[..32].fill(0));
-    let bad_payload = change(&second, |bytes| bytes[400] ^= 1);
-    let wrong_version = {
-        let routing = crate::forge::routing(crate::forge::FINAL, [0, 3, 9]);
-        let group_element = *first.as_bytes().first_chunk().unwrap();
-        crate::forge::packet(&network.keys[0], group_element, &routing)
-    };
+    network::with_every_backend(|| {
+        let mut rng = network::rng(3);
+        let network = Network::new(&mut rng, 1);
+        let good = |text: &[u8], rng: &mut _| network.packet(rng, 1024, text);
+        let [first, second, third] = [b"one", b"two", b"six"].map(|text| good(text, &mut rng));
+        let bad_mac = change(&second, |bytes| bytes[40] ^= 1);
+        let low_order = change(&second, |bytes| bytes[..32].fill(0));
+        let bad_payload = change(&second, |bytes| bytes[400] ^= 1);
+        let wrong_version = {
+            let routing = crate::forge::routing(crate::forge::FINAL, [0, 3, 9]);
+            let group_element = *first.as_bytes().first_chunk().unwrap();
+            crate::forge::packet(&network.keys[0], group_element, &routing)
+        };
 
-    let packets = vec![first, bad_mac, low_order, wrong_version, bad_payload, third];
-    let mut opened = Vec::new();
-    let mut refused = Vec::new();
-    for result in open_headers(&network.keys[0], packets) {
-        match result {
-            Ok(packet) => opened.push(packet),
-            Err(error) => refused.push(error),
+        let packets = vec![first, bad_mac, low_order, wrong_version, bad_payload, third];
+        let mut opened = Vec::new();
+        let mut refused = Vec::new();
+        for result in open_headers(&network.keys[0], packets) {
+            match result {
+                Ok(packet) => opened.push(packet),
+                Err(error) => refused.push(error),
+            }
         }
-    }
-    assert_eq!(refused, [PeelError::BadMac, PeelError::LowOrderPoint]);
+        assert_eq!(refused, [PeelError::BadMac, PeelError::LowOrderPoint]);
 
-    let outcomes: Vec<_> = finish(opened)
-        .into_iter()
-        .map(|peeled| match peeled {
-            Ok(Peeled::Final { payload, .. }) => Ok(payload.into_plaintext().ok()),
-            Ok(Peeled::Forward { .. }) => panic!("the only hop is the last"),
-            Err(error) => Err(error),
-        })
-        .collect();
-    assert_eq!(
-        outcomes,
-        [
-            Ok(Some(b"one".to_vec())),
-            Err(PeelError::UnknownVersion(777)),
-            Ok(None),
-            Ok(Some(b"six".to_vec())),
-        ]
-    );
+        let outcomes: Vec<_> = finish(opened)
+            .into_iter()
+            .map(|peeled| match peeled {
+                Ok(Peeled::Final { payload, .. }) => Ok(payload.into_plaintext().ok()),
+                Ok(Peeled::Forward { .. }) => panic!("the only hop is the last"),
+                Err(error) => Err(error),
+            })
+            .collect();
+        assert_eq!(
+            outcomes,
+            [
+                Ok(Some(b"one".to_vec())),
+                Err(PeelError::UnknownVersion(777)),
+                Ok(None),
+                Ok(Some(b"six".to_vec())),
+            ]
+        );
+    });
 }
 
 #[test]
 fn empty_batches_are_fine() {
-    let mut rng = network::rng(4);
-    let network = Network::new(&mut rng, 1);
-    assert!(build_packets(&mut rng, 1024, &[]).is_empty());
-    assert!(open_headers(&network.keys[0], vec![]).is_empty());
-    assert!(finish(vec![]).is_empty());
-    assert!(use_surbs(1024, vec![]).is_empty());
-    assert!(recover_replies(vec![]).is_empty());
+    network::with_every_backend(|| {
+        let mut rng = network::rng(4);
+        let network = Network::new(&mut rng, 1);
+        assert!(build_packets(&mut rng, 1024, &[]).is_empty());
+        assert!(open_headers(&network.keys[0], vec![]).is_empty());
+        assert!(finish(vec![]).is_empty());
+        assert!(use_surbs(1024, vec![]).is_empty());
+        assert!(recover_replies(vec![]).is_empty());
+    });
 }
