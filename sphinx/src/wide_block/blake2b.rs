@@ -44,6 +44,20 @@ pub(super) fn digests(messages: &[Keyed<'_>], digests: &mut [Digest]) {
     }
 }
 
+/// The widest vectors that [`digests`] uses on this machine.
+pub(super) fn backend() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") {
+            return "avx512";
+        }
+        if is_x86_feature_detected!("avx2") {
+            return "avx2";
+        }
+    }
+    "portable"
+}
+
 fn one(message: Keyed<'_>) -> Digest {
     let [digest] = hash::<u64, 1>([message]);
     digest

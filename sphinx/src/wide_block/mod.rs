@@ -77,6 +77,11 @@ pub(crate) fn decrypt(blocks: &mut [Keyed<'_>]) {
     });
 }
 
+/// The vector instructions in use: `avx512`, `avx2` or `portable`.
+pub(crate) fn backend() -> &'static str {
+    blake2b::backend()
+}
+
 /// Blocks of one length, at most [`WIDTH`] of them so that they stay in the nearest cache.
 fn for_each_group(blocks: &mut [Keyed<'_>], mut rounds: impl FnMut(&mut [Keyed<'_>])) {
     for same in blocks.chunk_by_mut(|(_, one), (_, other)| one.len() == other.len()) {

@@ -1,0 +1,110 @@
+//! `mixsocks bench sphinx`: what packets cost on this machine, beside the crate `sphinx-packet`.
+
+use std::fmt;
+use std::time::Duration;
+
+use mixsocks_sphinx::compare::{self, Cost, Operation};
+use serde::Serialize;
+
+use crate::cli::BenchSphinxArgs;
+
+const PAYLOADS: [usize; 2] = [2048, 16384];
+const BATCHES: [usize; 2] = [1, 8];
+
+/// All figures.
+#[derive(Debug, Serialize)]
+struct Report {
+    cpu: String,
+    backend: &'static str,
+    rows: Vec<Row>,
+}
+
+/// One operation: median times per packet, and how many times as fast as the reference ours is.
+#[derive(Debug, Serialize)]
+struct Row {
+    name: &'static str,
+    payload: usize,
+    batch: usize,
+    ours_us: f64,
+    reference_us: f64,
+    ratio: f64,
+}
+
+/// Measures and prints.
+pub(super) fn run(args: &BenchSphinxArgs) -> anyhow::Result<()> {
+    let report = Report::measure(Duration::from_secs(args.seconds));
+    crate::say(&if args.json { serde_json::to_string(&report)? } else { report.to_string() });
+    Ok(())
+}
+
+impl Report {
+    fn measure(time: Duration) -> Self {
+        let mut rows = Vec::new();
+        for operation in Operation::ALL {
+            for payload in PAYLOADS {
+                rows.extend(BATCHES.map(|batch| (operation, payload, batch)));
+            }
+        }
+        let each = time / u32::try_from(rows.len()).expect("rows are few");
+        let measure = |(operation, payload, batch)| {
+            Row::of(operation, payload, batch, operation.compare(payload, batch, each))
+        };
+        Self {
+            cpu: cpu_name(),
+            backend: compare::backend(),
+            rows: rows.into_iter().map(measure).collect(),
+        }
+    }
+}
+
+impl Row {
+    fn of(operation: Operation, payload: usize, batch: usize, cost: Cost) -> Self {
+        let [ours_us, reference_us] =
+            [cost.ours, cost.reference].map(|time| time.as_secs_f64() * 1e6);
+        Self {
+            name: name(operation),
+            payload,
+            batch,
+            ours_us,
+            reference_us,
+            ratio: reference_us / ours_us,
+        }
+    }
+}
+
+fn name(operation: Operation) -> &'static str {
+    match operation {
+        Operation::X25519 => "x25519",
+        Operation::Peel => "peel",
+        Operation::Build => "build",
+        Operation::BuildSurb => "surb",
+        Operation::UseSurb => "use",
+        Operation::Recover => "recover",
+    }
+}
+
+/// As the system calls it, or else only its architecture.
+fn cpu_name() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    name.map_or(std::env::consts::ARCH, |(_, name)| name).to_owned()
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}, {}", self.cpu, self.backend)?;
+        write!(
+            f,
+            "{:<10}{:>8}{:>7}{:>11}{:>17}{:>8}",
+            "", "payload", "batch", "ours", "sphinx-packet", "ratio"
+        )?;
+        for row in &self.rows {
+            let Row { name, payload, batch, ours_us, reference_us, ratio } = row;
+            write!(
+                f,
+                "\n{name:<10}{payload:>8}{batch:>7}{ours_us:>8.1} µs{reference_us:>14.1} µs{ratio:>7.2}×"
+            )?;
+        }
+        Ok(())
+    }
+}
