@@ -1,4 +1,5 @@
-//! What packets and SURBs cost: 5 hops, payloads of 2048 bytes.
+//! What packets and SURBs cost: 5 hops, payloads of 2048 bytes; and beside the crate `sphinx-packet`
+//! in the same run, for other payloads and batches too.
 
 #![expect(clippy::unwrap_used, reason = "benches")]
 
@@ -6,6 +7,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BatchSize, Criterion, Throughput};
+use mixsocks_sphinx::compare::{Cost, Operation, backend};
 use mixsocks_sphinx::{
     Hop, Packet, Payload, Peeled, ReplyRecovery, Route, SecretKey, Surb, build_packets,
     build_surbs, finish, max_plaintext, open_headers, recover_replies, use_surbs,
@@ -134,6 +136,22 @@ fn bench_surbs(criterion: &mut Criterion, bench: &mut Bench) {
     group.finish();
 }
 
+/// Medians per packet, taken alternately of ours and of `sphinx-packet`, and their ratio.
+fn print_ratios() {
+    const TIME: Duration = Duration::from_millis(300);
+    println!("{:?}: {:>40}", backend(), "ours / sphinx-packet");
+    for operation in Operation::ALL {
+        for payload_len in [2048, 16384] {
+            for batch in [1, 4, 8] {
+                let Cost { ours, reference } = operation.compare(payload_len, batch, TIME);
+                let name = format!("{operation:?}, {payload_len} bytes, batch of {batch}");
+                let ratio = reference.as_secs_f64() / ours.as_secs_f64();
+                println!("{name:<36}{ours:>12.2?} /{reference:>12.2?} ={ratio:>6.2}");
+            }
+        }
+    }
+}
+
 fn main() {
     let mut criterion = Criterion::default()
         .warm_up_time(Duration::from_millis(500))
@@ -144,4 +162,8 @@ fn main() {
     bench_packets(&mut criterion, &bench);
     bench_surbs(&mut criterion, &mut bench);
     criterion.final_summary();
+    // Not when `cargo test` only tries whether benches run.
+    if std::env::args().any(|arg| arg == "--bench") {
+        print_ratios();
+    }
 }

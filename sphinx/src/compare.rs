@@ -14,8 +14,8 @@ use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::{
     Hop, MAX_HOPS, Packet, Payload, Peeled, ReplyRecovery, Route, SecretKey, Surb, VERSION,
-    build_packets, build_surbs, finish, max_plaintext, open_headers, recover_replies, use_surbs,
-    wide_block,
+    build_packets, build_surbs, finish, max_plaintext, open_headers, payload_layers,
+    recover_replies, use_surbs, wide_block,
 };
 
 /// The operations that are compared. Routes have [`MAX_HOPS`] hops, plaintexts fill the payload.
@@ -33,6 +33,8 @@ pub enum Operation {
     UseSurb,
     /// Opening a reply that has arrived.
     Recover,
+    /// Taking a layer off a payload: what peeling does with it.
+    Layer,
 }
 
 /// What one operation costs.
@@ -46,8 +48,15 @@ pub struct Cost {
 
 impl Operation {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::X25519, Self::Peel, Self::Build, Self::BuildSurb, Self::UseSurb, Self::Recover];
+    pub const ALL: [Self; 7] = [
+        Self::X25519,
+        Self::Peel,
+        Self::Build,
+        Self::BuildSurb,
+        Self::UseSurb,
+        Self::Recover,
+        Self::Layer,
+    ];
 
     /// Measures for about `time`, but at least three times, with batches of `batch` packets whose
     /// payloads have `payload_len` bytes.
@@ -66,6 +75,7 @@ impl Operation {
             Self::BuildSurb => fixture.build_surb(time),
             Self::UseSurb => fixture.use_surb(time),
             Self::Recover => fixture.recover(time),
+            Self::Layer => fixture.layer(time),
         }
     }
 }
@@ -181,6 +191,20 @@ impl Fixture {
             recover_replies,
             || payload::Payload::from_bytes(&their_payload).expect(OURS_IS_THEIRS),
             |payload| theirs.recover_plaintext(payload),
+        )
+    }
+
+    fn layer(&self, time: Duration) -> Cost {
+        let payload = vec![5; self.payload_len];
+        self.alternate(
+            time,
+            || vec![payload.clone(); self.batch],
+            |mut payloads| {
+                payload_layers::remove(payloads.iter_mut().map(|bytes| (&[6; 16], &mut bytes[..])));
+                payloads
+            },
+            || payload::Payload::from_bytes(&payload).expect(OURS_IS_THEIRS),
+            |payload| payload.unwrap(payload::key::derive_payload_key(&[6; 16])),
         )
     }
 

@@ -60,6 +60,7 @@
 mod build;
 pub mod compare;
 mod header;
+mod hkdf;
 mod key;
 mod packet;
 mod payload_layers;

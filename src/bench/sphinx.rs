@@ -8,6 +8,14 @@ use serde::Serialize;
 
 use crate::cli::BenchSphinxArgs;
 
+const OPERATIONS: [(&str, Operation); 6] = [
+    ("x25519", Operation::X25519),
+    ("peel", Operation::Peel),
+    ("build", Operation::Build),
+    ("surb", Operation::BuildSurb),
+    ("use", Operation::UseSurb),
+    ("recover", Operation::Recover),
+];
 const PAYLOADS: [usize; 2] = [2048, 16384];
 const BATCHES: [usize; 2] = [1, 8];
 
@@ -39,47 +47,26 @@ pub(super) fn run(args: &BenchSphinxArgs) -> anyhow::Result<()> {
 
 impl Report {
     fn measure(time: Duration) -> Self {
-        let mut rows = Vec::new();
-        for operation in Operation::ALL {
+        let rows = OPERATIONS.len() * PAYLOADS.len() * BATCHES.len();
+        let each = time / u32::try_from(rows).expect("rows are few");
+        let mut rows = Vec::with_capacity(rows);
+        for (name, operation) in OPERATIONS {
             for payload in PAYLOADS {
-                rows.extend(BATCHES.map(|batch| (operation, payload, batch)));
+                for batch in BATCHES {
+                    let cost = operation.compare(payload, batch, each);
+                    rows.push(Row::of(name, payload, batch, cost));
+                }
             }
         }
-        let each = time / u32::try_from(rows.len()).expect("rows are few");
-        let measure = |(operation, payload, batch)| {
-            Row::of(operation, payload, batch, operation.compare(payload, batch, each))
-        };
-        Self {
-            cpu: cpu_name(),
-            backend: compare::backend(),
-            rows: rows.into_iter().map(measure).collect(),
-        }
+        Self { cpu: cpu_name(), backend: compare::backend(), rows }
     }
 }
 
 impl Row {
-    fn of(operation: Operation, payload: usize, batch: usize, cost: Cost) -> Self {
+    fn of(name: &'static str, payload: usize, batch: usize, cost: Cost) -> Self {
         let [ours_us, reference_us] =
             [cost.ours, cost.reference].map(|time| time.as_secs_f64() * 1e6);
-        Self {
-            name: name(operation),
-            payload,
-            batch,
-            ours_us,
-            reference_us,
-            ratio: reference_us / ours_us,
-        }
-    }
-}
-
-fn name(operation: Operation) -> &'static str {
-    match operation {
-        Operation::X25519 => "x25519",
-        Operation::Peel => "peel",
-        Operation::Build => "build",
-        Operation::BuildSurb => "surb",
-        Operation::UseSurb => "use",
-        Operation::Recover => "recover",
+        Self { name, payload, batch, ours_us, reference_us, ratio: reference_us / ours_us }
     }
 }
 

@@ -3,14 +3,12 @@
 #[cfg_attr(not(test), expect(dead_code, reason = "for the choice of a backend"))]
 mod reference;
 
-use hkdf::Hkdf;
-use sha2::Sha256;
 use sphinx_packet::constants::{
     PAYLOAD_KEY_HKDF_INFO, PAYLOAD_KEY_HKDF_SALT, PAYLOAD_KEY_SEED_SIZE,
 };
-use zeroize::Zeroizing;
 
 use crate::MIN_PAYLOAD_LEN;
+use crate::hkdf;
 use crate::wide_block::{self, Key, WIDTH};
 
 /// What the key of a layer is made from; the hop derives it from its shared secret.
@@ -45,16 +43,9 @@ pub(crate) fn remove<'a>(payloads: impl IntoIterator<Item = (&'a Seed, &'a mut [
 
 /// The key of each seed.
 fn keys<'a>(seeds: impl IntoIterator<Item = &'a Seed>) -> Vec<Key> {
-    seeds
-        .into_iter()
-        .map(|seed| {
-            let mut key = Zeroizing::new([0; wide_block::KEY_LEN]);
-            Hkdf::<Sha256>::new(Some(PAYLOAD_KEY_HKDF_SALT), seed)
-                .expand(PAYLOAD_KEY_HKDF_INFO, key.as_mut())
-                .expect("HKDF-SHA256 gives up to 8,160 bytes");
-            Key::from_bytes(&key)
-        })
-        .collect()
+    let seeds: Vec<_> = seeds.into_iter().map(|seed| &seed[..]).collect();
+    let keys = hkdf::derive(PAYLOAD_KEY_HKDF_SALT, &seeds, PAYLOAD_KEY_HKDF_INFO);
+    keys.iter().map(|key| Key::from_bytes(key)).collect()
 }
 
 #[cfg(test)]
