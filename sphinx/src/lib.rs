@@ -68,6 +68,7 @@ mod peel;
 mod route;
 mod surb;
 mod wide_block;
+mod wiped;
 
 pub use build::{BuildError, build_packets};
 pub use key::{KeyError, PublicKey, SecretKey};

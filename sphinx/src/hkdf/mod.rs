@@ -2,8 +2,9 @@
 
 mod sha256;
 
-use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
+use zeroize::Zeroize;
 
+use crate::wiped::Wiped;
 use sha256::{BLOCK_LEN, Block, State};
 
 /// Length of a digest in bytes.
@@ -18,7 +19,7 @@ pub(crate) fn derive<const LEN: usize>(
     salt: &[u8],
     secrets: &[&[u8]],
     info: &[u8],
-) -> Vec<Zeroizing<[u8; LEN]>> {
+) -> Vec<Wiped<LEN>> {
     const {
         assert!(LEN <= 255 * DIGEST_LEN);
     }
@@ -45,34 +46,33 @@ fn derive_in_step<const N: usize, const LEN: usize>(
     salt: &[u8],
     secrets: [&[u8]; N],
     info: &[u8],
-) -> [Zeroizing<[u8; LEN]>; N] {
+) -> [Wiped<LEN>; N] {
     let Hmac { inner: [inner], outer: [outer] } = &Hmac::new([salt]);
     let extract = Hmac { inner: [*inner; N], outer: [*outer; N] };
     let extracted = extract.tags(secrets);
     let expand = Hmac::new(extracted.each_ref().map(|tag| &tag[..]));
 
     // The tag before (but for the first), the info, a counter.
-    let mut messages = Zeroizing::new([[0; DIGEST_LEN + MAX_INFO_LEN + 1]; N]);
+    let mut messages = [(); N].map(|()| Wiped::<{ DIGEST_LEN + MAX_INFO_LEN + 1 }>::zero());
     let counter_at = DIGEST_LEN + info.len();
-    for message in messages.iter_mut() {
+    for message in &mut messages {
         message[DIGEST_LEN..counter_at].copy_from_slice(info);
     }
-    let mut keys = [(); N].map(|()| Zeroizing::new([0; LEN]));
+    let mut keys = [(); N].map(|()| Wiped::zero());
     for at in (0..LEN).step_by(DIGEST_LEN) {
         messages.iter_mut().for_each(|message| message[counter_at] += 1);
         let start = if at == 0 { DIGEST_LEN } else { 0 };
         let tags = expand.tags(messages.each_ref().map(|message| &message[start..=counter_at]));
-        for ((key, message), tag) in keys.iter_mut().zip(messages.iter_mut()).zip(tags.iter()) {
+        for ((key, message), tag) in keys.iter_mut().zip(&mut messages).zip(&tags) {
             let part = &mut key[at..LEN.min(at + DIGEST_LEN)];
             part.copy_from_slice(&tag[..part.len()]);
-            message[..DIGEST_LEN].copy_from_slice(tag);
+            message[..DIGEST_LEN].copy_from_slice(&tag[..]);
         }
     }
     keys
 }
 
 /// HMAC-SHA256 (RFC 2104) under `N` keys, which are taken into the states already.
-#[derive(Zeroize, ZeroizeOnDrop)]
 struct Hmac<const N: usize> {
     inner: [State; N],
     outer: [State; N],
@@ -83,28 +83,34 @@ impl<const N: usize> Hmac<N> {
     fn new(keys: [&[u8]; N]) -> Self {
         let padded = |mask: u8| {
             let mut states = [sha256::INITIAL; N];
-            let mut blocks = Zeroizing::new([[mask; BLOCK_LEN]; N]);
+            let mut blocks = [(); N].map(|()| Wiped::<BLOCK_LEN>::zero());
             for (block, key) in blocks.iter_mut().zip(keys) {
+                block.fill(mask);
                 block.iter_mut().zip(key).for_each(|(byte, key)| *byte ^= key);
             }
-            sha256::compress(&mut states, blocks.each_ref());
+            sha256::compress(&mut states, blocks.each_ref().map(|block| &**block));
             states
         };
         Self { inner: padded(0x36), outer: padded(0x5c) }
     }
 
     /// The tags of messages of one length.
-    fn tags(&self, messages: [&[u8]; N]) -> Zeroizing<[[u8; DIGEST_LEN]; N]> {
+    fn tags(&self, messages: [&[u8]; N]) -> [Wiped<DIGEST_LEN>; N] {
         let digests = finish(self.inner, messages);
         finish(self.outer, digests.each_ref().map(|digest| &digest[..]))
     }
 }
 
+/// Wipes the states.
+impl<const N: usize> Drop for Hmac<N> {
+    fn drop(&mut self) {
+        self.inner.as_flattened_mut().zeroize();
+        self.outer.as_flattened_mut().zeroize();
+    }
+}
+
 /// Hashes the rest of messages of one length, the first block of which is in the states.
-fn finish<const N: usize>(
-    mut states: [State; N],
-    messages: [&[u8]; N],
-) -> Zeroizing<[[u8; DIGEST_LEN]; N]> {
+fn finish<const N: usize>(mut states: [State; N], messages: [&[u8]; N]) -> [Wiped<DIGEST_LEN>; N] {
     let len = messages[0].len();
     let whole = len / BLOCK_LEN;
     for block in 0..whole {
@@ -115,25 +121,26 @@ fn finish<const N: usize>(
         sha256::compress(&mut states, blocks);
     }
     // FIPS 180-4 section 5.1.1: a one bit, zeros, the length in bits; in one block or two.
-    let mut ends = Zeroizing::new([[[0; BLOCK_LEN]; 2]; N]);
+    let mut ends = [(); N].map(|()| Wiped::<{ 2 * BLOCK_LEN }>::zero());
     let last = usize::from(len % BLOCK_LEN + 9 > BLOCK_LEN);
     let bits = 8 * (BLOCK_LEN + len) as u64;
     for (end, message) in ends.iter_mut().zip(messages) {
         let rest = &message[whole * BLOCK_LEN..];
-        end[0][..rest.len()].copy_from_slice(rest);
-        end[0][rest.len()] = 0x80;
-        end[last][BLOCK_LEN - 8..].copy_from_slice(&bits.to_be_bytes());
+        end[..rest.len()].copy_from_slice(rest);
+        end[rest.len()] = 0x80;
+        end.as_chunks_mut::<BLOCK_LEN>().0[last][BLOCK_LEN - 8..]
+            .copy_from_slice(&bits.to_be_bytes());
     }
     for block in 0..=last {
-        sha256::compress(&mut states, ends.each_ref().map(|end| &end[block]));
+        sha256::compress(&mut states, ends.each_ref().map(|end| &end.as_chunks().0[block]));
     }
-    let mut digests = Zeroizing::new([[0; DIGEST_LEN]; N]);
+    let mut digests = [(); N].map(|()| Wiped::<DIGEST_LEN>::zero());
     for (digest, state) in digests.iter_mut().zip(&states) {
         for (bytes, word) in digest.as_chunks_mut().0.iter_mut().zip(state) {
             *bytes = word.to_be_bytes();
         }
     }
-    states.zeroize();
+    states.as_flattened_mut().zeroize();
     digests
 }
 
