@@ -18,16 +18,23 @@ const _: () = assert!(MIN_PAYLOAD_LEN == wide_block::MIN_BLOCK_LEN);
 
 /// Puts a layer on each payload for each of its seeds, the last one first, so that the first hop of
 /// a route takes off the outermost.
-pub(crate) fn add<'a>(payloads: &mut [(&'a [Seed], &'a mut [u8])]) {
+pub(crate) fn add(payloads: &mut [(&[Seed], &mut [u8])]) {
     for group in payloads.chunks_mut(WIDTH) {
-        let depth = group.iter().map(|(seeds, _)| seeds.len()).max().unwrap_or(0);
+        // All at once, as derivations go in step.
+        let keys = keys(group.iter().flat_map(|(seeds, _)| *seeds));
+        let mut rest = &keys[..];
+        let mut layers: Vec<(&[Key], &mut [u8])> = Vec::with_capacity(group.len());
+        for (seeds, payload) in group {
+            let (own, others) = rest.split_at(seeds.len());
+            layers.push((own, payload));
+            rest = others;
+        }
+        let depth = layers.iter().map(|(keys, _)| keys.len()).max().unwrap_or(0);
         for layer in (0..depth).rev() {
-            let (seeds, mut blocks): (Vec<_>, Vec<_>) = group
+            let mut blocks: Vec<_> = layers
                 .iter_mut()
-                .filter_map(|(seeds, payload)| Some((seeds.get(layer)?, &mut **payload)))
-                .unzip();
-            let keys = keys(seeds);
-            let mut blocks: Vec<_> = keys.iter().zip(blocks.drain(..)).collect();
+                .filter_map(|(keys, payload)| Some((keys.get(layer)?, &mut **payload)))
+                .collect();
             wide_block::encrypt(&mut blocks);
         }
     }
