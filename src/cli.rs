@@ -201,7 +201,10 @@ pub(crate) struct ClientArgs {
 
 /// Options of `mixsocks bench`.
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
 pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<BenchCommand>,
     /// Measure this proxy (its provider must reach this machine's loopback addresses) instead of a
     /// network that is started for the measurement.
     #[arg(long, value_name = "ADDR:PORT", value_parser = parse_socket_address)]
@@ -211,6 +214,27 @@ pub(crate) struct BenchArgs {
     /// How long each transfer runs.
     #[arg(
         long, value_name = "N", default_value_t = 5,
+        value_parser = clap::value_parser!(u64).range(1..=MAX_BENCH_SECONDS)
+    )]
+    pub(crate) seconds: u64,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What `mixsocks bench` measures other than a proxy.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Measure what Sphinx packets cost, beside the crate sphinx-packet.
+    Sphinx(BenchSphinxArgs),
+}
+
+/// Options of `mixsocks bench sphinx`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchSphinxArgs {
+    /// How long all of it takes, about.
+    #[arg(
+        long, value_name = "N", default_value_t = 8,
         value_parser = clap::value_parser!(u64).range(1..=MAX_BENCH_SECONDS)
     )]
     pub(crate) seconds: u64,
@@ -315,6 +339,25 @@ mod tests {
     #[test]
     fn the_definition_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn bench_measures_packets_or_a_proxy() {
+        let parse = |words: &[&str]| -> Result<BenchArgs, clap::Error> {
+            let words = ["mixsocks", "bench"].iter().chain(words).map(OsString::from);
+            match Cli::from_words(words)?.command {
+                Command::Bench(args) => Ok(args),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert!(parse(&["--seconds", "2"]).unwrap().command.is_none());
+        let Some(BenchCommand::Sphinx(args)) = parse(&["sphinx", "--json"]).unwrap().command else {
+            panic!("no subcommand");
+        };
+        assert_eq!((args.seconds, args.json), (8, true));
+        for wrong in [&["--json", "sphinx"][..], &["sphinx", "--seconds", "0"], &["sphinks"]] {
+            assert!(parse(wrong).is_err(), "{wrong:?}");
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What packets and SURBs cost, beside the crate `sphinx-packet` (the backend `reference`) and
-//! x25519-dalek in the same run: payloads of 2048 bytes, 5 hops unless stated otherwise.
+//! x25519-dalek in the same run: payloads of 2048 bytes, 5 hops unless stated otherwise. Then ratios,
+//! measured alternately, for other payloads and batches too.
 
 #![expect(clippy::unwrap_used, reason = "benches")]
 
@@ -8,6 +9,7 @@ use std::time::Duration;
 
 use criterion::measurement::WallTime;
 use criterion::{BatchSize, BenchmarkGroup, Criterion, Throughput};
+use mixsocks_sphinx::compare::{Cost, Operation};
 use mixsocks_sphinx::{
     Backend, Hop, Packet, Payload, Peeled, ReplyRecovery, Route, SecretKey, Surb, build_packets,
     build_surbs, finish, max_plaintext, open_headers, recover_replies, use_surbs, x25519,
@@ -174,6 +176,22 @@ fn bench_surbs(criterion: &mut Criterion, bench: &mut Bench) {
     group.finish();
 }
 
+/// Medians per packet, taken alternately of ours and of `sphinx-packet`, and their ratio.
+fn print_ratios() {
+    const TIME: Duration = Duration::from_millis(300);
+    println!("{}: {:>40}", Backend::current(), "ours / sphinx-packet");
+    for operation in Operation::ALL {
+        for payload_len in [2048, 16384] {
+            for batch in [1, 4, 8] {
+                let Cost { ours, reference } = operation.compare(payload_len, batch, TIME);
+                let name = format!("{operation:?}, {payload_len} bytes, batch of {batch}");
+                let ratio = reference.as_secs_f64() / ours.as_secs_f64();
+                println!("{name:<36}{ours:>12.2?} /{reference:>12.2?} ={ratio:>6.2}");
+            }
+        }
+    }
+}
+
 fn main() {
     let mut criterion = Criterion::default()
         .warm_up_time(Duration::from_millis(500))
@@ -185,4 +203,8 @@ fn main() {
     bench_packets(&mut criterion, &bench);
     bench_surbs(&mut criterion, &mut bench);
     criterion.final_summary();
+    // Not when `cargo test` only tries whether benches run.
+    if std::env::args().any(|arg| arg == "--bench") {
+        print_ratios();
+    }
 }

@@ -16,11 +16,11 @@ pub enum Backend {
     /// The crate `sphinx-packet` does everything, one packet after the other. Its packets have
     /// padding from the thread's generator, so a seed does not decide them.
     Reference,
-    /// Multiplications of points one at a time. On every machine.
+    /// Points are multiplied and payloads hashed one at a time. On every machine.
     Portable,
-    /// Four multiplications of points at once.
+    /// Four points and payloads at once.
     Avx2,
-    /// Eight multiplications of points at once.
+    /// Eight points and payloads at once, with AVX-512F and AVX-512 IFMA.
     Avx512,
 }
 

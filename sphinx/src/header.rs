@@ -65,8 +65,7 @@ fn derive_secrets(secrets: &[[u8; 32]], routes: &[&Route]) -> Vec<Vec<HopSecrets
                 Some((number, (&*scalars[number], node.pub_key.as_bytes())))
             })
             .unzip();
-        for (number, shared) in numbers.into_iter().zip(x25519(&operations).iter()) {
-            let secrets = HopSecrets::derive(shared);
+        for (number, secrets) in numbers.into_iter().zip(HopSecrets::derive(&x25519(&operations))) {
             products[number].multiply(secrets.blinding_factor());
             derived[number].push(secrets);
         }

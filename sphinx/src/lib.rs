@@ -14,8 +14,8 @@
 //!
 //! # Format
 //!
-//! Version 260 of the format of the `sphinx-packet` crate, which opens packets and does the payloads;
-//! headers are built here, with a third of its multiplications. Header (offset,
+//! Version 260 of the format of the `sphinx-packet` crate, which opens headers; they are built here,
+//! with a third of its multiplications, and payloads are done here, several at once. Header (offset,
 //! length):
 //!
 //! | offset | length | field |
@@ -53,12 +53,15 @@
 //! # Secrets
 //!
 //! [`SecretKey`], [`Surb`], [`ReplyRecovery`] and [`OpenedPacket`] wipe themselves when dropped and
-//! show nothing in their `Debug` output. What `sphinx-packet` keeps on its stack or in its vectors
-//! while it works (payload keys, a SURB's seeds while it is built) is out of reach and not wiped.
+//! show nothing in their `Debug` output; keys of payloads are wiped as well. What `sphinx-packet`
+//! keeps on its stack while it opens a header, and what the vector registers of the wide-block cipher
+//! held, is out of reach and not wiped.
 
 mod backend;
 mod build;
+pub mod compare;
 mod header;
+mod hkdf;
 mod key;
 mod packet;
 mod payload_layers;
@@ -68,6 +71,7 @@ mod route;
 mod secrets;
 mod surb;
 mod wide_block;
+mod wiped;
 mod x25519;
 
 pub use backend::{Backend, BackendError};

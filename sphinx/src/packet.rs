@@ -176,6 +176,18 @@ impl Payload {
         open_payloads(vec![self]).remove(0)
     }
 
+    /// The payload without the last hop's layer, as the crate below hands it out.
+    pub(crate) fn remove_layer(self) -> Vec<u8> {
+        let Self { mut packet, seed } = self;
+        payload_layers::remove([(&*seed, packet.payload_mut())]);
+        packet.0.split_off(HEADER_LEN)
+    }
+
+    /// The same again: for measurements only, as a payload is read once.
+    pub(crate) fn copy(&self) -> Self {
+        Self { packet: self.packet.clone(), seed: self.seed.clone() }
+    }
+
     /// The packet without a thought for the layer that is still on its payload.
     pub(crate) fn into_packet(self) -> Packet {
         self.packet

@@ -134,39 +134,34 @@ pub enum PeelError {
 ///
 /// Per packet: [`PeelError::LowOrderPoint`], [`PeelError::BadMac`].
 pub fn open_headers(key: &SecretKey, packets: Vec<Packet>) -> Vec<Result<OpenedPacket, PeelError>> {
+    if Backend::current() == Backend::Reference {
+        return packets.into_iter().map(|packet| check_with_reference(key, packet)).collect();
+    }
     // Points of low order cost a multiplication too: they are too rare to sort out.
-    let shared = match Backend::current() {
-        Backend::Reference => None,
-        _ => {
-            let secret = key.secret().as_bytes();
-            let operations: Vec<_> =
-                packets.iter().map(|packet| (secret, packet.group_element())).collect();
-            Some(x25519(&operations))
-        }
-    };
-    packets
-        .into_iter()
-        .enumerate()
-        .map(|(i, packet)| {
-            if is_low_order(packet.group_element()) {
-                return Err(PeelError::LowOrderPoint);
-            }
-            let secrets = match &shared {
-                Some(shared) => Secrets::Ours(check_mac(&shared[i], &packet)?),
-                None => Secrets::Reference(Box::new(reference::open_header(key, &packet)?)),
-            };
-            Ok(OpenedPacket { packet, secrets })
-        })
-        .collect()
+    let secret = key.secret().as_bytes();
+    let operations: Vec<_> =
+        packets.iter().map(|packet| (secret, packet.group_element())).collect();
+    let secrets = HopSecrets::derive(&x25519(&operations));
+    packets.into_iter().zip(secrets).map(|(packet, secrets)| check(packet, secrets)).collect()
 }
 
-fn check_mac(shared_secret: &[u8; 32], packet: &Packet) -> Result<HopSecrets, PeelError> {
-    let secrets = HopSecrets::derive(shared_secret);
+fn check(packet: Packet, secrets: HopSecrets) -> Result<OpenedPacket, PeelError> {
+    if is_low_order(packet.group_element()) {
+        return Err(PeelError::LowOrderPoint);
+    }
     let (mac, routing) = mac_and_routing(packet.header());
     if !secrets.verify(routing, mac) {
         return Err(PeelError::BadMac);
     }
-    Ok(secrets)
+    Ok(OpenedPacket { packet, secrets: Secrets::Ours(secrets) })
+}
+
+fn check_with_reference(key: &SecretKey, packet: Packet) -> Result<OpenedPacket, PeelError> {
+    if is_low_order(packet.group_element()) {
+        return Err(PeelError::LowOrderPoint);
+    }
+    let secrets = Secrets::Reference(Box::new(reference::open_header(key, &packet)?));
+    Ok(OpenedPacket { packet, secrets })
 }
 
 /// Phase 2: reads the routing information, blinds the group element and takes one layer off the

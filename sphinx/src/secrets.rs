@@ -3,7 +3,6 @@
 use aes::Aes128;
 use aes::cipher::{KeyIvInit, StreamCipher};
 use ctr::Ctr64BE;
-use hkdf::Hkdf;
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 use sphinx_packet::constants::{
@@ -12,10 +11,11 @@ use sphinx_packet::constants::{
     PAYLOAD_KEY_SIZE,
 };
 use sphinx_packet::crypto::STREAM_CIPHER_KEY_SIZE;
-use zeroize::{Zeroize, ZeroizeOnDrop};
+use zeroize::ZeroizeOnDrop;
 
 use crate::payload_layers::Seed;
-use crate::{HEADER_LEN, MAX_HOPS, REPLAY_TAG_LEN};
+use crate::wiped::Wiped;
+use crate::{HEADER_LEN, MAX_HOPS, REPLAY_TAG_LEN, hkdf};
 
 pub(crate) const GROUP_ELEMENT_LEN: usize = 32;
 pub(crate) const MAC_LEN: usize = HEADER_INTEGRITY_MAC_SIZE;
@@ -36,15 +36,20 @@ const LEN: usize = REPLAY_TAG_AT + REPLAY_TAG_LEN;
 const _: () = assert!(LEN == EXPANDED_SHARED_SECRET_LENGTH);
 
 /// What one hop derives from its shared secret. Wiped when dropped; moving it leaves no copy behind.
-pub(crate) struct HopSecrets(Box<[u8; LEN]>);
+pub(crate) struct HopSecrets(Box<Wiped<LEN>>);
 
 impl HopSecrets {
-    pub(crate) fn derive(shared_secret: &[u8; 32]) -> Self {
-        let mut secrets = Box::new([0; LEN]);
-        Hkdf::<Sha256>::new(Some(EXPANDED_SHARED_SECRET_HKDF_SALT), shared_secret)
-            .expand(EXPANDED_SHARED_SECRET_HKDF_INFO, &mut secrets[..])
-            .expect("HKDF-SHA256 gives up to 8,160 bytes");
-        Self(secrets)
+    /// What each shared secret gives.
+    pub(crate) fn derive(shared_secrets: &[[u8; 32]]) -> Vec<Self> {
+        let secrets: Vec<_> = shared_secrets.iter().map(|secret| &secret[..]).collect();
+        hkdf::derive(EXPANDED_SHARED_SECRET_HKDF_SALT, &secrets, EXPANDED_SHARED_SECRET_HKDF_INFO)
+            .into_iter()
+            .map(|derived: Wiped<LEN>| {
+                let mut secrets = Box::new(Wiped::zero());
+                secrets.copy_from_slice(&derived[..]);
+                Self(secrets)
+            })
+            .collect()
     }
 
     /// What routing information is encrypted with.
@@ -90,13 +95,7 @@ impl HopSecrets {
     }
 }
 
-impl Drop for HopSecrets {
-    fn drop(&mut self) {
-        // As a slice: arrays are wiped byte by byte, which takes far longer.
-        self.0.as_mut_slice().zeroize();
-    }
-}
-
+/// The bytes inside wipe themselves.
 impl ZeroizeOnDrop for HopSecrets {}
 
 pub(crate) fn xor(bytes: &mut [u8], stream: &[u8]) {

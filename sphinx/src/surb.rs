@@ -12,6 +12,7 @@
 use std::fmt;
 
 use rand::CryptoRng;
+use sphinx_packet::SurbReplyRecovery;
 use thiserror::Error;
 use zeroize::{ZeroizeOnDrop, Zeroizing};
 
@@ -127,6 +128,18 @@ impl ReplyRecovery {
     #[must_use]
     pub fn identifier(&self) -> Identifier {
         self.identifier
+    }
+
+    /// The same again: for measurements only, as a reply is read once.
+    pub(crate) fn copy(&self) -> Self {
+        Self { identifier: self.identifier, seeds: self.seeds.clone() }
+    }
+
+    /// The same for the crate `sphinx-packet`.
+    pub(crate) fn to_reference(&self) -> SurbReplyRecovery {
+        let bytes = [&self.identifier[..], self.seeds.as_flattened()].concat();
+        SurbReplyRecovery::from_bytes(&Zeroizing::new(bytes))
+            .expect("an identifier and a seed for each hop")
     }
 }
 

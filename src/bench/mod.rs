@@ -2,10 +2,13 @@
 //!
 //! The network is a child process, so that its CPU time and memory are its own and not those of
 //! the measuring side. Every byte that arrives is compared with what was sent.
+//!
+//! `mixsocks bench sphinx` measures packets alone.
 
 mod child;
 mod origin;
 mod report;
+mod sphinx;
 mod transfer;
 
 use std::net::SocketAddr;
@@ -18,7 +21,7 @@ use self::child::Network;
 use self::origin::Origin;
 use self::report::{FirstByte, Report, Throughput};
 use self::transfer::{Direction, Transfer};
-use crate::cli::BenchArgs;
+use crate::cli::{BenchArgs, BenchCommand};
 use crate::network::DEFAULT_MEAN_DELAY;
 use crate::signals::Signals;
 
@@ -32,6 +35,9 @@ const IDLE: Duration = Duration::from_secs(5);
 
 /// Measures and prints.
 pub(crate) async fn run(args: BenchArgs) -> Result<()> {
+    if let Some(BenchCommand::Sphinx(args)) = args.command {
+        return sphinx::run(&args);
+    }
     let mut signals = Signals::new()?;
     let report = tokio::select! {
         report = Box::pin(measure(&args)) => report?,

@@ -90,6 +90,43 @@ fn bench_without_a_proxy() {
     assert!(ended.stderr.contains(&format!("no proxy answers at {nobody}")), "{ended:?}");
 }
 
+#[test]
+fn bench_sphinx_compares_packets_with_the_reference() {
+    let ended = run(mixsocks().args(["bench", "sphinx", "--seconds", "1", "--json"]));
+    assert!(ended.status.success(), "{ended:?}");
+    let report: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap();
+    for name in ["cpu", "backend"] {
+        assert!(report[name].as_str().is_some_and(|text| !text.is_empty()), "{name} in {report}");
+    }
+    let rows = report["rows"].as_array().unwrap();
+    for row in rows {
+        let figures = ["ours_us", "reference_us", "ratio"].map(|name| row[name].as_f64().unwrap());
+        assert!(figures.iter().all(|figure| *figure > 0.0), "{row}");
+        let [ours, reference, ratio] = figures;
+        assert!((ratio * ours / reference - 1.0).abs() < 1e-6, "{row}");
+    }
+    let number = |row: &serde_json::Value, name: &str| row[name].as_u64().unwrap();
+    let found: Vec<_> = rows
+        .iter()
+        .map(|row| (row["name"].as_str().unwrap(), number(row, "payload"), number(row, "batch")))
+        .collect();
+    let mut expected = Vec::new();
+    for name in ["x25519", "peel", "build", "surb", "use", "recover"] {
+        for payload in [2048, 16384] {
+            expected.extend([1, 8].map(|batch| (name, payload, batch)));
+        }
+    }
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn bench_sphinx_prints_a_table() {
+    let ended = run(mixsocks().args(["bench", "sphinx", "--seconds", "1"]));
+    assert!(ended.status.success(), "{ended:?}");
+    let row = ended.stdout.lines().find(|line| line.starts_with("peel")).unwrap();
+    assert!(row.contains(" 2048 ") && row.contains(" µs") && row.ends_with('×'), "{row}");
+}
+
 /// `cargo test` builds the examples beside the program.
 #[test]
 fn the_example_fetches_a_page() {

@@ -2,13 +2,11 @@
 
 mod reference;
 
-use hkdf::Hkdf;
-use sha2::Sha256;
 use sphinx_packet::constants::{
     PAYLOAD_KEY_HKDF_INFO, PAYLOAD_KEY_HKDF_SALT, PAYLOAD_KEY_SEED_SIZE,
 };
-use zeroize::Zeroizing;
 
+use crate::hkdf;
 use crate::wide_block::{self, Key, WIDTH};
 use crate::{Backend, MIN_PAYLOAD_LEN};
 
@@ -19,19 +17,26 @@ const _: () = assert!(MIN_PAYLOAD_LEN == wide_block::MIN_BLOCK_LEN);
 
 /// Puts a layer on each payload for each of its seeds, the last one first, so that the first hop of
 /// a route takes off the outermost.
-pub(crate) fn add<'a>(payloads: &mut [(&'a [Seed], &'a mut [u8])]) {
+pub(crate) fn add(payloads: &mut [(&[Seed], &mut [u8])]) {
     if Backend::current() == Backend::Reference {
         return reference::add(payloads);
     }
     for group in payloads.chunks_mut(WIDTH) {
-        let depth = group.iter().map(|(seeds, _)| seeds.len()).max().unwrap_or(0);
+        // All at once, as derivations go in step.
+        let keys = keys(group.iter().flat_map(|(seeds, _)| *seeds));
+        let mut rest = &keys[..];
+        let mut layers: Vec<(&[Key], &mut [u8])> = Vec::with_capacity(group.len());
+        for (seeds, payload) in group {
+            let (own, others) = rest.split_at(seeds.len());
+            layers.push((own, payload));
+            rest = others;
+        }
+        let depth = layers.iter().map(|(keys, _)| keys.len()).max().unwrap_or(0);
         for layer in (0..depth).rev() {
-            let (seeds, mut blocks): (Vec<_>, Vec<_>) = group
+            let mut blocks: Vec<_> = layers
                 .iter_mut()
-                .filter_map(|(seeds, payload)| Some((seeds.get(layer)?, &mut **payload)))
-                .unzip();
-            let keys = keys(seeds);
-            let mut blocks: Vec<_> = keys.iter().zip(blocks.drain(..)).collect();
+                .filter_map(|(keys, payload)| Some((keys.get(layer)?, &mut **payload)))
+                .collect();
             wide_block::encrypt(&mut blocks);
         }
     }
@@ -50,16 +55,9 @@ pub(crate) fn remove<'a>(payloads: impl IntoIterator<Item = (&'a Seed, &'a mut [
 
 /// The key of each seed.
 fn keys<'a>(seeds: impl IntoIterator<Item = &'a Seed>) -> Vec<Key> {
-    seeds
-        .into_iter()
-        .map(|seed| {
-            let mut key = Zeroizing::new([0; wide_block::KEY_LEN]);
-            Hkdf::<Sha256>::new(Some(PAYLOAD_KEY_HKDF_SALT), seed)
-                .expand(PAYLOAD_KEY_HKDF_INFO, key.as_mut())
-                .expect("HKDF-SHA256 gives up to 8,160 bytes");
-            Key::from_bytes(&key)
-        })
-        .collect()
+    let seeds: Vec<_> = seeds.into_iter().map(|seed| &seed[..]).collect();
+    let keys = hkdf::derive(PAYLOAD_KEY_HKDF_SALT, &seeds, PAYLOAD_KEY_HKDF_INFO);
+    keys.iter().map(|key| Key::from_bytes(key)).collect()
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Keyed BLAKE2b (RFC 7693) with digests of 32 bytes, for messages of one length side by side.
 
 use super::lanes::Lanes;
+use crate::Backend;
 
 /// What one compression takes in.
 pub(super) type Block = [u8; BLOCK_LEN];
@@ -26,10 +27,11 @@ pub(super) fn digests(messages: &[Keyed<'_>], digests: &mut [Digest]) {
     debug_assert!(messages.iter().all(|(_, text)| text.len() == messages[0].1.len()));
     #[cfg(target_arch = "x86_64")]
     if messages.len() > 1 {
-        if messages.len() > 4 && is_x86_feature_detected!("avx512f") {
+        let backend = Backend::current();
+        if messages.len() > 4 && backend == Backend::Avx512 {
             return x86::avx512(messages, digests);
         }
-        if is_x86_feature_detected!("avx2") {
+        if matches!(backend, Backend::Avx2 | Backend::Avx512) {
             for (messages, digests) in messages.chunks(4).zip(digests.chunks_mut(4)) {
                 match messages {
                     [message] => digests[0] = one(*message),

@@ -14,8 +14,8 @@ mod lanes;
 
 use chacha20::ChaCha20;
 use chacha20::cipher::{KeyIvInit, StreamCipher};
-use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
+use crate::wiped::Wiped;
 use blake2b::{BLOCK_LEN, DIGEST_LEN, MAX_LANES};
 
 /// Length of the key in bytes.
@@ -35,16 +35,18 @@ const STREAM_KEY_LEN: usize = 32;
 /// | 32 | 64 | key of the first hash |
 /// | 96 | 32 | key of the second stream |
 /// | 128 | 64 | key of the second hash |
-#[derive(Zeroize, ZeroizeOnDrop)]
 pub(crate) struct Key {
-    streams: [[u8; STREAM_KEY_LEN]; 2],
+    streams: [Wiped<STREAM_KEY_LEN>; 2],
     /// Padded with zeros, as they go into the hash.
-    hashes: [[u8; BLOCK_LEN]; 2],
+    hashes: [Wiped<BLOCK_LEN>; 2],
 }
 
 impl Key {
     pub(crate) fn from_bytes(bytes: &[u8; KEY_LEN]) -> Self {
-        let mut key = Self { streams: [[0; _]; 2], hashes: [[0; _]; 2] };
+        let mut key = Self {
+            streams: [(); 2].map(|()| Wiped::zero()),
+            hashes: [(); 2].map(|()| Wiped::zero()),
+        };
         for (half, bytes) in bytes.chunks(KEY_LEN / 2).enumerate() {
             let (stream, hash) = bytes.split_at(STREAM_KEY_LEN);
             key.streams[half].copy_from_slice(stream);
@@ -88,7 +90,8 @@ fn for_each_group(blocks: &mut [Keyed<'_>], mut rounds: impl FnMut(&mut [Keyed<'
 fn stream_round(blocks: &mut [Keyed<'_>], round: usize) {
     for (key, block) in blocks {
         let (left, right) = split(block);
-        let mut stream_key = Zeroizing::new(key.streams[round]);
+        let mut stream_key = Wiped::zero();
+        *stream_key = *key.streams[round];
         xor(&mut stream_key, left);
         let mut cipher = ChaCha20::new((&*stream_key).into(), &[0; 12].into());
         apply(&mut cipher, right);

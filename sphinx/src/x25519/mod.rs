@@ -85,7 +85,7 @@ pub(crate) fn has_avx2() -> bool {
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn has_avx512() -> bool {
-    is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512ifma")
+    has_avx2() && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512ifma")
 }
 
 #[cfg(not(target_arch = "x86_64"))]
