@@ -9,14 +9,14 @@
 //! A [`Surb`] is a header that its creator made in advance for a route that ends at the creator.
 //! Whoever holds it can send one reply of one payload along that route without learning it.
 //!
-//! Everything takes batches, because several packets can share one pass of vector code. Results
-//! come in the order of the requests, and a request that fails leaves its neighbours alone.
+//! Everything takes batches, because several packets can share one pass of vector code: fours with
+//! AVX2, eights with AVX-512. Results come in the order of the requests, and a request that fails
+//! leaves its neighbours alone. A [`Backend`] says which code works; all of them give the same.
 //!
 //! # Format
 //!
-//! Version 260 of the format of the `sphinx-packet` crate, which opens headers; they are built here,
-//! with a third of its multiplications, and payloads are done here, several at once. Header (offset,
-//! length):
+//! Version 260 of the format of the `sphinx-packet` crate, which is one of the backends. Header
+//! (offset, length):
 //!
 //! | offset | length | field |
 //! |--:|--:|---|
@@ -36,12 +36,14 @@
 //!
 //! Each packet and SURB draws exactly 32 bytes, its initial secret, from the generator that the
 //! caller passes; requests that are refused draw nothing. They decide every byte: the padding of the
-//! last hop's routing information is derived from them as well.
+//! last hop's routing information is derived from them as well, except by the backend `reference`,
+//! which takes it from the thread's generator.
 //!
 //! # What is refused
 //!
-//! Group elements and keys of low order (the shared secret would be zero for everyone), versions
-//! other than 260, lengths that are not exact. The top bit of a group element is ignored as RFC
+//! Group elements of low order (the shared secret would be zero for everyone), keys that are no
+//! multiples of the base point (nobody made them), versions other than 260, lengths that are not
+//! exact. The top bit of a group element is ignored as RFC
 //! 7748 section 5 says, the 19 encodings at or above 2^255 − 19 are taken modulo that prime, and
 //! adding a point of low order changes nothing, because secrets are multiples of 8. So a group
 //! element can be written in several ways, and the MAC does not cover it; but all of them give the
@@ -53,9 +55,9 @@
 //! # Secrets
 //!
 //! [`SecretKey`], [`Surb`], [`ReplyRecovery`] and [`OpenedPacket`] wipe themselves when dropped and
-//! show nothing in their `Debug` output; keys of payloads are wiped as well. What `sphinx-packet`
-//! keeps on its stack while it opens a header, and what the vector registers of the wide-block cipher
-//! held, is out of reach and not wiped.
+//! show nothing in their `Debug` output; so do scalars, ladders over points, and keys of payloads.
+//! What vector registers and spilled parts of them held, and what other crates keep on their stack
+//! while they work, is out of reach and not wiped.
 
 mod backend;
 mod build;
