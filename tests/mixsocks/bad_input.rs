@@ -44,6 +44,12 @@ fn wrong_command_lines() {
     fails(mixsocks().args(["-q", "-v", "up"]), 2, &["--quiet and --verbose exclude each other"]);
 }
 
+#[test]
+fn a_backend_that_is_not_there() {
+    let words = ["MIXSOCKS_SPHINX_BACKEND", "\"avx1024\"", "reference, portable"];
+    fails(mixsocks().arg("up").env("MIXSOCKS_SPHINX_BACKEND", "avx1024"), 1, &words);
+}
+
 /// A network that exists on paper only: nobody listens at its addresses.
 struct PaperNetwork {
     name: &'static str,
