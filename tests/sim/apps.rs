@@ -229,6 +229,17 @@ impl<C: Codec> World<C> {
         self.settle(endpoint)
     }
 
+    /// Programs whose time came while their machine stood still go on.
+    pub(crate) fn wake_apps(&mut self, endpoint: usize) {
+        for number in 0..self.streams.len() {
+            if endpoint == 0 {
+                self.at(self.now, Event::App(number, End::Target));
+            } else if endpoint == self.streams[number].client && self.streams[number].has_begun {
+                self.at(self.now, Event::App(number, End::Program));
+            }
+        }
+    }
+
     fn act(&mut self, number: usize, end: End, key: StreamKey) -> Result<(), String> {
         let is_open = self.streams[number].opened == Some(OpenOutcome::Connected);
         if end == End::Target || is_open {

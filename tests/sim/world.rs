@@ -564,6 +564,7 @@ impl<C: Codec> World<C> {
                 if !begins {
                     self.at(self.now, Event::Dial(endpoint));
                     self.reschedule(NodeRef::Endpoint(endpoint));
+                    self.wake_apps(endpoint);
                 }
             }
             Fault::ProviderDown | Fault::ClientDown(_) => {
