@@ -372,7 +372,10 @@ impl ClientSession {
         if self.closed.is_some() {
             return None;
         }
-        let keepalive = (!self.transport.streams.is_empty() && self.transport.flight.is_empty())
+        // A PING that is wanted waits for SURBs or a turn, not for a time.
+        let keepalive = (!self.transport.streams.is_empty()
+            && self.transport.flight.is_empty()
+            && !self.ping_wanted)
             .then(|| self.last_heard.max(self.last_asked) + KEEPALIVE);
         let silence =
             (!self.transport.flight.is_empty()).then(|| self.last_heard + SESSION_SILENCE);
