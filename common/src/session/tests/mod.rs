@@ -2,7 +2,7 @@
 //! fake time and one seed.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use mixsocks_sphinx::SURB_LEN;
@@ -12,6 +12,9 @@ use rand::{RngExt, SeedableRng};
 use super::frame::StreamId;
 use super::*;
 
+mod endings;
+mod fairness;
+mod generations;
 mod hostile;
 mod latency;
 mod outages;
@@ -115,6 +118,8 @@ struct World {
     serial: u64,
     maker: Maker,
     surbs: HashMap<u64, Duration>,
+    /// Of those, the ones that lead to nowhere.
+    dead_surbs: HashSet<u64>,
     free_at: [Instant; 2],
     sent: [u64; 2],
     lost: [u64; 2],
@@ -139,6 +144,7 @@ impl World {
             serial: 0,
             maker: Maker::default(),
             surbs: HashMap::new(),
+            dead_surbs: HashSet::new(),
             free_at: [now; 2],
             sent: [0; 2],
             lost: [0; 2],
@@ -208,6 +214,9 @@ impl World {
         let mut id = [0u8; 8];
         id.copy_from_slice(&surb.as_bytes()[348..356]);
         let surb = u64::from_be_bytes(id);
+        if self.dead_surbs.contains(&surb) {
+            return;
+        }
         let delay = self.surbs[&surb];
         self.dispatch(1, delay, Arrival::Reply { surb, contents });
     }
@@ -217,11 +226,16 @@ impl World {
         self.transmit();
         let id = self.client.id();
         let links = self.free_at.into_iter().filter(|at| *at > self.now);
+        // Who is overdue wants to send, and waits for its link.
+        let free_at = self.free_at;
+        let wait =
+            |at: Instant, link: usize| if at > self.now { at } else { free_at[link].max(at) };
+        let session = self.sessions.get_mut(id);
         let next = [
             self.arrivals.peek().map(|Reverse((at, _, _))| *at),
             self.maker.done_at,
-            self.client.poll_timeout(),
-            self.sessions.get_mut(id).and_then(|session| session.poll_timeout()),
+            self.client.poll_timeout().map(|at| wait(at, 0)),
+            session.and_then(|session| session.poll_timeout()).map(|at| wait(at, 1)),
         ];
         let Some(next) = next.into_iter().flatten().chain(links).min() else { return false };
         self.now = self.now.max(next);
@@ -272,6 +286,16 @@ impl World {
                 }
             }
         }
+    }
+
+    /// All SURBs that the provider has been given lead to nowhere from now on.
+    fn kill_surbs(&mut self) {
+        self.dead_surbs.extend(self.surbs.keys());
+    }
+
+    fn run_for(&mut self, time: Duration) {
+        let until = self.now + time;
+        while self.now < until && self.step() {}
     }
 
     fn run_until(&mut self, limit: Duration, mut done: impl FnMut(&mut Self) -> bool) {
