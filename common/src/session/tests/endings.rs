@@ -130,6 +130,30 @@ fn a_stream_ends_well_at_every_moment() {
     }
 }
 
+#[test]
+fn a_close_is_acknowledged() {
+    let mut world = World::new(149, Network::perfect());
+    world.open();
+    world.run_for(Duration::from_secs(5));
+    let before = world.sent;
+    world.client.close();
+    world.run_until(Duration::from_secs(3600), |world| world.client.closed().is_some());
+    assert_eq!(world.client.closed(), Some(frame::CloseReason::Done));
+    assert_eq!([world.sent[0] - before[0], world.sent[1] - before[1]], [1, 1]);
+}
+
+#[test]
+fn a_close_that_is_lost_is_repeated_a_few_times() {
+    let mut world = World::new(151, Network::perfect());
+    world.open();
+    world.run_for(Duration::from_secs(5));
+    let before = world.sent[0];
+    world.client.close();
+    world.blackout = true;
+    world.run_until(Duration::from_secs(3600), |world| world.client.closed().is_some());
+    assert_eq!(world.sent[0] - before, 3);
+}
+
 /// Streams have no idle timeout: keepalives are enough.
 #[test]
 fn a_stream_may_be_idle_for_hours() {

@@ -3,28 +3,31 @@
 use super::frame::{Frame, put_varint, take_varint};
 use super::*;
 
-/// A provider with this many open streams, each of which has `bytes` to send, and with SURBs for
-/// whatever it sends.
-struct Sender {
-    session: ProviderSession,
-    now: Instant,
+/// A provider that streams are opened at, and its client's packets.
+pub(super) struct Sender {
+    pub(super) session: ProviderSession,
+    pub(super) now: Instant,
     number: u64,
 }
 
 impl Sender {
-    fn new() -> Self {
+    pub(super) fn new(surbs: usize) -> Self {
         let now = Instant::now();
         let session = ProviderSession::new(now, MAX_PACKET_BYTES, MEAN_DELAY);
         let mut sender = Self { session, now, number: 0 };
-        let mut surb = [0; SURB_LEN];
-        surb[0] = 9;
-        for _ in 0..MAX_STOCK_SURBS / 4 {
-            sender.handle(&[Frame::Surbs { generation: 0, surbs: &[surb; 4] }]);
-        }
+        sender.give_surbs(surbs);
         sender
     }
 
-    fn handle(&mut self, frames: &[Frame<'_>]) {
+    pub(super) fn give_surbs(&mut self, count: usize) {
+        let mut surb = [0; SURB_LEN];
+        surb[0] = 9;
+        for _ in 0..count {
+            self.handle(&[Frame::Surbs { generation: 0, surbs: &[surb] }]);
+        }
+    }
+
+    pub(super) fn handle(&mut self, frames: &[Frame<'_>]) {
         let mut contents = Vec::new();
         put_varint(&mut contents, self.number);
         put_varint(&mut contents, 0);
@@ -33,7 +36,7 @@ impl Sender {
         self.session.handle_packet(self.now, &contents).unwrap();
     }
 
-    fn open(&mut self, stream: StreamId, bytes: usize) {
+    pub(super) fn open(&mut self, stream: StreamId, bytes: usize) {
         let target = "example.com:80".parse().unwrap();
         let limit = MAX_HELD_BYTES;
         self.handle(&[Frame::Open { stream, target }, Frame::Credit { stream, limit }]);
@@ -61,7 +64,7 @@ impl Sender {
 
 #[test]
 fn ten_streams_get_equal_shares() {
-    let mut sender = Sender::new();
+    let mut sender = Sender::new(MAX_STOCK_SURBS);
     // One began long before the others.
     sender.open(1, 4 << 20);
     (0..200).for_each(|_| drop(sender.next_packet()));
@@ -77,7 +80,7 @@ fn ten_streams_get_equal_shares() {
 
 #[test]
 fn a_stream_that_begins_is_not_behind_bulk_transfers() {
-    let mut sender = Sender::new();
+    let mut sender = Sender::new(MAX_STOCK_SURBS);
     (1..=50).for_each(|stream| sender.open(stream, 1 << 20));
     // All of them have had their first bytes sent.
     (0..500).for_each(|_| drop(sender.next_packet()));
@@ -91,7 +94,7 @@ fn a_stream_that_begins_is_not_behind_bulk_transfers() {
 /// One that begins goes first for 16 KiB and then takes turns.
 #[test]
 fn a_bulk_stream_soon_takes_turns() {
-    let mut sender = Sender::new();
+    let mut sender = Sender::new(MAX_STOCK_SURBS);
     sender.open(1, 1 << 20);
     (0..100).for_each(|_| drop(sender.next_packet()));
     sender.open(2, 1 << 20);
@@ -104,7 +107,7 @@ fn a_bulk_stream_soon_takes_turns() {
 /// A bulk transfer that waits for its program now and then does not begin anew each time.
 #[test]
 fn a_stream_that_runs_dry_for_a_moment_keeps_its_turn() {
-    let mut sender = Sender::new();
+    let mut sender = Sender::new(MAX_STOCK_SURBS);
     sender.open(1, 1 << 20);
     (0..100).for_each(|_| drop(sender.next_packet()));
     sender.open(2, 1000);

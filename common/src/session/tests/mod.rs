@@ -18,6 +18,7 @@ mod generations;
 mod hostile;
 mod latency;
 mod outages;
+mod rules;
 
 const MAX_PACKET_BYTES: usize = 2031;
 const MEAN_DELAY: Duration = Duration::from_millis(15);
@@ -585,6 +586,14 @@ fn a_closed_session_is_forgotten_and_not_begun_again() {
 fn starts_of_another_time_are_refused() {
     let now = Instant::now();
     let mut sessions = ProviderSessions::new(1_000_000, MAX_PACKET_BYTES, MEAN_DELAY);
+    // One that has been there for long judges by the age alone.
+    let mut old = ProviderSessions::new(0, MAX_PACKET_BYTES, MEAN_DELAY);
+    for (started_ms, taken) in [(880_000, true), (879_999, false)] {
+        let packet = first_packet_of(9, started_ms, now, open_one);
+        let handled = old.handle_packet(now, 1_000_000, &packet);
+        assert_eq!(matches!(handled, Handled::Session(_)), taken, "{started_ms}: {handled:?}");
+        old = ProviderSessions::new(0, MAX_PACKET_BYTES, MEAN_DELAY);
+    }
     for (id, started_ms, taken) in
         [(1, 1_000_000, true), (2, 999_999, false), (3, 1_130_001, false), (4, 1_130_000, true)]
     {
