@@ -315,7 +315,7 @@ impl<C: Codec> World<C> {
             End::Target => 0,
         };
         match &mut self.endpoints[endpoint].role {
-            Role::Client(core) => act(core),
+            Role::Client(core) => act(core.as_mut()),
             Role::Provider(core) => act(core.as_mut()),
         }
     }
