@@ -1,7 +1,7 @@
 //! Rules that only show at one end, or at one moment.
 
 use super::fairness::Sender;
-use super::frame::{Frame, put_varint, take_varint};
+use super::frame::{Ack, Frame, put_varint, take_varint};
 use super::hostile::all_arrived;
 use super::*;
 
@@ -174,4 +174,24 @@ fn a_client_tells_which_replies_it_has_given_up() {
         settled = ack_of(&mut client, at);
     }
     assert_eq!(settled, Some(3));
+}
+
+/// What was due when an ACK left, and is not in it, is repeated without waiting any longer.
+#[test]
+fn what_an_ack_should_have_named_is_lost() {
+    let start = Instant::now();
+    let mut client = client_after(&[], start);
+    assert_eq!(drain(&mut client, start).len(), 1);
+    client.ping();
+    assert_eq!(drain(&mut client, start).len(), 1);
+    let now = start + Duration::from_millis(600);
+    assert!(client.poll_timeout().unwrap() > now);
+    let ranges = std::iter::once(1..2).collect();
+    let ack = Ack { latest: 1, delay_us: 500_000, first: 0, end: 2, settled: 0, ranges };
+    let mut reply = vec![PacketKind::Reply as u8, 0, 0, 0, 0, 0, 0];
+    Frame::Ack(ack).encode(&mut reply);
+    client.handle_reply(now, Duration::from_millis(45), &reply).unwrap();
+    let packets = drain(&mut client, now);
+    let opens = |frame: &Frame<'_>| matches!(frame, Frame::Open { .. });
+    assert!(packets.iter().any(|packet| frames(packet).iter().any(opens)));
 }
