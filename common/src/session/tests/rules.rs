@@ -105,16 +105,19 @@ fn client_after(numbers: &[u64], now: Instant) -> ClientSession {
     let id = SessionId([3; SESSION_ID_LEN]);
     let mut client = ClientSession::new(id, 0, now, MAX_PACKET_BYTES, MEAN_DELAY);
     client.open("192.0.2.1:80".parse().unwrap()).unwrap();
-    for number in numbers {
-        let mut reply = vec![PacketKind::Reply as u8];
-        put_varint(&mut reply, *number);
-        // The floor is zero.
-        put_varint(&mut reply, *number);
-        reply.extend_from_slice(&[0; 4]);
-        Frame::Stock { generation: 0, count: 40 }.encode(&mut reply);
-        client.handle_reply(now, Duration::from_millis(45), &reply).unwrap();
-    }
+    numbers.iter().for_each(|number| tell_stock(&mut client, now, *number, 40));
     client
+}
+
+/// The reply with this number says that the provider has `count` SURBs of generation 0.
+fn tell_stock(client: &mut ClientSession, now: Instant, number: u64, count: u64) {
+    let mut reply = vec![PacketKind::Reply as u8];
+    put_varint(&mut reply, number);
+    // The floor is zero.
+    put_varint(&mut reply, number);
+    reply.extend_from_slice(&[0; 4]);
+    Frame::Stock { generation: 0, count }.encode(&mut reply);
+    client.handle_reply(now, Duration::from_millis(45), &reply).unwrap();
 }
 
 /// Sends until the client has nothing to send any more.
@@ -194,4 +197,40 @@ fn what_an_ack_should_have_named_is_lost() {
     let packets = drain(&mut client, now);
     let opens = |frame: &Frame<'_>| matches!(frame, Frame::Open { .. });
     assert!(packets.iter().any(|packet| frames(packet).iter().any(opens)));
+}
+
+#[test]
+fn older_reports_of_the_stock_are_worthless() {
+    let now = Instant::now();
+    let mut client = client_after(&[0, 1, 2, 4], now);
+    let demand = client.surb_demand();
+    tell_stock(&mut client, now, 3, 0);
+    assert!(client.surb_demand() <= demand, "{}", client.surb_demand());
+    client.renew_surbs();
+    let demand = client.surb_demand();
+    tell_stock(&mut client, now, 5, 40);
+    assert_eq!(client.surb_demand(), demand, "those are of an older generation");
+}
+
+/// An upload that fills the window does not keep SURBs from a download.
+#[test]
+fn a_full_window_does_not_hold_up_surbs() {
+    let now = Instant::now();
+    let mut client = client_after(&[0], now);
+    client.renew_surbs();
+    client.write(1, &[1; 100_000]).unwrap();
+    drain(&mut client, now);
+    assert!(!client.wants_transmit(now, 0), "the window is full");
+    assert!(client.wants_transmit(now, 5));
+}
+
+#[test]
+fn bytes_that_come_before_their_open_are_told_with_it() {
+    let mut sender = Sender::new(0);
+    sender.handle(&[Frame::Data { stream: 1, offset: 0, fin: false, bytes: b"early" }]);
+    assert_eq!(sender.session.poll_event(), None);
+    let target = "example.com:80".parse().unwrap();
+    sender.handle(&[Frame::Open { stream: 1, target }]);
+    assert!(matches!(sender.session.poll_event(), Some(StreamEvent::Open { stream: 1, .. })));
+    assert_eq!(sender.session.poll_event(), Some(StreamEvent::Readable(1)));
 }
