@@ -35,6 +35,8 @@ pub enum ClientEvent {
 pub struct ClientCore<R> {
     /// The newest is the last one.
     sessions: Vec<ClientSession>,
+    /// The session that is asked first for the next packet.
+    turn: usize,
     surbs: SurbStore<R>,
     events: VecDeque<ClientEvent>,
     max_contents_bytes: usize,
@@ -46,6 +48,7 @@ impl<R> ClientCore<R> {
     pub fn new(max_contents_bytes: usize, mean_delay: Duration) -> Self {
         Self {
             sessions: Vec::new(),
+            turn: 0,
             surbs: SurbStore::default(),
             events: VecDeque::new(),
             max_contents_bytes,
@@ -181,17 +184,16 @@ impl<R> ClientCore<R> {
     /// `packet_delay` in all. `false` when there is none.
     pub fn next_packet(&mut self, now: Instant, packet_delay: Duration, out: &mut Vec<u8>) -> bool {
         self.surbs.ready(now);
-        let Self { sessions, surbs, .. } = self;
-        let sent = sessions.iter_mut().any(|session| {
-            let mut source = surbs.source(session.id());
-            session.poll_transmit(now, packet_delay, &mut source, out)
-        });
-        // Sessions take turns.
-        if sent && sessions.len() > 1 {
-            let newest = sessions.len() - 1;
-            sessions[..newest].rotate_left(1);
+        let count = self.sessions.len();
+        for index in (self.turn..self.turn + count).map(|turn| turn % count) {
+            let session = &mut self.sessions[index];
+            let mut source = self.surbs.source(session.id());
+            if session.poll_transmit(now, packet_delay, &mut source, out) {
+                self.turn = index + 1;
+                return true;
+            }
         }
-        sent
+        false
     }
 
     // --- SURBs and replies.
@@ -210,6 +212,15 @@ impl<R> ClientCore<R> {
     /// Takes in what was made of `claimed` SURBs.
     pub fn deliver_surbs(&mut self, claimed: usize, made: Vec<ReadySurb<R>>) {
         self.surbs.deliver(claimed, made);
+    }
+
+    /// SURBs that were made before `now` lead to nowhere: a node on their routes is gone or has another
+    /// key, or the client has another gateway. All sessions begin a new generation.
+    ///
+    /// A mere reconnect to the gateway is no reason: what leads there still does.
+    pub fn renew_surbs(&mut self, now: Instant) {
+        self.surbs.renew(now);
+        self.sessions.iter_mut().for_each(ClientSession::renew_surbs);
     }
 
     /// The reply with this identifier has come: what recovers it. A second one finds nothing.
@@ -233,5 +244,132 @@ impl<R> ClientCore<R> {
             Some(session) => session.handle_reply(now, surb_delay, contents),
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mixsocks_common::session::OpenOutcome;
+    use mixsocks_common::session::frame::{Frame, take_varint};
+    use mixsocks_sphinx::{SURB_LEN, Surb};
+    use rand::SeedableRng;
+    use rand::rngs::StdRng;
+
+    use super::*;
+
+    const DELAY: Duration = Duration::from_millis(45);
+
+    fn core() -> (ClientCore<()>, Instant) {
+        (ClientCore::new(2031, Duration::from_millis(15)), Instant::now())
+    }
+
+    fn open(core: &mut ClientCore<()>, now: Instant) -> StreamKey {
+        let mut rng = StdRng::seed_from_u64(core.sessions().len() as u64);
+        core.open(now, 0, &mut rng, "192.0.2.1:80".parse().unwrap()).unwrap()
+    }
+
+    /// Reply 0 with this frame.
+    fn reply(core: &mut ClientCore<()>, now: Instant, id: SessionId, frame: &Frame<'_>) {
+        let mut contents = vec![2, 0, 0, 0, 0, 0, 0];
+        frame.encode(&mut contents);
+        core.handle_reply(now, id, DELAY, &contents).unwrap();
+    }
+
+    fn surbs(count: u8, made: Instant) -> Vec<ReadySurb<()>> {
+        let ready = |number| {
+            let mut bytes = [0; SURB_LEN];
+            // The base point: a group element that a SURB may begin with.
+            bytes[0] = 9;
+            let surb = Surb::from_bytes(&bytes).unwrap();
+            let mut identifier = Identifier::default();
+            identifier[0] = number;
+            ReadySurb { surb, identifier, recovery: (), delay: DELAY, made }
+        };
+        (1..=count).map(ready).collect()
+    }
+
+    /// The generation of the SURBs in the packet, and how many there are.
+    fn surbs_in(packet: &[u8]) -> Vec<(u64, usize)> {
+        let mut input = &packet[17..];
+        take_varint(&mut input).unwrap();
+        take_varint(&mut input).unwrap();
+        std::iter::from_fn(|| Frame::decode(&mut input).unwrap())
+            .filter_map(|frame| match frame {
+                Frame::Surbs { generation, surbs } => Some((generation, surbs.len())),
+                _ => None,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn new_streams_move_to_a_new_session_and_old_ones_stay() {
+        let (mut core, start) = core();
+        let first = open(&mut core, start);
+        let second = open(&mut core, start + SESSION_AGE - Duration::from_millis(1));
+        assert_eq!(second.0, first.0);
+        let third = open(&mut core, start + SESSION_AGE);
+        assert_ne!(third.0, first.0);
+        core.handle_timeout(start + 2 * SESSION_AGE);
+        assert_eq!(core.write(first, b"still there"), Some(11));
+    }
+
+    #[test]
+    fn an_old_session_is_closed_when_its_last_stream_is_over() {
+        let (mut core, start) = core();
+        let key = open(&mut core, start);
+        let outcome = OpenOutcome::Refused;
+        reply(&mut core, start, key.0, &Frame::Opened { stream: key.1, outcome });
+        core.handle_timeout(start + SESSION_AGE);
+        let mut out = Vec::new();
+        while core.next_packet(start + SESSION_AGE, DELAY, &mut out) {
+            assert_ne!(out[out.len() - 2..], [12, 0], "its stream was not released");
+        }
+        core.release(key);
+        let due = core.poll_timeout().unwrap();
+        assert!(due <= start + SESSION_AGE, "{:?}", due - start);
+        core.handle_timeout(start + SESSION_AGE);
+        assert!(core.next_packet(start + SESSION_AGE, DELAY, &mut out));
+        assert_eq!(out[out.len() - 2..], [12, 0], "CLOSE, done");
+    }
+
+    #[test]
+    fn sessions_take_turns() {
+        let (mut core, start) = core();
+        let now = start + SESSION_AGE;
+        let keys = [open(&mut core, start), open(&mut core, now)];
+        for key in keys {
+            core.write(key, &[1; 30_000]).unwrap();
+        }
+        let mut out = Vec::new();
+        let senders: Vec<_> = (0..20)
+            .map(|_| {
+                assert!(core.next_packet(now, DELAY, &mut out));
+                out[1..17].to_vec()
+            })
+            .collect();
+        assert!(senders.windows(2).all(|pair| pair[0] != pair[1]), "{senders:?}");
+    }
+
+    #[test]
+    fn renewed_surbs_are_of_a_new_generation() {
+        let (mut core, now) = core();
+        let key = open(&mut core, now);
+        reply(&mut core, now, key.0, &Frame::Stock { generation: 0, count: 0 });
+        let claimed = core.claim_surbs(now, 10);
+        core.deliver_surbs(claimed, surbs(10, now));
+        let mut out = Vec::new();
+        assert!(core.next_packet(now, DELAY, &mut out));
+        assert_eq!(surbs_in(&out), [(0, 5)]);
+        let claimed = core.claim_surbs(now, 10);
+        let later = now + Duration::from_millis(1);
+        core.renew_surbs(later);
+        core.deliver_surbs(claimed, surbs(10, now));
+        while core.next_packet(later, DELAY, &mut out) {
+            assert_eq!(surbs_in(&out), [], "those were made before");
+        }
+        let claimed = core.claim_surbs(later, 10);
+        core.deliver_surbs(claimed, surbs(10, later));
+        assert!(core.next_packet(later, DELAY, &mut out));
+        assert_eq!(surbs_in(&out), [(1, 5)]);
     }
 }

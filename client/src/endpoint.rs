@@ -221,6 +221,7 @@ impl Endpoint {
     /// Makes `count` SURBs for replies to this endpoint; takes about half a millisecond of CPU for
     /// each.
     pub fn make_surbs(&self, count: usize) -> Vec<ReadySurb<ReplyRecovery>> {
+        let made = Instant::now();
         let mut rng = rand::rng();
         let routes: Vec<_> = std::iter::repeat_with(|| rng.random())
             // Zero means "not a reply".
@@ -228,7 +229,6 @@ impl Endpoint {
             .take(count)
             .map_while(|identifier| self.route_home(identifier).ok())
             .collect();
-        let made = Instant::now();
         build_surbs(&mut rand::rng(), &routes)
             .into_iter()
             .zip(&routes)

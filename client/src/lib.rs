@@ -1,7 +1,7 @@
 //! The mixnet client: a connection to a gateway, sessions with a provider, streams for programs.
 //!
 //! [`Client`] opens streams through a provider; [`Endpoint`] is what it stands on, and what a service
-//! of one's own would. Behind the feature `socks`, [`socks`] is a SOCKS5 listener on top.
+//! of one's own would. Behind the feature `socks`, the module `socks` is a SOCKS5 listener on top.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
 

@@ -26,7 +26,7 @@ pub struct ReadySurb<R> {
     pub recovery: R,
     /// The sum of the delays on its route.
     pub delay: Duration,
-    /// When it was made.
+    /// When it was made: not later than its route was drawn.
     pub made: Instant,
 }
 
@@ -47,6 +47,8 @@ pub(crate) struct SurbStore<R> {
     ready: VecDeque<ReadySurb<R>>,
     /// SURBs that workers are making now.
     in_making: usize,
+    /// Those that were made before lead to nowhere.
+    renewed: Option<Instant>,
     awaited: HashMap<Identifier, Awaited<R>>,
     order: VecDeque<Identifier>,
 }
@@ -56,6 +58,7 @@ impl<R> Default for SurbStore<R> {
         Self {
             ready: VecDeque::new(),
             in_making: 0,
+            renewed: None,
             awaited: HashMap::new(),
             order: VecDeque::new(),
         }
@@ -74,7 +77,15 @@ impl<R> SurbStore<R> {
     /// Takes in what a worker made of what it claimed.
     pub(crate) fn deliver(&mut self, claimed: usize, made: Vec<ReadySurb<R>>) {
         self.in_making -= claimed;
-        self.ready.extend(made);
+        let is_good = |surb: &ReadySurb<R>| self.renewed.is_none_or(|renewed| surb.made >= renewed);
+        self.ready.extend(made.into_iter().filter(is_good));
+    }
+
+    /// SURBs that were made before `now`, and those of them that are still being made, lead to
+    /// nowhere.
+    pub(crate) fn renew(&mut self, now: Instant) {
+        self.ready.clear();
+        self.renewed = Some(now);
     }
 
     /// SURBs at hand, of which outdated ones are thrown away.
@@ -181,6 +192,19 @@ mod tests {
         let mut store = SurbStore::default();
         store.deliver(0, vec![surb(1, now), surb(2, now + MAX_READY_AGE / 2)]);
         assert_eq!(store.ready(now + MAX_READY_AGE), 1);
+    }
+
+    #[test]
+    fn what_was_begun_before_a_renewal_is_thrown_away() {
+        let now = Instant::now();
+        let mut store = SurbStore::default();
+        store.deliver(0, vec![surb(1, now)]);
+        assert_eq!(store.claim(4, 2), 2);
+        let later = now + MAX_READY_AGE / 4;
+        store.renew(later);
+        store.deliver(2, vec![surb(2, now), surb(3, later)]);
+        assert_eq!(store.ready(later), 1);
+        assert_eq!(store.claim(4, usize::MAX), 3);
     }
 
     #[test]

@@ -29,9 +29,13 @@ use crate::signals::Signals;
 const REQUESTS: usize = 20;
 /// Streams of the parallel measurement.
 const STREAMS: usize = 10;
-/// What a network needs to come to rest after a transfer, and how long its rest is measured.
-const SETTLING: Duration = Duration::from_secs(1);
+/// How long the rest of a network is measured.
 const IDLE: Duration = Duration::from_secs(5);
+/// After a transfer the network still carries what it had taken over. It has come to rest when it
+/// works for less than [`AT_REST`] of a [`SETTLING`]; longer than [`MAX_SETTLING`] nobody waits.
+const SETTLING: Duration = Duration::from_millis(500);
+const MAX_SETTLING: Duration = Duration::from_secs(10);
+const AT_REST: f64 = 0.05;
 
 /// Measures and prints.
 pub(crate) async fn run(args: BenchArgs) -> Result<()> {
@@ -159,7 +163,7 @@ impl Bench {
             "{name}: nothing arrived in {seconds:.0} s"
         );
         let cpu_seconds = self.cpu_seconds().zip(cpu_before).map(|(after, before)| after - before);
-        tokio::time::sleep(SETTLING).await;
+        self.settle().await;
         self.progress.inc(1);
         Ok(Throughput::of(&done, seconds, cpu_seconds))
     }
@@ -176,6 +180,19 @@ impl Bench {
         let used = self.cpu_seconds().zip(before).map(|(after, before)| after - before);
         self.progress.inc(1);
         Ok(used.map(|seconds| 100.0 * seconds / started.elapsed().as_secs_f64()))
+    }
+
+    /// Waits until what was measured last is over.
+    async fn settle(&self) {
+        let started = Instant::now();
+        while started.elapsed() < MAX_SETTLING {
+            let before = self.cpu_seconds();
+            tokio::time::sleep(SETTLING).await;
+            let Some((after, before)) = self.cpu_seconds().zip(before) else { return };
+            if after - before < AT_REST * SETTLING.as_secs_f64() {
+                return;
+            }
+        }
     }
 
     fn cpu_seconds(&self) -> Option<f64> {

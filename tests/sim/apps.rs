@@ -229,6 +229,17 @@ impl<C: Codec> World<C> {
         self.settle(endpoint)
     }
 
+    /// Programs whose time came while their machine stood still go on.
+    pub(crate) fn wake_apps(&mut self, endpoint: usize) {
+        for number in 0..self.streams.len() {
+            if endpoint == 0 {
+                self.at(self.now, Event::App(number, End::Target));
+            } else if endpoint == self.streams[number].client && self.streams[number].has_begun {
+                self.at(self.now, Event::App(number, End::Program));
+            }
+        }
+    }
+
     fn act(&mut self, number: usize, end: End, key: StreamKey) -> Result<(), String> {
         let is_open = self.streams[number].opened == Some(OpenOutcome::Connected);
         if end == End::Target || is_open {
@@ -304,7 +315,7 @@ impl<C: Codec> World<C> {
             End::Target => 0,
         };
         match &mut self.endpoints[endpoint].role {
-            Role::Client(core) => act(core),
+            Role::Client(core) => act(core.as_mut()),
             Role::Provider(core) => act(core.as_mut()),
         }
     }

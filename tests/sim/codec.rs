@@ -1,5 +1,6 @@
 //! How packets are made and opened: with the real cryptography, or with none at the same sizes.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use mixsocks_common::topology::Topology;
@@ -36,12 +37,28 @@ pub(crate) trait Codec: Sized {
     /// The contents of a packet that is no reply.
     fn contents(&self, payload: Self::Payload) -> Option<Vec<u8>>;
     fn recover(&self, recovery: Self::Recovery, payload: Self::Payload) -> Option<Vec<u8>>;
+    /// A node has got a new key, which senders know of.
+    fn learn_key(&mut self, node: &NodeKey);
 }
 
 /// Who a node is to a codec.
 pub(crate) struct NodeKey {
     pub(crate) address: HopAddress,
     pub(crate) key: SecretKey,
+    /// Counts its keys: what packets without cryptography are made for.
+    pub(crate) number: u8,
+}
+
+impl NodeKey {
+    pub(crate) fn new(address: HopAddress, key: SecretKey) -> Self {
+        Self { address, key, number: 0 }
+    }
+
+    /// Takes a new key; packets made for the old one are lost.
+    pub(crate) fn renew(&mut self, rng: &mut StdRng) {
+        self.key = SecretKey::generate(rng);
+        self.number = self.number.wrapping_add(1);
+    }
 }
 
 /// Sphinx.
@@ -92,6 +109,8 @@ impl Codec for Real {
     fn recover(&self, recovery: ReplyRecovery, payload: Payload) -> Option<Vec<u8>> {
         recover_replies(vec![(recovery, payload)]).remove(0).ok()
     }
+
+    fn learn_key(&mut self, _: &NodeKey) {}
 }
 
 /// The same sizes and the same behaviour without cryptography: the route stands in the header.
@@ -102,12 +121,14 @@ impl Codec for Real {
 /// | 32 | 8 | random: tells packets apart |
 /// | 40 | 1, 1 | hops passed, hops |
 /// | 42 | 16 | identifier |
-/// | 58 | 5 × 40 | address and delay in nanoseconds of each hop |
+/// | 58 | 5 × 40 | of each hop: address, number of its key, delay in nanoseconds in 7 bytes |
 /// | 258 | 8 | sum of what is above, without the hops passed |
 ///
 /// A payload is a length, a sum and the contents.
 pub(crate) struct Plain {
     payload_bytes: usize,
+    /// Of nodes whose key is not their first one.
+    keys: BTreeMap<HopAddress, u8>,
 }
 
 const RANDOM: usize = 32;
@@ -119,7 +140,7 @@ const SUM: usize = 258;
 const PAYLOAD_HEAD: usize = 12;
 
 impl Plain {
-    fn header(rng: &mut StdRng, route: &Route) -> [u8; HEADER_LEN] {
+    fn header(&self, rng: &mut StdRng, route: &Route) -> [u8; HEADER_LEN] {
         let mut header = [0; HEADER_LEN];
         header[0] = 9;
         header[RANDOM..PASSED].copy_from_slice(&rng.random::<u64>().to_be_bytes());
@@ -129,6 +150,7 @@ impl Plain {
             slot[..32].copy_from_slice(&address);
             let nanos = u64::try_from(delay.as_nanos()).expect("delays are short");
             slot[32..].copy_from_slice(&nanos.to_be_bytes());
+            slot[32] = self.keys.get(&address).copied().unwrap_or(0);
         }
         let sum = Self::header_sum(&header);
         header[SUM..SUM + 8].copy_from_slice(&sum.to_be_bytes());
@@ -157,16 +179,16 @@ impl Codec for Plain {
     type Payload = Vec<u8>;
 
     fn new(payload_bytes: usize) -> Self {
-        Self { payload_bytes }
+        Self { payload_bytes, keys: BTreeMap::new() }
     }
 
     fn build(&self, rng: &mut StdRng, route: &Route, contents: &[u8]) -> Packet {
-        self.packet(&Self::header(rng, route), contents)
+        self.packet(&self.header(rng, route), contents)
     }
 
     fn build_surb(&self, rng: &mut StdRng, route: &Route) -> (Surb, ()) {
         let mut bytes = [0; SURB_LEN];
-        bytes[..HEADER_LEN].copy_from_slice(&Self::header(rng, route));
+        bytes[..HEADER_LEN].copy_from_slice(&self.header(rng, route));
         bytes[HEADER_LEN..HEADER_LEN + 32].copy_from_slice(&route.first_hop());
         (Surb::from_bytes(&bytes).expect("the base point is no point of low order"), ())
     }
@@ -179,7 +201,9 @@ impl Codec for Plain {
         let header = &packet.as_bytes()[..HEADER_LEN];
         let at = ROUTE + 40 * usize::from(header[PASSED]);
         let is_whole = header[SUM..SUM + 8] == Self::header_sum(header).to_be_bytes();
-        let is_mine = header[PASSED] < header[HOPS] && header[at..at + 32] == node.address;
+        let is_mine = header[PASSED] < header[HOPS]
+            && header[at..at + 32] == node.address
+            && header[at + 32] == node.number;
         if !is_whole || !is_mine {
             return None;
         }
@@ -198,7 +222,7 @@ impl Codec for Plain {
             return Some(Arrival::Final { identifier, payload: bytes.split_off(HEADER_LEN) });
         }
         let slot = ROUTE + 40 * passed;
-        let delay = u64::from_be_bytes(*bytes[slot + 32..].first_chunk()?);
+        let delay = u64::from_be_bytes(*bytes[slot + 32..].first_chunk()?) & (u64::MAX >> 8);
         let next_hop = *bytes[slot + 40..].first_chunk()?;
         bytes[PASSED] += 1;
         let packet = Packet::from_bytes(bytes, self.payload_bytes).ok()?;
@@ -215,6 +239,10 @@ impl Codec for Plain {
 
     fn recover(&self, (): (), payload: Vec<u8>) -> Option<Vec<u8>> {
         self.contents(payload)
+    }
+
+    fn learn_key(&mut self, node: &NodeKey) {
+        self.keys.insert(node.address, node.number);
     }
 }
 

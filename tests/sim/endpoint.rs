@@ -33,7 +33,7 @@ const PULL_AHEAD: u32 = 16;
 /// What an endpoint is.
 pub(crate) enum Role<C: Codec> {
     Provider(Box<ProviderCore>),
-    Client(ClientCore<C::Recovery>),
+    Client(Box<ClientCore<C::Recovery>>),
 }
 
 /// A packet that is to be made.
@@ -85,7 +85,7 @@ impl<C: Codec> Endpoint<C> {
         let encryption = key.public_key().into();
         Self {
             number,
-            key: NodeKey { address: *identity.as_bytes(), key },
+            key: NodeKey::new(*identity.as_bytes(), key),
             address: Address { identity, encryption, gateway },
             gateway: usize::from(number == 0),
             role: role(number, wall_ms, topology),
@@ -324,7 +324,7 @@ fn role<C: Codec>(number: usize, wall_ms: u64, topology: &Topology) -> Role<C> {
     if number == 0 {
         Role::Provider(Box::new(ProviderCore::new(wall_ms, max_contents_bytes, mean_delay)))
     } else {
-        Role::Client(ClientCore::new(max_contents_bytes, mean_delay))
+        Role::Client(Box::new(ClientCore::new(max_contents_bytes, mean_delay)))
     }
 }
 

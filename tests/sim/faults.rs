@@ -26,10 +26,14 @@ pub(crate) enum Fault {
     Famine,
     /// The connection of an endpoint to its gateway is cut; it dials again.
     Cut(usize),
-    /// A mix is down; afterwards it has forgotten what it held, and its replay tags if `true`.
-    MixDown(usize, bool),
-    /// A gateway is down; afterwards it has forgotten its clients.
-    GatewayDown(usize),
+    /// A mix is down.
+    MixDown(usize, Memory),
+    /// A gateway is down.
+    GatewayDown(usize, Memory),
+    /// A node (gateways first) gets another key, and all packets and SURBs for the old one die.
+    /// Clients make new ones for the new key; only if `true` they also renew those that they have
+    /// given away.
+    NewKey(usize, bool),
     /// An endpoint stands still, as a machine does that is suspended.
     Suspended(usize),
     /// The provider is down; afterwards it has forgotten its sessions.
@@ -52,6 +56,16 @@ impl Fault {
             _ => false,
         }
     }
+}
+
+/// What a node that was down still has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Memory {
+    /// Everything, as when only its wires were cut.
+    All,
+    /// Its replay tags.
+    Tags,
+    Nothing,
 }
 
 /// A fault and its time.
@@ -79,7 +93,8 @@ fn draw_one(rng: &mut StdRng, shape: &Shape) -> Planned {
     let endpoint = rng.random_range(0..shape.endpoints);
     let client = rng.random_range(1..shape.endpoints);
     let share = *[0.01, 0.05, 0.2].get(rng.random_range(0..3)).expect("one of three");
-    let fault = match rng.random_range(0..20) {
+    let memory = [Memory::All, Memory::Tags, Memory::Nothing][rng.random_range(0..3)];
+    let fault = match rng.random_range(0..22) {
         0..=3 => Fault::Loss(share),
         4 => Fault::Duplication(share),
         5 | 6 => Fault::Delay(share, Duration::from_millis(rng.random_range(1..3000))),
@@ -87,12 +102,13 @@ fn draw_one(rng: &mut StdRng, shape: &Shape) -> Planned {
         8 | 9 => Fault::Narrow(rng.random_range(30..1000)),
         10 => Fault::Famine,
         11 | 12 => Fault::Cut(endpoint),
-        13 => Fault::MixDown(rng.random_range(0..shape.mixes), rng.random()),
-        14 => Fault::GatewayDown(rng.random_range(0..shape.gateways)),
+        13 => Fault::MixDown(rng.random_range(0..shape.mixes), memory),
+        14 => Fault::GatewayDown(rng.random_range(0..shape.gateways), memory),
         15 => Fault::Suspended(endpoint),
         16 => Fault::ProviderDown,
         17 => Fault::ClientDown(client),
         18 => Fault::WrongClock(endpoint, rng.random_range(-200..200)),
+        19 | 20 => Fault::NewKey(rng.random_range(0..shape.gateways + shape.mixes), rng.random()),
         _ => Fault::Hostile,
     };
     let start = rng.random_range(0.0..30.0);

@@ -16,10 +16,8 @@ use rand::RngExt;
 use rand::rngs::StdRng;
 
 use crate::codec::{Arrival, Codec, NodeKey};
+use crate::faults::Memory;
 
-/// What a mix may hold in a simulation: far more than honest senders need, and few enough that the
-/// bound is met now and then.
-const MIX_HELD_BYTES: usize = 8 << 20;
 const REPLAY_TAGS: usize = 1 << 20;
 
 /// A frame between an endpoint and its gateway.
@@ -34,6 +32,7 @@ pub(crate) struct Mix {
     pub(crate) key: NodeKey,
     pub(crate) identity: Identity,
     pub(crate) core: MixCore,
+    max_held_bytes: usize,
     tags: ReplayFilter,
     pub(crate) is_down: bool,
 }
@@ -44,22 +43,38 @@ impl Mix {
         topology: &Topology,
         identity: Identity,
         key: NodeKey,
+        max_held_packets: usize,
     ) -> Self {
-        let core = MixCore::new(topology, &identity, MIX_HELD_BYTES);
-        Self { key, identity, core, tags: ReplayFilter::new(REPLAY_TAGS, rng), is_down: false }
+        let max_held_bytes = max_held_packets * topology.packet_bytes();
+        let core = MixCore::new(topology, &identity, max_held_bytes);
+        let tags = ReplayFilter::new(REPLAY_TAGS, rng);
+        Self { key, identity, core, max_held_bytes, tags, is_down: false }
     }
 
-    pub(crate) fn max_held_packets(topology: &Topology) -> usize {
-        MIX_HELD_BYTES / topology.packet_bytes()
-    }
-
-    /// It comes back with nothing but, perhaps, its replay tags.
-    pub(crate) fn restart(&mut self, rng: &mut StdRng, topology: &Topology, forgets_tags: bool) {
-        self.core = MixCore::new(topology, &self.identity, MIX_HELD_BYTES);
-        if forgets_tags {
+    /// It comes back with what it remembers.
+    pub(crate) fn restart(&mut self, rng: &mut StdRng, topology: &Topology, memory: Memory) {
+        if memory != Memory::All {
+            self.core = MixCore::new(topology, &self.identity, self.max_held_bytes);
+        }
+        if memory == Memory::Nothing {
             self.tags = ReplayFilter::new(REPLAY_TAGS, rng);
         }
         self.is_down = false;
+    }
+
+    /// Replays under the old key are no danger to the new one.
+    pub(crate) fn renew_key(&mut self, rng: &mut StdRng) {
+        self.key.renew(rng);
+        self.tags = ReplayFilter::new(REPLAY_TAGS, rng);
+    }
+
+    /// What it passes on now.
+    pub(crate) fn poll_transmit(&mut self, now: Instant) -> Option<(Identity, Packet)> {
+        if self.is_down { None } else { self.core.poll_transmit(now) }
+    }
+
+    pub(crate) fn poll_timeout(&self) -> Option<Instant> {
+        if self.is_down { None } else { self.core.poll_timeout() }
     }
 
     pub(crate) fn handle_packet<C: Codec>(&mut self, codec: &C, now: Instant, packet: Packet) {
@@ -121,10 +136,20 @@ impl Gateway {
         }
     }
 
-    pub(crate) fn restart(&mut self, rng: &mut StdRng) {
-        self.clients.clear();
-        self.tags = ReplayFilter::new(REPLAY_TAGS, rng);
+    /// It comes back with what it remembers: all clients are cut off in any case.
+    pub(crate) fn restart(&mut self, rng: &mut StdRng, memory: Memory) {
+        if memory != Memory::All {
+            self.clients.clear();
+        }
+        if memory == Memory::Nothing {
+            self.tags = ReplayFilter::new(REPLAY_TAGS, rng);
+        }
         self.is_down = false;
+    }
+
+    pub(crate) fn renew_key(&mut self, rng: &mut StdRng) {
+        self.key.renew(rng);
+        self.tags = ReplayFilter::new(REPLAY_TAGS, rng);
     }
 
     /// A packet from the last layer; the endpoint whose inbox it is in.

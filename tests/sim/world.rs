@@ -130,6 +130,7 @@ pub(crate) struct World<C: Codec> {
     pub(crate) streams: Vec<Stream>,
     faults: Vec<Planned>,
     weather: Weather,
+    max_held_packets: usize,
     seen: VecDeque<(NodeRef, Packet)>,
     trace: VecDeque<String>,
     pub(crate) packets_built: u64,
@@ -142,6 +143,8 @@ pub(crate) struct Scenario {
     pub(crate) clients: usize,
     pub(crate) mixes_per_layer: usize,
     pub(crate) mean_delay: Duration,
+    /// What each mix may hold.
+    pub(crate) mix_packets: usize,
     pub(crate) faults: Vec<Planned>,
 }
 
@@ -158,6 +161,8 @@ impl<C: Codec> World<C> {
             mean_delay: Duration::from_millis(
                 *[0, 5, 15, 15, 15, 60].get(rng.random_range(0..6)).expect("one of six"),
             ),
+            // Far more than senders need, or so few that some are dropped.
+            mix_packets: if rng.random_bool(0.8) { 3500 } else { rng.random_range(20..200) },
             faults: faults::draw(&mut rng, &shape),
         };
         Self::with(rng, scenario)
@@ -171,12 +176,12 @@ impl<C: Codec> World<C> {
         let topology = topology(&keys, &scenario);
         let node_key = |number: usize| {
             let (identity, key): &(_, SecretKey) = &keys[number];
-            NodeKey { address: *identity.as_bytes(), key: SecretKey::from_bytes(*key.to_bytes()) }
+            NodeKey::new(*identity.as_bytes(), SecretKey::from_bytes(*key.to_bytes()))
         };
         let gateways: Vec<_> =
             (0..2).map(|n| Gateway::new(&mut rng, &topology, &keys[n].0, node_key(n))).collect();
         let mixes: Vec<_> = (2..keys.len())
-            .map(|n| Mix::new(&mut rng, &topology, keys[n].0, node_key(n)))
+            .map(|n| Mix::new(&mut rng, &topology, keys[n].0, node_key(n), scenario.mix_packets))
             .collect();
         let gateway_refs = (0..2).map(|n| (gateways[n].key.address, NodeRef::Gateway(n)));
         let mix_refs = mixes.iter().enumerate().map(|(n, mix)| (mix.key.address, NodeRef::Mix(n)));
@@ -208,6 +213,7 @@ impl<C: Codec> World<C> {
             streams,
             faults: scenario.faults,
             weather: Weather::default(),
+            max_held_packets: scenario.mix_packets,
             seen: VecDeque::new(),
             trace: VecDeque::new(),
             packets_built: 0,
@@ -286,7 +292,7 @@ impl<C: Codec> World<C> {
     /// Asks a node when it wants to be called, and sees to that.
     pub(crate) fn reschedule(&mut self, node: NodeRef) {
         let due = match node {
-            NodeRef::Mix(n) => self.mixes[n].core.poll_timeout(),
+            NodeRef::Mix(n) => self.mixes[n].poll_timeout(),
             NodeRef::Gateway(n) => {
                 self.gateways[n].clients.values().map(|inbox| inbox.poll_timeout()).min()
             }
@@ -308,7 +314,7 @@ impl<C: Codec> World<C> {
         self.timers.remove(&node);
         match node {
             NodeRef::Mix(n) => {
-                while let Some((next, packet)) = self.mixes[n].core.poll_transmit(self.now) {
+                while let Some((next, packet)) = self.mixes[n].poll_transmit(self.now) {
                     self.send(node, next.as_bytes(), packet);
                 }
             }
@@ -540,20 +546,22 @@ impl<C: Codec> World<C> {
         self.note(format!("{} {fault:?}", if begins { "begins:" } else { "ends:" }));
         match fault {
             Fault::Cut(endpoint) if begins => self.cut(endpoint),
-            Fault::MixDown(mix, forgets) => {
+            Fault::MixDown(mix, memory) => {
                 if begins {
                     self.mixes[mix].is_down = true;
                 } else {
-                    self.mixes[mix].restart(&mut self.rng, &self.topology, forgets);
+                    self.mixes[mix].restart(&mut self.rng, &self.topology, memory);
+                    self.reschedule(NodeRef::Mix(mix));
                 }
             }
-            Fault::GatewayDown(gateway) => {
+            Fault::NewKey(node, is_told) if begins => self.renew_key(node, is_told)?,
+            Fault::GatewayDown(gateway, memory) => {
                 for endpoint in 0..self.endpoints.len() {
                     if self.endpoints[endpoint].gateway == gateway {
                         self.cut(endpoint);
                     }
                 }
-                self.gateways[gateway].restart(&mut self.rng);
+                self.gateways[gateway].restart(&mut self.rng, memory);
                 self.gateways[gateway].is_down = begins;
             }
             Fault::Suspended(endpoint) => {
@@ -564,6 +572,7 @@ impl<C: Codec> World<C> {
                 if !begins {
                     self.at(self.now, Event::Dial(endpoint));
                     self.reschedule(NodeRef::Endpoint(endpoint));
+                    self.wake_apps(endpoint);
                 }
             }
             Fault::ProviderDown | Fault::ClientDown(_) => {
@@ -622,6 +631,36 @@ impl<C: Codec> World<C> {
         }
     }
 
+    /// A node gets another key, and every client knows it; those that are told renew their SURBs.
+    fn renew_key(&mut self, node: usize, is_told: bool) -> Result<(), String> {
+        let gateways = self.gateways.len();
+        let key = match node.checked_sub(gateways) {
+            None => {
+                self.gateways[node].renew_key(&mut self.rng);
+                &self.gateways[node].key
+            }
+            Some(mix) => {
+                self.mixes[mix].renew_key(&mut self.rng);
+                &self.mixes[mix].key
+            }
+        };
+        self.codec.learn_key(key);
+        let mut nodes = self.topology.nodes().to_vec();
+        let node = nodes.iter_mut().find(|node| node.identity.as_bytes() == &key.address);
+        node.ok_or("a node that is not in the topology")?.sphinx_key = key.key.public_key().into();
+        self.topology = with_nodes(self.topology.parameters, nodes);
+        if is_told {
+            let now = self.now;
+            for number in 0..self.endpoints.len() {
+                if let EndpointRole::Client(core) = &mut self.endpoints[number].role {
+                    core.renew_surbs(now);
+                    self.settle(number)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Somebody replays what it saw, and sends nonsense in valid packets to provider and clients.
     fn attack(&mut self) {
         if !self.weather.hostile {
@@ -648,7 +687,7 @@ impl<C: Codec> World<C> {
     // --- Checks.
 
     fn check_bounds(&self) -> Result<(), String> {
-        let max_held = Mix::max_held_packets(&self.topology);
+        let max_held = self.max_held_packets;
         if let Some(mix) = self.mixes.iter().find(|mix| mix.core.held() > max_held) {
             return Err(format!("a mix holds {} packets", mix.core.held()));
         }
@@ -728,6 +767,10 @@ fn topology(
         mean_delay: scenario.mean_delay,
         max_delay: Duration::from_secs(10),
     };
+    with_nodes(parameters, nodes)
+}
+
+fn with_nodes(parameters: Parameters, nodes: Vec<Node>) -> Topology {
     let network = NetworkName::new("sim").expect("a good name");
     let validity = UnixTime(0)..UnixTime(u64::MAX);
     Topology::new(network, 1, validity, parameters, nodes, Vec::new()).expect("a good topology")

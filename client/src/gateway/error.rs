@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use mixsocks_common::gateway::client::ClientError;
 use mixsocks_common::gateway::delivery::CounterError;
 use mixsocks_common::gateway::message::{MessageError, Refusal};
+use mixsocks_common::gateway::websocket::ReceiveError;
 use mixsocks_common::keys::Identity;
 use mixsocks_common::link::{FrameError, LinkError};
 
@@ -97,6 +98,16 @@ pub enum GatewayLinkError {
         /// What is wrong with it.
         source: TokenFileError,
     },
+}
+
+impl From<ReceiveError> for GatewayLinkError {
+    fn from(error: ReceiveError) -> Self {
+        match error {
+            ReceiveError::Closed => Self::Closed,
+            ReceiveError::Unexpected(what) => Self::Unexpected(what),
+            ReceiveError::Broken(error) => error.into(),
+        }
+    }
 }
 
 impl From<tokio_tungstenite::tungstenite::Error> for GatewayLinkError {

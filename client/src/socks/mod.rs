@@ -52,6 +52,11 @@ const MAX_PENDING_BYTES: usize = 16 * 1024;
 /// hundred was seen to end in resets.
 const ACCEPT_BACKLOG: u32 = 1024;
 
+/// What the system takes over from a program before the proxy does. By itself it would take several
+/// MiB: programs would show uploads as done that have hardly begun, and what they break off would
+/// be carried for seconds.
+const RECEIVE_BUFFER_BYTES: u32 = 256 * 1024;
+
 /// Pause after an error that accepting meets again at once, such as a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -109,6 +114,8 @@ impl SocksListener {
         // Elsewhere it would let another program take the port over.
         #[cfg(unix)]
         socket.set_reuseaddr(true)?;
+        // Accepted connections inherit it.
+        socket.set_recv_buffer_size(RECEIVE_BUFFER_BYTES)?;
         socket.bind(address)?;
         Ok(Self::new(socket.listen(ACCEPT_BACKLOG)?, credentials))
     }

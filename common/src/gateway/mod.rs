@@ -24,6 +24,7 @@
 //! - [`transcript`]: what signatures and masked tokens are bound to.
 //! - [`client`] and [`server`]: the two sides of the handshake as state machines.
 //! - [`delivery`]: what one side holds for the other until it is confirmed, also across a cut.
+//! - [`websocket`]: frames as websocket messages, and what a websocket may hold.
 //! - [`keepalive`]: when to send a PAD, and when the other side is gone.
 //!
 //! # What a frame shows
@@ -38,6 +39,7 @@ pub mod message;
 pub mod server;
 pub mod token;
 pub mod transcript;
+pub mod websocket;
 
 /// Version of the protocol, stated in HELLO.
 pub const VERSION: u16 = 1;

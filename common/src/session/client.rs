@@ -31,6 +31,11 @@ pub const KEEPALIVE: Duration = Duration::from_secs(5 * 60);
 /// A session from which nothing was heard for so long is dead.
 pub const SESSION_SILENCE: Duration = Duration::from_secs(15 * 60);
 
+/// After so many waits in a row, each twice as long as the one before, SURBs get a new generation: all
+/// that the provider has may lead to nowhere, and it uses the oldest first. That is after 10 to 20 s,
+/// longer than gateways hold packets for somebody who reconnects.
+const RENEW_AFTER_WAITS: u32 = 6;
+
 /// CLOSE is repeated so many times at most: the provider forgets silent sessions by itself.
 const CLOSE_ATTEMPTS: u32 = 3;
 
@@ -213,12 +218,13 @@ impl ClientSession {
         self.ping_wanted = true;
     }
 
-    /// From now on SURBs are of a new generation, and the provider uses no older ones any more: a
-    /// node on their routes has died, or this client's gateway or key has changed.
+    /// From now on SURBs are of a new generation, and the provider uses no older ones any more: those
+    /// lead to nowhere, as a node on their routes is gone or has another key, or the client has another
+    /// gateway. Replies under way are still taken.
+    ///
+    /// Without being told, a session does so when it hears nothing for long.
     pub fn renew_surbs(&mut self) {
-        let Transport { flight, received, .. } = &mut self.transport;
-        self.surbs.renew(flight, received);
-        self.ping_wanted |= self.confirmed;
+        self.surbs.renew(&mut self.transport.flight);
     }
 
     // --- Replies.
@@ -372,7 +378,10 @@ impl ClientSession {
         if self.closed.is_some() {
             return None;
         }
-        let keepalive = (!self.transport.streams.is_empty() && self.transport.flight.is_empty())
+        // A PING that is wanted waits for SURBs or a turn, not for a time.
+        let keepalive = (!self.transport.streams.is_empty()
+            && self.transport.flight.is_empty()
+            && !self.ping_wanted)
             .then(|| self.last_heard.max(self.last_asked) + KEEPALIVE);
         let silence =
             (!self.transport.flight.is_empty()).then(|| self.last_heard + SESSION_SILENCE);
@@ -394,6 +403,7 @@ impl ClientSession {
             return self.end(CloseReason::Unknown);
         }
         self.settle_replies(now);
+        let waits_before = self.transport.waits_in_vain();
         let lost = self.transport.lose_by_time(now);
         self.on_lost(&lost);
         if !lost.is_empty() {
@@ -402,6 +412,10 @@ impl ClientSession {
             if self.transport.is_backing_off() {
                 let Transport { flight, received, .. } = &mut self.transport;
                 self.surbs.forget_report(flight, received);
+            }
+            // Once in a silence: whatever arrives first of it tells the provider.
+            if (waits_before + 1..=self.transport.waits_in_vain()).contains(&RENEW_AFTER_WAITS) {
+                self.renew_surbs();
             }
         }
         if !self.transport.streams.is_empty()

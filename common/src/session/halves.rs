@@ -276,13 +276,11 @@ impl RecvHalf {
                 return Err(StreamViolation::Gaps);
             }
             self.received.insert(start..end);
-            let from = index(start - self.read_to);
-            let to = index(end - self.read_to);
-            if self.buffer.len() < to {
-                self.buffer.resize(to, 0);
-            }
-            let bytes = &bytes[index(start - offset)..];
-            write_at(&mut self.buffer, from, bytes);
+            write_at(
+                &mut self.buffer,
+                index(start - self.read_to),
+                &bytes[index(start - offset)..],
+            );
         }
         Ok(!was_readable && self.is_readable())
     }
@@ -393,7 +391,17 @@ fn index(distance: u64) -> usize {
     usize::try_from(distance).expect("windows fit memory")
 }
 
+/// Writes over what is there and beyond it, with filler before it if it begins later.
 fn write_at(buffer: &mut VecDeque<u8>, at: usize, bytes: &[u8]) {
+    if at > buffer.len() {
+        buffer.resize(at, 0);
+    }
+    let (bytes, beyond) = bytes.split_at(bytes.len().min(buffer.len() - at));
+    overwrite(buffer, at, bytes);
+    buffer.extend(beyond);
+}
+
+fn overwrite(buffer: &mut VecDeque<u8>, at: usize, bytes: &[u8]) {
     let (front, back) = buffer.as_mut_slices();
     let split = front.len();
     if at >= split {

@@ -199,9 +199,9 @@ impl SurbWindow {
     }
 
     /// From now on SURBs are of a new generation, and all older ones count as used.
-    pub(super) fn renew(&mut self, flight: &mut Flight, received: &mut Received) {
+    pub(super) fn renew(&mut self, flight: &mut Flight) {
         self.generation += 1;
+        self.stock = 0;
         flight.forget_surbs();
-        self.forget_report(flight, received);
     }
 }

@@ -108,6 +108,11 @@ impl Transport {
         self.backoff > 0
     }
 
+    /// Waits that have passed in a row without any progress, as far as they are counted.
+    pub(super) fn waits_in_vain(&self) -> u32 {
+        self.backoff
+    }
+
     pub(super) fn handle_ack(&mut self, ack: &Ack, now: Instant) -> Result<Acked, Violation> {
         let acked = self.flight.on_ack(ack).ok_or(Violation::NeverSent)?;
         for packet in &acked.packets {

@@ -11,6 +11,7 @@ use mixsocks_common::gateway::server::{
     Authenticating, GatewayHandshake, GatewaySetup, GatewayStep, Login, OutOfOrder, Registering,
 };
 use mixsocks_common::gateway::transcript::{Binding, EXPORTER_LABEL, EXPORTER_LEN};
+use mixsocks_common::gateway::websocket::{self, ReceiveError};
 use mixsocks_common::keys::Identity;
 use mixsocks_common::link::tls::{self, CLIENT_ALPN};
 use mixsocks_common::link::{FrameBody, FrameCodec, FrameError, LinkError};
@@ -22,7 +23,7 @@ use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::{self, Message, protocol::WebSocketConfig};
+use tokio_tungstenite::tungstenite::{self, Message};
 use tracing::warn;
 
 use super::clients::{Attached, Clients};
@@ -36,10 +37,6 @@ use crate::sources::Source;
 pub(super) const LOGIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a refusal may take to be taken.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
-/// What a TLS record carries at most.
-const READ_BUFFER_BYTES: usize = 16 * 1024;
-/// Bytes that are gathered before they are written.
-const WRITE_BUFFER_BYTES: usize = 128 * 1024;
 
 pub(super) type Socket = WebSocketStream<TlsStream<TcpStream>>;
 
@@ -72,6 +69,16 @@ pub(super) enum ConnectionError {
     Silent,
     #[error("the client has taken nothing for too long")]
     Stalled,
+}
+
+impl From<ReceiveError> for ConnectionError {
+    fn from(error: ReceiveError) -> Self {
+        match error {
+            ReceiveError::Closed => Self::Closed,
+            ReceiveError::Unexpected(what) => Self::Unexpected(what),
+            ReceiveError::Broken(error) => Self::WebSocket(error),
+        }
+    }
 }
 
 impl ConnectionError {
@@ -193,7 +200,7 @@ impl Doorkeeper {
         let exporter = session
             .export_keying_material([0u8; EXPORTER_LEN], EXPORTER_LABEL, None)
             .map_err(LinkError::Tls)?;
-        let config = websocket_config(self.codec.frame_bytes());
+        let config = websocket::config(self.codec.frame_bytes());
         let socket = tokio_tungstenite::accept_async_with_config(stream, Some(config)).await?;
         Ok((socket, Binding::Session(exporter)))
     }
@@ -278,33 +285,11 @@ impl Doorkeeper {
     }
 }
 
-/// What a websocket may hold. Whoever writes waits beyond [`WRITE_BUFFER_BYTES`], so that no more
-/// than one frame and a farewell come on top, each with its websocket header: two frames have room
-/// for both.
-fn websocket_config(frame_bytes: usize) -> WebSocketConfig {
-    WebSocketConfig::default()
-        .read_buffer_size(READ_BUFFER_BYTES)
-        .write_buffer_size(WRITE_BUFFER_BYTES)
-        .max_write_buffer_size(WRITE_BUFFER_BYTES + 2 * frame_bytes)
-        .max_message_size(Some(frame_bytes))
-        .max_frame_size(Some(frame_bytes))
-}
-
 /// Waits for the bytes of a frame. Can be cancelled without loss.
 pub(super) async fn next_frame(
     stream: &mut (impl StreamExt<Item = Result<Message, tungstenite::Error>> + Unpin),
 ) -> Result<bytes::Bytes, ConnectionError> {
-    match stream.next().await {
-        Some(Ok(Message::Binary(bytes))) => Ok(bytes),
-        // Neither end sends pings, and the websocket has queued its answer before it tells of one:
-        // the answers would pile up for a peer that does not read, so the first one ends it.
-        Some(Ok(Message::Ping(_) | Message::Pong(_))) => Err(ConnectionError::Unexpected("ping")),
-        Some(Ok(Message::Text(_) | Message::Frame(_))) => {
-            Err(ConnectionError::Unexpected("text message"))
-        }
-        Some(Ok(Message::Close(_))) | None => Err(ConnectionError::Closed),
-        Some(Err(error)) => Err(error.into()),
-    }
+    Ok(websocket::received(stream.next().await)?)
 }
 
 async fn receive(
@@ -333,9 +318,7 @@ pub(super) fn control_frame(
     counter: u64,
     message: &GatewayMessage,
 ) -> Result<Message, FrameError> {
-    let mut frame = Vec::with_capacity(codec.frame_bytes());
-    codec.encode_control(counter, &message.encode(), &mut frame)?;
-    Ok(Message::Binary(frame.into()))
+    websocket::control_message(codec, counter, &message.encode())
 }
 
 #[cfg(test)]
@@ -350,7 +333,7 @@ mod tests {
     async fn a_peer_that_does_not_read_stops_the_writer_below_the_bound() {
         for frame_bytes in [1024 + 396, 32 * 1024 + 396] {
             let (stream, _peer) = tokio::io::duplex(1000);
-            let config = websocket_config(frame_bytes);
+            let config = websocket::config(frame_bytes);
             let mut socket =
                 WebSocketStream::from_raw_socket(stream, Role::Server, Some(config)).await;
             let frame = || Message::Binary(vec![0; frame_bytes].into());
@@ -360,7 +343,7 @@ mod tests {
                 taken += frame_bytes;
                 assert!(taken <= config.max_write_buffer_size);
             }
-            assert!(taken > WRITE_BUFFER_BYTES);
+            assert!(taken > websocket::WRITE_BUFFER_BYTES);
             assert!(socket.close(None).now_or_never().is_none(), "it waits, and does not fail");
         }
     }

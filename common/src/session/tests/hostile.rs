@@ -43,7 +43,7 @@ fn packet(id: SessionId, number: u64, frames: &[Frame<'_>]) -> Vec<u8> {
     out
 }
 
-fn all_arrived(end: u64) -> Ack {
+pub(super) fn all_arrived(end: u64) -> Ack {
     let ranges = std::iter::once(0..end).collect();
     Ack { latest: end - 1, delay_us: 0, first: 0, end, settled: 0, ranges }
 }

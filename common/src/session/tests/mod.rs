@@ -2,7 +2,7 @@
 //! fake time and one seed.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use mixsocks_sphinx::SURB_LEN;
@@ -12,9 +12,13 @@ use rand::{RngExt, SeedableRng};
 use super::frame::StreamId;
 use super::*;
 
+mod endings;
+mod fairness;
+mod generations;
 mod hostile;
 mod latency;
 mod outages;
+mod rules;
 
 const MAX_PACKET_BYTES: usize = 2031;
 const MEAN_DELAY: Duration = Duration::from_millis(15);
@@ -115,6 +119,8 @@ struct World {
     serial: u64,
     maker: Maker,
     surbs: HashMap<u64, Duration>,
+    /// Of those, the ones that lead to nowhere.
+    dead_surbs: HashSet<u64>,
     free_at: [Instant; 2],
     sent: [u64; 2],
     lost: [u64; 2],
@@ -139,6 +145,7 @@ impl World {
             serial: 0,
             maker: Maker::default(),
             surbs: HashMap::new(),
+            dead_surbs: HashSet::new(),
             free_at: [now; 2],
             sent: [0; 2],
             lost: [0; 2],
@@ -208,6 +215,9 @@ impl World {
         let mut id = [0u8; 8];
         id.copy_from_slice(&surb.as_bytes()[348..356]);
         let surb = u64::from_be_bytes(id);
+        if self.dead_surbs.contains(&surb) {
+            return;
+        }
         let delay = self.surbs[&surb];
         self.dispatch(1, delay, Arrival::Reply { surb, contents });
     }
@@ -217,11 +227,16 @@ impl World {
         self.transmit();
         let id = self.client.id();
         let links = self.free_at.into_iter().filter(|at| *at > self.now);
+        // Who is overdue wants to send, and waits for its link.
+        let free_at = self.free_at;
+        let wait =
+            |at: Instant, link: usize| if at > self.now { at } else { free_at[link].max(at) };
+        let session = self.sessions.get_mut(id);
         let next = [
             self.arrivals.peek().map(|Reverse((at, _, _))| *at),
             self.maker.done_at,
-            self.client.poll_timeout(),
-            self.sessions.get_mut(id).and_then(|session| session.poll_timeout()),
+            self.client.poll_timeout().map(|at| wait(at, 0)),
+            session.and_then(|session| session.poll_timeout()).map(|at| wait(at, 1)),
         ];
         let Some(next) = next.into_iter().flatten().chain(links).min() else { return false };
         self.now = self.now.max(next);
@@ -272,6 +287,16 @@ impl World {
                 }
             }
         }
+    }
+
+    /// All SURBs that the provider has been given lead to nowhere from now on.
+    fn kill_surbs(&mut self) {
+        self.dead_surbs.extend(self.surbs.keys());
+    }
+
+    fn run_for(&mut self, time: Duration) {
+        let until = self.now + time;
+        while self.now < until && self.step() {}
     }
 
     fn run_until(&mut self, limit: Duration, mut done: impl FnMut(&mut Self) -> bool) {
@@ -561,6 +586,14 @@ fn a_closed_session_is_forgotten_and_not_begun_again() {
 fn starts_of_another_time_are_refused() {
     let now = Instant::now();
     let mut sessions = ProviderSessions::new(1_000_000, MAX_PACKET_BYTES, MEAN_DELAY);
+    // One that has been there for long judges by the age alone.
+    let mut old = ProviderSessions::new(0, MAX_PACKET_BYTES, MEAN_DELAY);
+    for (started_ms, taken) in [(880_000, true), (879_999, false)] {
+        let packet = first_packet_of(9, started_ms, now, open_one);
+        let handled = old.handle_packet(now, 1_000_000, &packet);
+        assert_eq!(matches!(handled, Handled::Session(_)), taken, "{started_ms}: {handled:?}");
+        old = ProviderSessions::new(0, MAX_PACKET_BYTES, MEAN_DELAY);
+    }
     for (id, started_ms, taken) in
         [(1, 1_000_000, true), (2, 999_999, false), (3, 1_130_001, false), (4, 1_130_000, true)]
     {

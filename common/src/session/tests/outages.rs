@@ -132,3 +132,34 @@ fn a_provider_without_surbs_and_without_data_waits_for_nothing() {
         assert!(wakes < 500, "it wakes for ever");
     }
 }
+
+struct NoSurbs;
+
+impl SurbSource for NoSurbs {
+    fn available(&self) -> usize {
+        0
+    }
+
+    fn write_surb(&mut self, _: &mut Vec<u8>) {
+        panic!("there is none");
+    }
+}
+
+/// A keepalive that waits for SURBs is due at no time: its caller would spin.
+#[test]
+fn a_client_without_surbs_waits_for_them() {
+    let mut now = Instant::now();
+    let id = SessionId([7; SESSION_ID_LEN]);
+    let mut client = ClientSession::new(id, 1_000_000, now, MAX_PACKET_BYTES, MEAN_DELAY);
+    client.open("example.com:80".parse().unwrap()).unwrap();
+    let mut out = Vec::new();
+    assert!(client.poll_transmit(now, Duration::ZERO, &mut NoSurbs, &mut out));
+    let start = now;
+    while let Some(at) = client.poll_timeout() {
+        assert!(at > now, "due at once, {:?} after the start", now - start);
+        now = at;
+        client.handle_timeout(now);
+        while client.poll_transmit(now, Duration::ZERO, &mut NoSurbs, &mut out) {}
+    }
+    assert_eq!(client.closed(), None);
+}

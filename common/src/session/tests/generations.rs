@@ -1,0 +1,87 @@
+//! SURBs that lead to nowhere, because something on their routes is gone or has another key.
+
+use super::*;
+
+/// How long a request takes when all SURBs that the provider has are dead, and whether the client
+/// knows.
+fn answer_after_surbs_died(is_told: bool) -> Duration {
+    let mut world = World::new(113, Network::perfect());
+    let stream = world.open();
+    world.run_for(Duration::from_secs(60));
+    world.kill_surbs();
+    if is_told {
+        world.client.renew_surbs();
+    }
+    let asked = world.now;
+    let mut chunk = [0; 100];
+    world.client.write(stream, b"ask").unwrap();
+    world.run_until(Duration::from_secs(600), |world| {
+        if let Some(1..) = world.provider().read(stream, &mut chunk).unwrap() {
+            world.provider().write(stream, b"answer").unwrap();
+        }
+        world.client.read(stream, &mut chunk).unwrap().is_some()
+    });
+    world.now - asked
+}
+
+#[test]
+fn dead_surbs_are_replaced_at_once_when_the_client_knows() {
+    let time = answer_after_surbs_died(true);
+    println!("{time:?}");
+    assert!(time < Duration::from_secs(1), "{time:?}");
+}
+
+/// Using up the dead ones one by one would take minutes.
+#[test]
+fn dead_surbs_are_replaced_after_a_long_silence() {
+    let time = answer_after_surbs_died(false);
+    println!("{time:?}");
+    assert!(time < Duration::from_secs(20), "{time:?}");
+}
+
+/// What a provider has is good after a cut of some seconds.
+#[test]
+fn a_short_silence_is_no_reason_to_replace_surbs() {
+    let mut world = World::new(127, Network::perfect());
+    let stream = world.open();
+    world.run_for(Duration::from_secs(60));
+    let stock = world.provider().stock_surbs();
+    world.blackout = true;
+    world.client.write(stream, b"ask").unwrap();
+    world.run_for(Duration::from_secs(5));
+    world.blackout = false;
+    let mut least = stock;
+    let mut chunk = [0; 100];
+    world.run_until(Duration::from_secs(600), |world| {
+        least = least.min(world.provider().stock_surbs());
+        world.provider().read(stream, &mut chunk).unwrap().is_some()
+    });
+    world.run_for(Duration::from_secs(10));
+    assert!(least > stock / 2, "{least} of {stock} SURBs");
+}
+
+/// Replies under way when a generation begins are taken, and a download goes on.
+#[test]
+fn a_download_survives_new_generations() {
+    let mut world = World::new(131, Network::perfect());
+    let stream = world.open();
+    let bytes = pattern(stream, 4 << 20);
+    let (mut written, mut read) = (0, Vec::new());
+    let mut chunk = vec![0; 1 << 16];
+    let mut renewals = 0;
+    world.run_until(Duration::from_secs(60), |world| {
+        if read.len() > (renewals + 1) * bytes.len() / 5 {
+            renewals += 1;
+            world.kill_surbs();
+            world.client.renew_surbs();
+        }
+        written += world.provider().write(stream, &bytes[written..]).unwrap();
+        while let Some(n @ 1..) = world.client.read(stream, &mut chunk).unwrap() {
+            read.extend_from_slice(&chunk[..n]);
+        }
+        read.len() == bytes.len()
+    });
+    assert!(read == bytes);
+    assert_eq!(renewals, 4);
+    println!("{:?}", world.elapsed());
+}
