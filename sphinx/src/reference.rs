@@ -1,7 +1,9 @@
 //! Headers by the crate `sphinx-packet`: for the backend `reference`.
 
 use sphinx_packet::header::SphinxHeader;
+use sphinx_packet::header::keys::KeyMaterial;
 use sphinx_packet::header::shared_secret::ExpandedSharedSecret;
+use sphinx_packet::packet::builder::SphinxPacketBuilder;
 use sphinx_packet::{ErrorKind, ProcessedPacketData, SURB, SURBMaterial, SphinxPacket};
 use x25519_dalek::StaticSecret;
 use zeroize::Zeroizing;
@@ -15,7 +17,15 @@ use crate::{
 
 /// Builds the header of a route from its initial secret. Its padding is that of the crate.
 pub(crate) fn build_header(secret: &[u8; 32], route: &Route) -> Header {
-    // The crate hands out headers with their seeds only as SURBs.
+    if route.identifier() == [0; IDENTIFIER_LEN] {
+        header_of_packet(secret, route)
+    } else {
+        header_of_surb(secret, route)
+    }
+}
+
+/// The crate hands out headers with their seeds as SURBs, unless the identifier is zero.
+fn header_of_surb(secret: &[u8; 32], route: &Route) -> Header {
     let material = SURBMaterial::new(
         route.nodes().to_vec(),
         route.delays().to_vec(),
@@ -23,12 +33,28 @@ pub(crate) fn build_header(secret: &[u8; 32], route: &Route) -> Header {
         VERSION,
     );
     let (surb, recovery) = SURB::new_recoverable(StaticSecret::from(*secret), material)
-        .expect("a route has its length and this version is recoverable");
+        .expect("a route has its length, and its identifier is not zero");
     let surb = Zeroizing::new(surb.to_bytes());
     let kept = Zeroizing::new(recovery.to_bytes());
     let bytes = surb.first_chunk::<HEADER_LEN>().expect("a SURB starts with a header");
     let (seeds, _) = kept[IDENTIFIER_LEN..].as_chunks::<{ size_of::<Seed>() }>();
     Header { bytes: Box::new(*bytes), seeds: Zeroizing::new(seeds.to_vec()) }
+}
+
+/// Otherwise in a packet, and the seeds have to be derived once more.
+fn header_of_packet(secret: &[u8; 32], route: &Route) -> Header {
+    let secret = StaticSecret::from(*secret);
+    let packet = SphinxPacketBuilder::new()
+        .with_version(VERSION)
+        .with_payload_size(MIN_PAYLOAD_LEN)
+        .with_initial_secret(&secret)
+        .build_packet(b"", route.nodes(), route.destination(), route.delays())
+        .expect("a route has its length, and nothing fits into any payload")
+        .to_bytes();
+    let bytes = packet.first_chunk::<HEADER_LEN>().expect("a packet starts with a header");
+    let chain = KeyMaterial::derive(route.nodes(), &secret);
+    let seeds = chain.expanded_shared_secrets.iter().map(|secret| *secret.payload_key_seed());
+    Header { bytes: Box::new(*bytes), seeds: Zeroizing::new(seeds.collect()) }
 }
 
 /// Computes the shared secret and checks the MAC.

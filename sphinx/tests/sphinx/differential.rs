@@ -1,8 +1,8 @@
 //! Packets, SURBs and replies of ours and of the crate `sphinx-packet`, taken along routes by both.
 
 use mixsocks_sphinx::{
-    HEADER_LEN, Packet, Peeled, SURB_LEN, Surb, build_packets, build_surbs, finish, max_plaintext,
-    open_headers, open_payloads, recover_replies, use_surbs,
+    Backend, HEADER_LEN, Packet, Peeled, Route, SURB_LEN, Surb, build_packets, build_surbs, finish,
+    max_plaintext, open_headers, open_payloads, recover_replies, use_surbs,
 };
 use proptest::prelude::*;
 use rand::Rng;
@@ -255,5 +255,28 @@ fn routes_of_all_lengths_share_a_batch() {
     for (network, packet) in networks.iter().zip(packets) {
         let payload = network.travel(packet.unwrap(), |_, packet| packet);
         assert_eq!(payload.into_plaintext().unwrap(), b"hello");
+    }
+}
+
+/// Packets that are no replies have it, and SURBs of the other crate must not.
+#[test]
+fn an_identifier_of_zeros_is_carried_by_every_backend() {
+    let mut rng = network::rng(11);
+    let network = Network::new(&mut rng, 5);
+    let route = Route::new(&network.hops, DESTINATION, [0; 16]).unwrap();
+    for backend in Backend::available() {
+        let build = || build_packets(&mut rng, 64, &[(route.clone(), b"hello")]).remove(0);
+        let mut packet = backend.scope(build).unwrap().unwrap();
+        for key in &network.keys {
+            let opened = open_headers(key, vec![packet]).remove(0).unwrap();
+            match finish(vec![opened]).remove(0).unwrap() {
+                Peeled::Forward { packet: next, .. } => packet = next,
+                Peeled::Final { identifier, payload, .. } => {
+                    assert_eq!(identifier, [0; 16]);
+                    assert_eq!(payload.into_plaintext().unwrap(), b"hello", "{backend}");
+                    break;
+                }
+            }
+        }
     }
 }
