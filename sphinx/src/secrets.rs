@@ -42,14 +42,18 @@ impl HopSecrets {
     /// What each shared secret gives.
     pub(crate) fn derive(shared_secrets: &[[u8; 32]]) -> Vec<Self> {
         let secrets: Vec<_> = shared_secrets.iter().map(|secret| &secret[..]).collect();
-        hkdf::derive(EXPANDED_SHARED_SECRET_HKDF_SALT, &secrets, EXPANDED_SHARED_SECRET_HKDF_INFO)
-            .into_iter()
-            .map(|derived: Wiped<LEN>| {
-                let mut secrets = Box::new(Wiped::zero());
-                secrets.copy_from_slice(&derived[..]);
-                Self(secrets)
-            })
-            .collect()
+        let derived: Vec<Wiped<LEN>> = hkdf::derive(
+            EXPANDED_SHARED_SECRET_HKDF_SALT,
+            &secrets,
+            EXPANDED_SHARED_SECRET_HKDF_INFO,
+        );
+        // Not by value: what is moved out of the vector would stay there unwiped.
+        let boxed = derived.iter().map(|derived| {
+            let mut secrets = Box::new(Wiped::zero());
+            secrets.copy_from_slice(&derived[..]);
+            Self(secrets)
+        });
+        boxed.collect()
     }
 
     /// What routing information is encrypted with.
