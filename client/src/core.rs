@@ -1,6 +1,5 @@
 //! A client without a clock, a socket or cryptography: its sessions, its SURBs, and whose turn it is.
 
-use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use mixsocks_common::session::frame::CloseReason;
@@ -38,7 +37,6 @@ pub struct ClientCore<R> {
     /// The session that is asked first for the next packet.
     turn: usize,
     surbs: SurbStore<R>,
-    events: VecDeque<ClientEvent>,
     max_contents_bytes: usize,
     mean_delay: Duration,
 }
@@ -50,7 +48,6 @@ impl<R> ClientCore<R> {
             sessions: Vec::new(),
             turn: 0,
             surbs: SurbStore::default(),
-            events: VecDeque::new(),
             max_contents_bytes,
             mean_delay,
         }
@@ -136,9 +133,6 @@ impl<R> ClientCore<R> {
 
     /// What has happened. Sessions that have ended are forgotten when it is told.
     pub fn poll_event(&mut self) -> Option<ClientEvent> {
-        if let Some(event) = self.events.pop_front() {
-            return Some(event);
-        }
         for session in &mut self.sessions {
             let id = session.id();
             if let Some(event) = session.poll_event() {
