@@ -366,7 +366,9 @@ impl<C: Codec> World<C> {
         let packet = self.spoil(packet);
         if self.weather.hostile {
             self.seen.push_back((to, packet.clone()));
-            self.seen.truncate(100);
+            if self.seen.len() > 100 {
+                self.seen.pop_front();
+            }
         }
         if self.weather.duplication > 0.0 && self.rng.random_bool(self.weather.duplication) {
             self.at(at + WIRE, Event::Arrive(to, packet.clone()));
