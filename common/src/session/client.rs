@@ -31,10 +31,10 @@ pub const KEEPALIVE: Duration = Duration::from_secs(5 * 60);
 /// A session from which nothing was heard for so long is dead.
 pub const SESSION_SILENCE: Duration = Duration::from_secs(15 * 60);
 
-/// After so many waits in a row, each twice as long as the one before, SURBs get a new generation: all
-/// that the provider has may lead to nowhere, and it uses the oldest first. That is after 10 to 20 s,
-/// longer than gateways hold packets for somebody who reconnects.
-const RENEW_AFTER_WAITS: u32 = 6;
+/// When all waits have been in vain for so long, SURBs get a new generation: all that the provider has
+/// may lead to nowhere, and it uses the oldest first. Longer than gateways hold packets for somebody who
+/// reconnects, and a wait more.
+const RENEW_AFTER: Duration = Duration::from_secs(15);
 
 /// CLOSE is repeated so many times at most: the provider forgets silent sessions by itself.
 const CLOSE_ATTEMPTS: u32 = 3;
@@ -87,6 +87,8 @@ pub struct ClientSession {
     confirmed: bool,
     window: Window,
     surbs: SurbWindow,
+    /// When a silence last led to a new generation of SURBs.
+    renewed: Option<Instant>,
     ping_wanted: bool,
     last_heard: Instant,
     last_asked: Instant,
@@ -121,6 +123,7 @@ impl ClientSession {
             confirmed: false,
             window: Window::new(INITIAL_WINDOW, MIN_WINDOW, MAX_WINDOW),
             surbs: SurbWindow::new(now, reply_quantile),
+            renewed: None,
             ping_wanted: false,
             last_heard: now,
             last_asked: now,
@@ -383,15 +386,21 @@ impl ClientSession {
             && self.transport.flight.is_empty()
             && !self.ping_wanted)
             .then(|| self.last_heard.max(self.last_asked) + KEEPALIVE);
-        let silence =
-            (!self.transport.flight.is_empty()).then(|| self.last_heard + SESSION_SILENCE);
         // A session that is being closed owes nothing any more.
         let ack = self.transport.received.ack_due().filter(|_| self.closing == Closing::No);
         let settle = self.surbs.settle_due(&self.transport.received);
-        [ack, settle, self.transport.loss_deadline(), keepalive, silence]
+        [ack, settle, self.transport.loss_deadline(), keepalive, self.silence_deadline()]
             .into_iter()
             .flatten()
             .min()
+    }
+
+    /// When the session is given up, unless something is heard.
+    fn silence_deadline(&self) -> Option<Instant> {
+        if !self.transport.flight.is_empty() {
+            return Some(self.last_heard + SESSION_SILENCE);
+        }
+        self.ping_wanted.then(|| self.last_heard.max(self.last_asked) + SESSION_SILENCE)
     }
 
     /// Handles what is due at `now`.
@@ -399,11 +408,10 @@ impl ClientSession {
         if self.closed.is_some() {
             return;
         }
-        if !self.transport.flight.is_empty() && now >= self.last_heard + SESSION_SILENCE {
+        if self.silence_deadline().is_some_and(|deadline| now >= deadline) {
             return self.end(CloseReason::Unknown);
         }
         self.settle_replies(now);
-        let waits_before = self.transport.waits_in_vain();
         let lost = self.transport.lose_by_time(now);
         self.on_lost(&lost);
         if !lost.is_empty() {
@@ -414,7 +422,11 @@ impl ClientSession {
                 self.surbs.forget_report(flight, received);
             }
             // Once in a silence: whatever arrives first of it tells the provider.
-            if (waits_before + 1..=self.transport.waits_in_vain()).contains(&RENEW_AFTER_WAITS) {
+            if let Some(since) = self.transport.waiting_in_vain_since()
+                && now >= since + RENEW_AFTER
+                && self.renewed.is_none_or(|renewed| renewed < since)
+            {
+                self.renewed = Some(now);
                 self.renew_surbs();
             }
         }

@@ -44,6 +44,8 @@ pub(super) struct Transport {
     /// Longest time (p99.9) that the mixes hold what the sender did not choose.
     unknown_delays: Duration,
     backoff: u32,
+    /// When the first of the waits ended that have been in vain.
+    waiting_in_vain_since: Option<Instant>,
     last_progress: Instant,
 }
 
@@ -70,6 +72,7 @@ impl Transport {
             queueing,
             unknown_delays,
             backoff: 0,
+            waiting_in_vain_since: None,
             last_progress: now,
         }
     }
@@ -108,9 +111,9 @@ impl Transport {
         self.backoff > 0
     }
 
-    /// Waits that have passed in a row without any progress, as far as they are counted.
-    pub(super) fn waits_in_vain(&self) -> u32 {
-        self.backoff
+    /// When the first of the waits ended that have been in vain since the last progress.
+    pub(super) fn waiting_in_vain_since(&self) -> Option<Instant> {
+        self.waiting_in_vain_since
     }
 
     pub(super) fn handle_ack(&mut self, ack: &Ack, now: Instant) -> Result<Acked, Violation> {
@@ -122,6 +125,7 @@ impl Transport {
         }
         if !acked.packets.is_empty() {
             self.backoff = 0;
+            self.waiting_in_vain_since = None;
             self.last_progress = now;
         }
         Ok(acked)
@@ -150,6 +154,7 @@ impl Transport {
         let lost = self.flight.lost_by_time(cutoff);
         if now.saturating_duration_since(self.last_progress) >= self.backed_off_wait() {
             self.backoff = (self.backoff + 1).min(MAX_BACKOFF);
+            self.waiting_in_vain_since.get_or_insert(now);
         }
         self.requeue(&lost);
         lost

@@ -22,12 +22,15 @@ mod rules;
 
 const MAX_PACKET_BYTES: usize = 2031;
 const MEAN_DELAY: Duration = Duration::from_millis(15);
+const HELD_UP: Duration = Duration::from_secs(4);
 
 /// What the network does to packets.
 #[derive(Clone, Copy)]
 struct Network {
     mean_delay: Duration,
     loss: f64,
+    /// Share of packets that arrive [`HELD_UP`] late.
+    held_up: f64,
     /// Time of wires and processors, one way.
     wire: Duration,
     /// Shortest time between two packets of one direction.
@@ -39,10 +42,20 @@ impl Network {
         Self {
             mean_delay: MEAN_DELAY,
             loss: 0.0,
+            held_up: 0.0,
             wire: Duration::from_millis(2),
             spacing: Duration::from_micros(200),
         }
     }
+}
+
+/// A packet under way.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct UnderWay {
+    direction: usize,
+    /// How many of its direction were sent up to it.
+    number: u64,
+    arrival: Arrival,
 }
 
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
@@ -115,7 +128,7 @@ struct World {
     network: Network,
     client: ClientSession,
     sessions: ProviderSessions,
-    arrivals: BinaryHeap<Reverse<(Instant, u64, Arrival)>>,
+    arrivals: BinaryHeap<Reverse<(Instant, u64, UnderWay)>>,
     serial: u64,
     maker: Maker,
     surbs: HashMap<u64, Duration>,
@@ -124,6 +137,9 @@ struct World {
     free_at: [Instant; 2],
     sent: [u64; 2],
     lost: [u64; 2],
+    /// Of the packets that arrived: the latest of each direction, and the most that overtook one.
+    latest: [u64; 2],
+    overtook: [u64; 2],
     client_events: Vec<StreamEvent>,
     provider_events: Vec<StreamEvent>,
     /// Nothing gets through.
@@ -149,6 +165,8 @@ impl World {
             free_at: [now; 2],
             sent: [0; 2],
             lost: [0; 2],
+            latest: [0; 2],
+            overtook: [0; 2],
             client_events: Vec::new(),
             provider_events: Vec::new(),
             blackout: false,
@@ -173,8 +191,12 @@ impl World {
         self.serial += 1;
         let leaves = self.free_at[direction].max(self.now);
         self.free_at[direction] = leaves + self.network.spacing;
-        let at = leaves + delay + self.network.wire;
-        self.arrivals.push(Reverse((at, self.serial, arrival)));
+        let mut at = leaves + delay + self.network.wire;
+        if self.rng.random_bool(self.network.held_up) {
+            at += HELD_UP;
+        }
+        let number = self.sent[direction];
+        self.arrivals.push(Reverse((at, self.serial, UnderWay { direction, number, arrival })));
     }
 
     /// Everything that both ends have to send now.
@@ -243,7 +265,11 @@ impl World {
         while let Some(Reverse((at, _, _))) = self.arrivals.peek()
             && *at <= self.now
         {
-            let Reverse((_, _, arrival)) = self.arrivals.pop().unwrap();
+            let Reverse((_, _, UnderWay { direction, number, arrival })) =
+                self.arrivals.pop().unwrap();
+            let latest = &mut self.latest[direction];
+            *latest = number.max(*latest);
+            self.overtook[direction] = self.overtook[direction].max(*latest - number);
             self.arrive(arrival);
         }
         if self.client.poll_timeout().is_some_and(|at| at <= self.now) {
@@ -439,6 +465,19 @@ fn thousands_of_packets_overtake_each_other() {
         let mut world = World::new(5, network);
         let time = transfer(&mut world, 4, 3 << 20, down, Duration::from_secs(300));
         println!("down {down}: {time:?}");
+    }
+}
+
+/// More than are ever in flight: those that are held up are long given up, and mean nothing when they
+/// come.
+#[test]
+fn packets_are_overtaken_by_more_than_ten_thousand() {
+    let network = Network { held_up: 0.01, ..Network::perfect() };
+    for down in [true, false] {
+        let mut world = World::new(6, network);
+        let time = transfer(&mut world, 1, 64 << 20, down, Duration::from_secs(300));
+        println!("down {down}: {time:?}, overtaken by {:?}", world.overtook);
+        assert!(world.overtook[usize::from(down)] > 10_000, "{:?}", world.overtook);
     }
 }
 
