@@ -204,7 +204,7 @@ impl Endpoint {
         random_route(&self.topology, &self.address, self.mean_delay, identifier, &mut rand::rng())
     }
 
-    /// Builds a packet; takes about half a millisecond of CPU.
+    /// Builds a packet; takes about a quarter of a millisecond of CPU.
     ///
     /// # Panics
     /// When `contents` are longer than [`Endpoint::max_contents_bytes`]: a local mistake.
@@ -218,8 +218,8 @@ impl Endpoint {
         (first_hop, packet)
     }
 
-    /// Makes `count` SURBs for replies to this endpoint; takes about half a millisecond of CPU for
-    /// each.
+    /// Makes `count` SURBs for replies to this endpoint; takes some 130 µs of CPU for each when they are
+    /// many, and 210 µs for a single one.
     pub fn make_surbs(&self, count: usize) -> Vec<ReadySurb<ReplyRecovery>> {
         let made = Instant::now();
         let mut rng = rand::rng();
