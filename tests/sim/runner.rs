@@ -19,8 +19,8 @@ const SETTLED_AFTER: Duration = Duration::from_secs(30);
 const WATCHED_FOR: Duration = Duration::from_secs(20 * 60);
 /// Packets of a session that is closed: CLOSE three times at most, with what is sent for it.
 const PACKETS_OF_A_CLOSE: u64 = 12;
-/// What a provider sends at most to a client that has forgotten the session: two packets every 5 s for
-/// a quarter of an hour.
+/// What a provider sends at most to a client that does not hear it: two packets every 5 s for a quarter of
+/// an hour.
 const PACKETS_TO_NOBODY: u64 = 400;
 
 /// Runs a seed to its end; an error says what went wrong and what happened before.

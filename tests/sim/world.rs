@@ -723,11 +723,12 @@ impl<C: Codec> World<C> {
         counts
     }
 
-    /// Whether the provider may have sessions whose clients do not know of them.
+    /// Whether the provider may have sessions whose clients do not know of them, or do not know that its
+    /// SURBs lead to nowhere.
     pub(crate) fn may_have_orphans(&self) -> bool {
-        self.faults
-            .iter()
-            .any(|planned| matches!(planned.fault, Fault::ClientDown(_) | Fault::Hostile))
+        self.faults.iter().any(|planned| {
+            matches!(planned.fault, Fault::ClientDown(_) | Fault::Hostile | Fault::NewKey(_, false))
+        })
     }
 
     pub(crate) fn provider(&mut self) -> &mut mixsocks_provider::core::ProviderCore {

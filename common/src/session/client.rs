@@ -25,7 +25,12 @@ const MAX_WINDOW: u32 = 2048;
 /// SURBs of one packet that has nothing else: five fit into 2,031 bytes.
 const REFILL_SURBS: usize = 5;
 
-/// A session with open streams that is silent in both directions asks whether all is well.
+/// A session with open streams that is silent in both directions asks whether all is well: so long after
+/// something was said, and then twice as rarely each time up to [`KEEPALIVE`]. The silence may be one of
+/// replies that lead to nowhere, which only a question shows.
+pub const FIRST_KEEPALIVE: Duration = Duration::from_secs(10);
+
+/// How long a session with open streams is silent at most.
 pub const KEEPALIVE: Duration = Duration::from_secs(5 * 60);
 
 /// A session from which nothing was heard for so long is dead.
@@ -92,6 +97,8 @@ pub struct ClientSession {
     ping_wanted: bool,
     last_heard: Instant,
     last_asked: Instant,
+    /// Silence after which it asks next.
+    keepalive: Duration,
     closing: Closing,
     closed: Option<CloseReason>,
 }
@@ -127,6 +134,7 @@ impl ClientSession {
             ping_wanted: false,
             last_heard: now,
             last_asked: now,
+            keepalive: FIRST_KEEPALIVE,
             closing: Closing::No,
             closed: None,
         }
@@ -280,6 +288,7 @@ impl ClientSession {
         if frames.iter().any(Frame::elicits_ack) {
             self.transport.received.owe_ack(now);
             self.surbs.on_use(now);
+            self.keepalive = FIRST_KEEPALIVE;
         }
         self.settle_replies(now);
         Ok(())
@@ -381,11 +390,7 @@ impl ClientSession {
         if self.closed.is_some() {
             return None;
         }
-        // A PING that is wanted waits for SURBs or a turn, not for a time.
-        let keepalive = (!self.transport.streams.is_empty()
-            && self.transport.flight.is_empty()
-            && !self.ping_wanted)
-            .then(|| self.last_heard.max(self.last_asked) + KEEPALIVE);
+        let keepalive = self.keepalive_due();
         // A session that is being closed owes nothing any more.
         let ack = self.transport.received.ack_due().filter(|_| self.closing == Closing::No);
         let settle = self.surbs.settle_due(&self.transport.received);
@@ -393,6 +398,15 @@ impl ClientSession {
             .into_iter()
             .flatten()
             .min()
+    }
+
+    /// When the provider is asked whether all is well, unless something is said.
+    fn keepalive_due(&self) -> Option<Instant> {
+        // A PING that is wanted waits for SURBs or a turn, not for a time.
+        let is_silent = !self.transport.streams.is_empty()
+            && self.transport.flight.is_empty()
+            && !self.ping_wanted;
+        is_silent.then(|| self.last_heard.max(self.last_asked) + self.keepalive)
     }
 
     /// When the session is given up, unless something is heard.
@@ -430,11 +444,9 @@ impl ClientSession {
                 self.renew_surbs();
             }
         }
-        if !self.transport.streams.is_empty()
-            && self.transport.flight.is_empty()
-            && now >= self.last_heard.max(self.last_asked) + KEEPALIVE
-        {
+        if self.keepalive_due().is_some_and(|due| now >= due) {
             self.ping_wanted = true;
+            self.keepalive = (2 * self.keepalive).min(KEEPALIVE);
         }
     }
 
@@ -542,6 +554,9 @@ impl ClientSession {
             self.end(CloseReason::Protocol);
         }
         // Every packet with SURBs is to be heard of, so that it is known where they are.
+        if !cargo.is_empty() {
+            self.keepalive = FIRST_KEEPALIVE;
+        }
         let eliciting = !cargo.is_empty() || surb_count > 0 || self.ping_wanted;
         if cargo.is_empty() && eliciting {
             Frame::Ping.encode(out);

@@ -41,7 +41,8 @@ mod tests;
 mod transport;
 
 pub use client::{
-    ClientSession, KEEPALIVE, ReplyError, SESSION_SILENCE, SessionId, StreamReset, SurbSource,
+    ClientSession, FIRST_KEEPALIVE, KEEPALIVE, ReplyError, SESSION_SILENCE, SessionId, StreamReset,
+    SurbSource,
 };
 pub use halves::{
     INITIAL_WINDOW_BYTES, MAX_GAPS, MAX_HELD_BYTES, MAX_WINDOW_BYTES, SEND_AHEAD_BYTES,

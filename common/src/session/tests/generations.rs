@@ -39,6 +39,24 @@ fn dead_surbs_are_replaced_after_a_long_silence() {
     assert!(time < Duration::from_secs(30), "{time:?}");
 }
 
+/// The client has nothing to say, and waits for the answer; only its keepalive shows that none can come.
+#[test]
+fn dead_surbs_are_replaced_while_the_client_only_waits() {
+    let mut world = World::new(149, Network::perfect());
+    let stream = world.open();
+    world.client.write(stream, b"ask").unwrap();
+    world.run_for(Duration::from_secs(5));
+    world.kill_surbs();
+    world.provider().write(stream, b"answer").unwrap();
+    let mut chunk = [0; 100];
+    let answered = world.now;
+    world.run_until(Duration::from_secs(600), |world| {
+        world.client.read(stream, &mut chunk).unwrap().is_some()
+    });
+    let time = world.now - answered;
+    assert!(time < Duration::from_secs(45), "{time:?}");
+}
+
 /// What a provider has is good after a cut of some seconds, however fast the mixes are.
 #[test]
 fn a_short_silence_is_no_reason_to_replace_surbs() {

@@ -489,23 +489,41 @@ fn an_idle_session_falls_silent() {
     world.run_until(Duration::from_secs(30), |world| {
         world.provider_events.contains(&StreamEvent::Readable(stream))
     });
-    // What is left to do is done, also the SURBs that are being made.
-    let quiet_from = world.elapsed() + Duration::from_secs(5);
-    world.run_until(Duration::from_secs(60), |world| {
-        // Fewer than five are not worth a packet.
-        world.client.surb_demand() < 5
-            && world.maker.done_at.is_none()
-            && world.client.poll_timeout().is_none_or(|at| at > world.start + quiet_from)
-    });
-    let before = world.sent;
-    let until = world.now + KEEPALIVE - Duration::from_secs(10);
-    while world.step() && world.now < until {}
-    assert_eq!(world.sent, before, "an idle session talks");
-    // The keepalive is asked and answered, and then there is silence again.
-    let until = world.now + KEEPALIVE;
-    while world.step() && world.now < until {}
-    assert!((1..=2).contains(&(world.sent[0] - before[0])), "{:?} {before:?}", world.sent);
-    assert!((1..=2).contains(&(world.sent[1] - before[1])), "{:?} {before:?}", world.sent);
+    // What is left to do is done, also the SURBs that are being made: fewer than five are not worth a
+    // packet.
+    let rest = |world: &mut World| {
+        world.run_until(20 * KEEPALIVE, |world| {
+            world.transmit();
+            world.client.surb_demand() < 5
+                && world.maker.done_at.is_none()
+                && world.arrivals.is_empty()
+                && world.client.poll_timeout().is_none_or(|at| at > world.now + FIRST_KEEPALIVE / 2)
+        });
+        world.client.poll_timeout().expect("a stream is open")
+    };
+    // Keepalives are asked and answered, each after twice the silence before it.
+    let mut asks_at = rest(&mut world);
+    let mut silence = FIRST_KEEPALIVE;
+    for _ in 0..10 {
+        let before = world.sent;
+        while world.now < asks_at {
+            assert_eq!(world.sent, before, "an idle session talks");
+            world.step();
+        }
+        let next = rest(&mut world);
+        for (sent, before) in world.sent.into_iter().zip(before) {
+            assert!((1..=2).contains(&(sent - before)), "{sent} {before}");
+        }
+        silence = (2 * silence).min(KEEPALIVE);
+        let pause = next - asks_at;
+        assert!((silence..silence + Duration::from_secs(2)).contains(&pause), "{pause:?}");
+        asks_at = next;
+    }
+    assert_eq!(silence, KEEPALIVE);
+    // What is said begins it anew.
+    world.client.write(stream, b"more").unwrap();
+    world.step();
+    assert!(rest(&mut world) <= world.now + FIRST_KEEPALIVE);
 }
 
 /// After a download nobody fills the stock up for nothing.
