@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::builder::BoolishValueParser;
@@ -13,6 +13,8 @@ use clap::{ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, 
 use mixsocks_client::socks;
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::Identity;
+
+use crate::config::{self, ConfigFile};
 
 /// Mixes hold no packet longer than this, so a mean beyond it would be a promise that is not kept.
 pub(crate) const MAX_DELAY: Duration = Duration::from_secs(10);
@@ -28,24 +30,66 @@ const MAX_BENCH_SECONDS: u64 = 600;
     subcommand_required = true,
     arg_required_else_help = true,
     disable_help_subcommand = true,
-    after_help = "Options of up and client are also variables: --socks [::1]:9050 is MIXSOCKS_SOCKS=[::1]:9050. An option wins over a variable."
+    after_help = "Options are also variables, and keys of a file: --socks [::1]:9050 is MIXSOCKS_SOCKS=[::1]:9050 and socks = \"[::1]:9050\". An option wins over a variable, a variable over the file."
 )]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) verbosity: Verbosity,
     #[command(subcommand)]
     pub(crate) command: Command,
+    /// What `init` writes.
+    #[arg(skip)]
+    pub(crate) config: String,
+}
+
+/// Why a command line is not understood.
+#[derive(Debug)]
+pub(crate) enum CliError {
+    /// It is wrong, or asks for help.
+    Words(clap::Error),
+    /// Its file is wrong.
+    Config(anyhow::Error),
+}
+
+impl From<clap::Error> for CliError {
+    fn from(error: clap::Error) -> Self {
+        Self::Words(error)
+    }
+}
+
+/// The command of a role among what was matched: its name, its options, and whether it is `init`.
+fn role(matches: &ArgMatches) -> Option<(&str, &ArgMatches, bool)> {
+    match matches.subcommand()? {
+        ("up", options) => Some(("up", options, false)),
+        ("client", below) => match below.subcommand()? {
+            ("run", options) => Some(("client", options, false)),
+            ("init", options) => Some(("client", options, true)),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// The options with which a role runs.
+fn options(root: &clap::Command, role: &str) -> Option<clap::Command> {
+    let command = root.find_subcommand(role)?;
+    Some(command.find_subcommand("run").unwrap_or(command).clone())
 }
 
 impl Cli {
-    /// Understands a command line. Of two options that exclude each other, one of the command line
-    /// wins over one of a variable, which may have been set for another command.
-    pub(crate) fn from_words(
-        words: impl IntoIterator<Item = OsString>,
-    ) -> Result<Self, clap::Error> {
-        let mut command = Self::command();
+    /// Understands a command line, and the file that it names. Of two options that exclude each other,
+    /// one of the command line wins over one of a variable, which may have been set for another
+    /// command.
+    pub(crate) fn from_words(words: impl IntoIterator<Item = OsString>) -> Result<Self, CliError> {
+        let words: Vec<_> = words.into_iter().collect();
+        let mut command = with_file(Self::command(), &words).map_err(CliError::Config)?;
         let matches = command.try_get_matches_from_mut(words)?;
         let mut cli = Self::from_arg_matches(&matches).map_err(|e| e.format(&mut command))?;
+        if let Some((role, matches, true)) = role(&matches)
+            && let Some(options) = options(&command, role)
+        {
+            cli.config = config::template(role, &options, matches);
+        }
         let Verbosity { verbose, quiet } = &mut cli.verbosity;
         if *quiet && *verbose > 0 {
             match stronger(&matches, "quiet", "verbose")? {
@@ -63,6 +107,35 @@ impl Cli {
         }
         Ok(cli)
     }
+}
+
+/// The command line with the values of the file that `words` name as its defaults.
+fn with_file(root: clap::Command, words: &[OsString]) -> anyhow::Result<clap::Command> {
+    // What is wrong with the words is told once the file has been read.
+    let Ok(matches) = root.clone().ignore_errors(true).try_get_matches_from(words) else {
+        return Ok(root);
+    };
+    let Some((role, matches, false)) = role(&matches) else { return Ok(root) };
+    let (Some(path), Some(options)) = (config::path(matches, role), options(&root, role)) else {
+        return Ok(root);
+    };
+    let file = ConfigFile::read(&path, role, &options)?;
+    Ok(root.mut_subcommand(role, |command| {
+        if command.find_subcommand("run").is_some() {
+            command.mut_subcommand("run", |run| file.apply(run))
+        } else {
+            file.apply(command)
+        }
+    }))
+}
+
+/// Says what is wrong with a file.
+pub(crate) fn check_config(path: &Path) -> anyhow::Result<()> {
+    let role = config::role_of(path)?;
+    let Some(options) = options(&Cli::command(), &role).filter(|_| role != "bench") else {
+        anyhow::bail!("{}: there is no role {role:?}", path.display());
+    };
+    ConfigFile::read(path, &role, &options).map(drop)
 }
 
 /// Which of two options counts that exclude each other.
@@ -90,10 +163,41 @@ fn stronger<'a>(
 pub(crate) enum Command {
     /// Start a whole network on this machine (mixes, gateways, provider, client) and a proxy to it.
     Up(UpArgs),
-    /// Start a proxy to a network that a signed topology file describes.
-    Client(ClientArgs),
+    /// A proxy to a network that a signed topology file describes.
+    #[command(subcommand)]
+    Client(ClientCommand),
+    /// Check a configuration file.
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Measure latency, throughput, CPU and memory of a proxy.
     Bench(BenchArgs),
+}
+
+/// What `mixsocks client` does.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ClientCommand {
+    /// Write its configuration file, with these options, and its keys.
+    Init(ClientArgs),
+    /// Start it.
+    Run(ClientArgs),
+}
+
+/// What `mixsocks config` does.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Say what is wrong with a configuration file.
+    Check {
+        /// The file.
+        file: PathBuf,
+    },
+}
+
+/// Where the settings of a role are.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct FileArgs {
+    /// File with settings (else config.toml in the data directory, if it is there).
+    #[arg(long, value_name = "FILE", env = "MIXSOCKS_CONFIG")]
+    pub(crate) config: Option<PathBuf>,
 }
 
 /// How much is said.
@@ -155,6 +259,8 @@ pub(crate) struct TimingArgs {
 #[derive(Debug, Args)]
 pub(crate) struct UpArgs {
     #[command(flatten)]
+    pub(crate) file: FileArgs,
+    #[command(flatten)]
     pub(crate) listen: ListenArgs,
     #[command(flatten)]
     pub(crate) traffic: TrafficArgs,
@@ -177,12 +283,14 @@ pub(crate) struct UpArgs {
 /// Options of `mixsocks client`.
 #[derive(Debug, Args)]
 pub(crate) struct ClientArgs {
+    #[command(flatten)]
+    pub(crate) file: FileArgs,
     /// The network's signed topology file.
     #[arg(long, value_name = "FILE", env = "MIXSOCKS_TOPOLOGY")]
-    pub(crate) topology: PathBuf,
+    pub(crate) topology: Option<PathBuf>,
     /// Key of the authority that signs the topology, in base58.
     #[arg(long, value_name = "KEY", env = "MIXSOCKS_AUTHORITY")]
-    pub(crate) authority: Identity,
+    pub(crate) authority: Option<Identity>,
     /// The provider to use: a name from the topology, or an address.
     #[arg(
         long, value_name = "NAME|ADDRESS", env = "MIXSOCKS_PROVIDER",
@@ -343,7 +451,7 @@ mod tests {
 
     #[test]
     fn bench_measures_packets_or_a_proxy() {
-        let parse = |words: &[&str]| -> Result<BenchArgs, clap::Error> {
+        let parse = |words: &[&str]| -> Result<BenchArgs, CliError> {
             let words = ["mixsocks", "bench"].iter().chain(words).map(OsString::from);
             match Cli::from_words(words)?.command {
                 Command::Bench(args) => Ok(args),

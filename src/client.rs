@@ -10,6 +10,7 @@ use mixsocks_common::topology::{self, Topology};
 use rand::seq::IteratorRandom;
 
 use crate::cli::{ClientArgs, ProviderChoice};
+use crate::config;
 use crate::data_dir::DataDir;
 use crate::nearest::nearest;
 use crate::proxy::{self, Way};
@@ -50,16 +51,34 @@ pub(crate) async fn run(args: ClientArgs, quiet: bool) -> Result<()> {
     Ok(())
 }
 
+/// Writes the configuration file and the keys.
+pub(crate) fn init(args: &ClientArgs, config: &str) -> Result<()> {
+    let dir = DataDir::open_for("client", args.data_dir.as_deref())?;
+    let file = config::write(&dir, args.file.config.as_deref(), config)?;
+    proxy::keys(&dir)?;
+    let file = file.display();
+    crate::say(&format!(
+        "settings  {file}\n\
+         keys      {}\n\
+         \n\
+         Look through the settings, and start it with: mixsocks client run --config {file}",
+        dir.path().join(proxy::FOLDER).display()
+    ));
+    Ok(())
+}
+
 async fn start(args: &ClientArgs) -> Result<(Client, Address)> {
-    let file = topology_file::read(&args.topology, args.authority)?;
+    let topology = args.topology.as_deref().context(
+        "no topology is given: name the file that the network's operators publish with --topology",
+    )?;
+    let authority = args.authority.context(
+        "no authority is given: give the key that the network's operators publish with --authority",
+    )?;
+    let file = topology_file::read(topology, authority)?;
     let provider = choose_provider(&file.topology, args.provider.as_ref())?;
-    let path = match &args.data_dir {
-        Some(path) => path.clone(),
-        None => DataDir::default_path("client")?,
-    };
-    let dir = DataDir::open(&path)?;
+    let dir = DataDir::open_for("client", args.data_dir.as_deref())?;
     dir.require_space()?;
-    topology_file::accept(&dir, &args.topology, &file, args.authority)?;
+    topology_file::accept(&dir, topology, &file, authority)?;
     let topology = Arc::new(file.topology);
     let gateway = gateway(&dir, &topology, &provider.gateway)?;
     let way = Way { topology, gateway, provider };

@@ -48,6 +48,14 @@ impl DataDir {
         Ok(strategy.in_data_dir(command))
     }
 
+    /// Opens the directory that was chosen for a command, or its usual one.
+    pub(crate) fn open_for(command: &str, chosen: Option<&Path>) -> Result<Self> {
+        match chosen {
+            Some(path) => Self::open(path),
+            None => Self::open(&Self::default_path(command)?),
+        }
+    }
+
     /// Opens the directory, creating it if needed, and keeps other processes out.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         create_private_dir(path)?;
@@ -176,20 +184,21 @@ fn create_private_dir(path: &Path) -> Result<()> {
     builder.create(path).map_err(|error| explain(&error, path))
 }
 
+/// Refuses a file with a secret inside that others than its owner may read.
 #[cfg(unix)]
-fn refuse_readable_by_others(file: &File, path: &Path) -> Result<()> {
+pub(crate) fn refuse_readable_by_others(file: &File, path: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     const GROUP_AND_OTHERS: u32 = 0o077;
     let mode = file.metadata().map_err(|error| explain(&error, path))?.permissions().mode();
     if mode & GROUP_AND_OTHERS != 0 {
         let path = path.display();
-        bail!("other users may read the key file {path}; `chmod 600 {path}` ends that");
+        bail!("other users may read {path}, which holds a secret; `chmod 600 {path}` ends that");
     }
     Ok(())
 }
 
 #[cfg(not(unix))]
-fn refuse_readable_by_others(_: &File, _: &Path) -> Result<()> {
+pub(crate) fn refuse_readable_by_others(_: &File, _: &Path) -> Result<()> {
     Ok(())
 }
 

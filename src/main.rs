@@ -7,6 +7,7 @@
 mod bench;
 mod cli;
 mod client;
+mod config;
 mod data_dir;
 mod logging;
 mod nearest;
@@ -24,7 +25,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, CliError, ClientCommand, Command, ConfigCommand};
 
 /// What still runs after a command has ended, such as a name look-up, is left behind after this.
 const LEFT_BEHIND_AFTER: Duration = Duration::from_millis(100);
@@ -34,10 +35,13 @@ fn main() -> ExitCode {
         std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
     let cli = match Cli::from_words(std::env::args_os()) {
         Ok(cli) => cli,
-        Err(error) if !error.use_stderr() => error.exit(),
-        Err(error) if words.len() == 1 => error.exit(),
-        Err(error) => {
+        Err(CliError::Words(error)) if !error.use_stderr() || is_bare(&words) => error.exit(),
+        Err(CliError::Words(error)) => {
             complain(&usage_error::describe(&error, &words));
+            return ExitCode::from(usage_error::EXIT_CODE);
+        }
+        Err(CliError::Config(error)) => {
+            complain(&describe(&error));
             return ExitCode::from(usage_error::EXIT_CODE);
         }
     };
@@ -51,6 +55,11 @@ fn main() -> ExitCode {
     }
 }
 
+/// Whether a command was named without anything else, which asks for its help.
+fn is_bare(words: &[String]) -> bool {
+    matches!(words, [_]) || matches!(words, [_, word] if ["client", "config"].contains(&&**word))
+}
+
 fn run(cli: Cli) -> anyhow::Result<()> {
     mixsocks_sphinx::Backend::from_environment().context("MIXSOCKS_SPHINX_BACKEND")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -58,7 +67,13 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     let result = runtime.block_on(async move {
         match cli.command {
             Command::Up(args) => Box::pin(up::run(args, quiet)).await,
-            Command::Client(args) => Box::pin(client::run(args, quiet)).await,
+            Command::Client(ClientCommand::Init(args)) => client::init(&args, &cli.config),
+            Command::Client(ClientCommand::Run(args)) => Box::pin(client::run(args, quiet)).await,
+            Command::Config(ConfigCommand::Check { file }) => {
+                cli::check_config(&file)?;
+                say(&format!("{} is right", file.display()));
+                Ok(())
+            }
             Command::Bench(args) => Box::pin(bench::run(args)).await,
         }
     });

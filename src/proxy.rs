@@ -9,8 +9,9 @@ use anyhow::{Context, Result, anyhow};
 use mixsocks_client::socks::SocksListener;
 use mixsocks_client::{Client, ClientConfig};
 use mixsocks_common::address::Address;
-use mixsocks_common::keys::Identity;
+use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::topology::Topology;
+use mixsocks_sphinx::SecretKey;
 
 use crate::cli::ListenArgs;
 use crate::data_dir::DataDir;
@@ -58,12 +59,19 @@ pub(crate) struct Way {
     pub(crate) provider: Address,
 }
 
+/// The client's identity, and the key of the last layer of packets for it.
+pub(crate) fn keys(dir: &DataDir) -> Result<(IdentityKey, SecretKey)> {
+    let identity = dir.identity_key(&format!("{FOLDER}/identity.key"))?;
+    Ok((identity, dir.sphinx_key(&format!("{FOLDER}/encryption.key"))?))
+}
+
 /// Connects the client whose keys the data directory holds.
 pub(crate) async fn connect(dir: &DataDir, way: Way) -> Result<Client> {
+    let (identity, encryption) = keys(dir)?;
     let config = ClientConfig {
         topology: way.topology,
-        identity: Arc::new(dir.identity_key(&format!("{FOLDER}/identity.key"))?),
-        encryption: dir.sphinx_key(&format!("{FOLDER}/encryption.key"))?,
+        identity: Arc::new(identity),
+        encryption,
         gateway: way.gateway,
         token_file: dir.folder(FOLDER)?.join("token"),
         provider: way.provider,

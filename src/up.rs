@@ -19,11 +19,7 @@ pub(crate) async fn run(args: UpArgs, quiet: bool) -> Result<()> {
     let mut signals = Signals::new()?;
     let listener = proxy::bind(&args.listen)?;
     let address = listener.local_addr()?;
-    let path = match &args.data_dir {
-        Some(path) => path.clone(),
-        None => DataDir::default_path("up")?,
-    };
-    let dir = DataDir::open(&path)?;
+    let dir = DataDir::open_for("up", args.data_dir.as_deref())?;
     dir.require_space()?;
     let (network, client) = tokio::select! {
         started = Box::pin(start(&dir, &args)) => started?,
@@ -32,7 +28,7 @@ pub(crate) async fn run(args: UpArgs, quiet: bool) -> Result<()> {
     if quiet {
         crate::say(&proxy_line(address));
     } else {
-        crate::say(&greeting(&network, &client, &path, address, args.traffic.timing.profile));
+        crate::say(&greeting(&network, &client, dir.path(), address, args.traffic.timing.profile));
     }
     proxy::serve(listener, client, &mut signals, network.shutdown()).await;
     Ok(())

@@ -14,15 +14,17 @@ pub(crate) fn describe(error: &clap::Error, words: &[String]) -> String {
     let root = Cli::command();
     let wrong = error.get(ContextKind::InvalidArg).map(ToString::to_string).unwrap_or_default();
     // What stands before the command does not belong to it.
-    let mut before =
+    let before =
         words.iter().skip(1).take_while(|word| wrong.is_empty() || !word.starts_with(&wrong));
-    let command = before.find_map(|word| root.find_subcommand(word));
-    let called = command.map_or("mixsocks".to_owned(), |c| format!("mixsocks {}", c.get_name()));
-    let problem = problem(error, &root, command);
-    format!("{problem} (see `{called} --help`)")
+    let mut path = vec![&root];
+    for word in before {
+        path.extend(path.last().and_then(|command| command.find_subcommand(word)));
+    }
+    let problem = problem(error, &root, &path);
+    format!("{problem} (see `{} --help`)", names(&path))
 }
 
-fn problem(error: &clap::Error, root: &Command, command: Option<&Command>) -> String {
+fn problem(error: &clap::Error, root: &Command, path: &[&Command]) -> String {
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => text.clone(),
         Some(ContextValue::Strings(texts)) => texts.join(" and "),
@@ -32,9 +34,10 @@ fn problem(error: &clap::Error, root: &Command, command: Option<&Command>) -> St
     let value = context(ContextKind::InvalidValue);
     match error.kind() {
         ErrorKind::InvalidSubcommand => {
-            unknown_command(&context(ContextKind::InvalidSubcommand), root)
+            let command = path.last().copied().unwrap_or(root);
+            unknown_command(&context(ContextKind::InvalidSubcommand), command)
         }
-        ErrorKind::UnknownArgument => unknown_option(&argument, root, command),
+        ErrorKind::UnknownArgument => unknown_option(&argument, root, path),
         ErrorKind::InvalidValue if value.is_empty() => format!("{argument} needs a value"),
         ErrorKind::InvalidValue | ErrorKind::ValueValidation => {
             match std::error::Error::source(error) {
@@ -67,36 +70,33 @@ fn problem(error: &clap::Error, root: &Command, command: Option<&Command>) -> St
     }
 }
 
-fn unknown_command(word: &str, root: &Command) -> String {
-    let names: Vec<_> = root.get_subcommands().map(Command::get_name).collect();
+fn unknown_command(word: &str, command: &Command) -> String {
+    let names: Vec<_> = command.get_subcommands().map(Command::get_name).collect();
     match nearest(word, names.iter().copied()) {
         Some(name) => format!("there is no command {word:?}; did you mean {name:?}?"),
         None => format!("there is no command {word:?}; there are {}", names.join(", ")),
     }
 }
 
-fn unknown_option(argument: &str, root: &Command, command: Option<&Command>) -> String {
+fn unknown_option(argument: &str, root: &Command, path: &[&Command]) -> String {
     let word = argument.split('=').next().unwrap_or_default();
-    match command {
-        Some(command) => unknown_word(word, &options(command, root)),
-        None => unknown_before_the_command(word, root),
-    }
-}
-
-/// There, an option that belongs to a command is what was meant most likely.
-fn unknown_before_the_command(word: &str, root: &Command) -> String {
-    let own = options(root, root);
-    let of_commands = root.get_subcommands().flat_map(|command| options(command, root));
-    let all: Vec<String> = own.iter().cloned().chain(of_commands).collect();
-    let is_known = all.iter().any(|option| option == word);
-    let meant = if is_known { Some(word) } else { nearest(word, all.iter().map(String::as_str)) };
-    let of = |option: &str| {
-        let has = |command: &&Command| options(command, root).iter().any(|own| own == option);
-        root.get_subcommands().find(has).map_or("up", Command::get_name)
-    };
-    match meant {
-        Some(option) if word.starts_with('-') && !own.iter().any(|own| own == option) => {
-            let place = format!("after the command, as in `mixsocks {} {option} …`", of(option));
+    let command = path.last().copied().unwrap_or(root);
+    let own = options(command, root);
+    let mut runnable = Vec::new();
+    add_runnable(command, &names(path), &mut runnable);
+    // Before a command, an option of that command is what was meant most likely.
+    let below: Vec<(&str, Vec<String>)> =
+        runnable.iter().map(|(name, command)| (name.as_str(), options(command, root))).collect();
+    let all = || own.iter().chain(below.iter().flat_map(|(_, options)| options));
+    let is_known = all().any(|option| option == word);
+    let meant = if is_known { Some(word) } else { nearest(word, all().map(String::as_str)) };
+    let owner = meant.filter(|option| !own.iter().any(|own| own == option)).and_then(|option| {
+        let has = |(_, options): &&(&str, Vec<String>)| options.iter().any(|own| own == option);
+        below.iter().find(has).map(|(name, _)| (option, *name))
+    });
+    match owner {
+        Some((option, name)) if word.starts_with('-') => {
+            let place = format!("after the command, as in `{name} {option} …`");
             if is_known {
                 format!("{word} goes {place}")
             } else {
@@ -105,6 +105,23 @@ fn unknown_before_the_command(word: &str, root: &Command) -> String {
         }
         _ => unknown_word(word, &own),
     }
+}
+
+/// The commands at and below `command` that do something, each with its whole name. The one that runs a
+/// part comes before the one that prepares it.
+fn add_runnable<'a>(command: &'a Command, name: &str, out: &mut Vec<(String, &'a Command)>) {
+    if !command.is_subcommand_required_set() {
+        out.push((name.to_owned(), command));
+    }
+    let mut below: Vec<_> = command.get_subcommands().collect();
+    below.sort_by_key(|command| command.get_name() != "run");
+    for command in below {
+        add_runnable(command, &format!("{name} {}", command.get_name()), out);
+    }
+}
+
+fn names(path: &[&Command]) -> String {
+    path.iter().map(|command| command.get_name()).collect::<Vec<_>>().join(" ")
 }
 
 fn unknown_word(word: &str, options: &[String]) -> String {
@@ -129,11 +146,15 @@ fn options(command: &Command, root: &Command) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::CliError;
 
     fn line(words: &[&str]) -> String {
         let words: Vec<String> =
             ["mixsocks"].iter().chain(words).map(|word| (*word).to_owned()).collect();
-        describe(&Cli::from_words(words.iter().map(Into::into)).unwrap_err(), &words)
+        match Cli::from_words(words.iter().map(Into::into)).unwrap_err() {
+            CliError::Words(error) => describe(&error, &words),
+            CliError::Config(error) => panic!("{error}"),
+        }
     }
 
     #[test]
@@ -144,9 +165,16 @@ mod tests {
             (&["up", "--quite"], "did you mean --quiet?"),
             (&["up", "--xyzzy=1"], "no option --xyzzy (see `mixsocks up --help`)"),
             (&["pu"], "did you mean \"up\"?"),
-            (&["frobnicate"], "there are up, client, bench"),
+            (&["frobnicate"], "there are up, client, config, bench"),
+            (&["client", "rnu"], "did you mean \"run\"?"),
+            (&["client", "--sokcs", "x"], "as in `mixsocks client run --socks …`"),
+            (
+                &["client", "init", "--sokcs", "x"],
+                "did you mean --socks? (see `mixsocks client init",
+            ),
+            (&["config", "check"], "<FILE> is missing"),
             (&["--allow-private", "up"], "as in `mixsocks up --allow-private"),
-            (&["--topology", "x", "client"], "as in `mixsocks client --topology"),
+            (&["--topology", "x", "client"], "as in `mixsocks client run --topology"),
             (&["--sokcs", "127.0.0.1:1", "up"], "did you mean --socks? It goes after the command"),
             (&["--secnods", "1", "bench"], "as in `mixsocks bench --seconds"),
             (&["--verson"], "did you mean --version?"),
@@ -158,10 +186,8 @@ mod tests {
             (&["up", "--mean-delay", "15"], "such as 15ms"),
             (&["up", "--mean-delay", "11s"], "longer than 10s"),
             (&["up", "--profile", "private"], "only the profile \"fast\""),
-            (&["client"], "--topology <FILE> and --authority <KEY> are missing"),
-            (&["client", "--topology", "x"], "--authority <KEY> is missing"),
-            (&["client", "--mean-delay", "1ms"], "there is no option --mean-delay"),
-            (&["client", "--provider", "a@b"], "<identity>.<encryption>@<gateway identity>"),
+            (&["client", "run", "--mean-delay", "1ms"], "there is no option --mean-delay"),
+            (&["client", "run", "--provider", "a@b"], "<identity>.<encryption>@<gateway identity>"),
             (&["up", "-v", "-q"], "--quiet and --verbose exclude each other"),
             (&["bench", "--socks", "[::1]:1", "--mean-delay", "0"], "exclude each other"),
             (&["bench", "--seconds", "0"], "1..=600"),

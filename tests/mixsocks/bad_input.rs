@@ -35,8 +35,11 @@ fn wrong_command_lines() {
         (&["up", "--profile", "private"], "only the profile \"fast\""),
         (&["up", "--socks", "localhost"], "127.0.0.1:1080"),
         (&["bnech"], "did you mean \"bench\"?"),
-        (&["client", "--authority", "0OIl", "--topology", "y"], "base58"),
-        (&["client", "--provider", "abc@def", "--topology", "y"], "<identity>.<encryption>@"),
+        (&["client", "run", "--authority", "0OIl", "--topology", "y"], "base58"),
+        (
+            &["client", "run", "--provider", "abc@def", "--topology", "y"],
+            "<identity>.<encryption>@",
+        ),
     ] {
         fails(mixsocks().args(arguments), 2, &[word, "--help"]);
     }
@@ -117,7 +120,7 @@ impl PaperNetwork {
 
     fn client(&self, topology: &Path) -> Command {
         let mut command = mixsocks();
-        command.args(["client", "--socks", "127.0.0.1:0"]).arg("--topology").arg(topology);
+        command.args(["client", "run", "--socks", "127.0.0.1:0"]).arg("--topology").arg(topology);
         command.arg("--authority").arg(self.authority.identity().to_string());
         command.arg("--data-dir").arg(self.folder.path().join("data"));
         command

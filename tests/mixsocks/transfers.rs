@@ -151,7 +151,7 @@ fn a_client_of_its_own_uses_the_same_network() {
 pub(crate) fn client_of(network_dir: &std::path::Path, data_dir: &std::path::Path) -> Command {
     let authority = std::fs::read_to_string(network_dir.join("authority.pub")).unwrap();
     let mut command = mixsocks();
-    command.args(["client", "--socks", "127.0.0.1:0", "--authority", authority.trim()]);
+    command.args(["client", "run", "--socks", "127.0.0.1:0", "--authority", authority.trim()]);
     command.arg("--topology").arg(network_dir.join("topology"));
     command.arg("--data-dir").arg(data_dir);
     command
