@@ -192,6 +192,11 @@ impl<R> ClientCore<R> {
 
     // --- SURBs and replies.
 
+    /// SURBs that are ready, and replies that are awaited.
+    pub fn surb_counts(&self) -> (usize, usize) {
+        self.surbs.counts()
+    }
+
     /// SURBs that sessions want.
     pub fn surb_demand(&self) -> usize {
         self.sessions.iter().map(ClientSession::surb_demand).sum()

@@ -18,4 +18,4 @@ mod surbs;
 pub use client::{Client, ClientConfig, ClientError};
 pub use endpoint::{Arrivals, Endpoint, EndpointConfig, Reserved, worker_count};
 pub use stream::{MixStream, OpenError};
-pub use surbs::{Awaited, ReadySurb};
+pub use surbs::{Awaited, MAX_AWAITED_REPLIES, MAX_READY_SURBS, ReadySurb};

@@ -7,13 +7,13 @@ use mixsocks_common::session::{SessionId, SurbSource};
 use mixsocks_sphinx::{Identifier, Surb};
 
 /// SURBs that are kept ready at most: some packets' worth.
-const MAX_READY: usize = 64;
+pub const MAX_READY_SURBS: usize = 64;
 
 /// A SURB that waited so long is thrown away: its route may be outdated.
 const MAX_READY_AGE: Duration = Duration::from_secs(1);
 
 /// Replies that are awaited at most; the oldest are given up first. Eight times the largest window.
-const MAX_AWAITED: usize = 32 * 1024;
+pub const MAX_AWAITED_REPLIES: usize = 32 * 1024;
 
 /// A SURB that nobody has been given yet.
 #[derive(Debug)]
@@ -68,7 +68,7 @@ impl<R> Default for SurbStore<R> {
 impl<R> SurbStore<R> {
     /// How many more a worker should make, at most `max`, given that `demand` are wanted.
     pub(crate) fn claim(&mut self, demand: usize, max: usize) -> usize {
-        let wanted = demand.min(MAX_READY).saturating_sub(self.ready.len() + self.in_making);
+        let wanted = demand.min(MAX_READY_SURBS).saturating_sub(self.ready.len() + self.in_making);
         let claimed = wanted.min(max);
         self.in_making += claimed;
         claimed
@@ -86,6 +86,11 @@ impl<R> SurbStore<R> {
     pub(crate) fn renew(&mut self, now: Instant) {
         self.ready.clear();
         self.renewed = Some(now);
+    }
+
+    /// SURBs that are ready, and replies that are awaited.
+    pub(crate) fn counts(&self) -> (usize, usize) {
+        (self.ready.len(), self.awaited.len())
     }
 
     /// SURBs at hand, of which outdated ones are thrown away.
@@ -114,12 +119,12 @@ impl<R> SurbStore<R> {
     fn remember(&mut self, identifier: Identifier, awaited: Awaited<R>) {
         self.awaited.insert(identifier, awaited);
         self.order.push_back(identifier);
-        if self.awaited.len() > MAX_AWAITED {
+        if self.awaited.len() > MAX_AWAITED_REPLIES {
             let awaited = &mut self.awaited;
             while self.order.pop_front().is_some_and(|oldest| awaited.remove(&oldest).is_none()) {}
         }
         // Identifiers of replies that came stay in the order until there are as many of them.
-        if self.order.len() > 2 * MAX_AWAITED {
+        if self.order.len() > 2 * MAX_AWAITED_REPLIES {
             self.order.retain(|identifier| self.awaited.contains_key(identifier));
         }
     }
@@ -183,7 +188,7 @@ mod tests {
         store.deliver(2, vec![surb(1, now), surb(2, now)]);
         store.deliver(1, vec![]);
         assert_eq!(store.claim(3, 2), 1, "one could not be made");
-        assert_eq!(store.claim(usize::MAX, usize::MAX), MAX_READY - 3);
+        assert_eq!(store.claim(usize::MAX, usize::MAX), MAX_READY_SURBS - 3);
     }
 
     #[test]
@@ -226,11 +231,11 @@ mod tests {
         let other = SessionId([2; SESSION_ID_LEN]);
         store.deliver(0, vec![surb(0, now)]);
         store.source(SESSION).write_surb(&mut Vec::new());
-        for number in 1..u32::try_from(5 * MAX_AWAITED).unwrap() {
+        for number in 1..u32::try_from(5 * MAX_AWAITED_REPLIES).unwrap() {
             store.deliver(0, vec![surb(number, now)]);
             store.source(other).write_surb(&mut Vec::new());
             assert!(store.take(&identifier(number)).is_some());
-            assert!(store.order.len() <= 2 * MAX_AWAITED);
+            assert!(store.order.len() <= 2 * MAX_AWAITED_REPLIES);
         }
         assert!(store.take(&identifier(0)).is_some());
     }
@@ -239,7 +244,7 @@ mod tests {
     fn the_oldest_replies_are_given_up() {
         let now = Instant::now();
         let mut store = SurbStore::default();
-        let count = u32::try_from(MAX_AWAITED).unwrap() + 2;
+        let count = u32::try_from(MAX_AWAITED_REPLIES).unwrap() + 2;
         for number in 0..count {
             store.deliver(0, vec![surb(number, now)]);
             store.source(SESSION).write_surb(&mut Vec::new());
@@ -247,6 +252,7 @@ mod tests {
         assert!(store.take(&identifier(0)).is_none());
         assert!(store.take(&identifier(1)).is_none());
         assert!(store.take(&identifier(2)).is_some());
+        assert_eq!(store.counts(), (0, MAX_AWAITED_REPLIES - 1));
         store.forget_session(SESSION);
         assert!(store.take(&identifier(3)).is_none());
     }

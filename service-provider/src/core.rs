@@ -66,6 +66,11 @@ impl ProviderCore {
         }
     }
 
+    /// All sessions, in no order.
+    pub fn sessions(&self) -> impl Iterator<Item = &ProviderSession> {
+        self.sessions.iter()
+    }
+
     /// How many sessions there are.
     pub fn session_count(&self) -> usize {
         self.sessions.len()

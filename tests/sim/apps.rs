@@ -3,13 +3,14 @@
 use mixsocks_client::core::ClientEvent;
 use mixsocks_client::stream::StreamKey;
 use mixsocks_common::session::frame::CloseReason;
-use mixsocks_common::session::{OpenOutcome, SessionId, StreamEvent};
+use mixsocks_common::session::{OpenOutcome, SessionId, StreamEvent, start_time_ms};
 use mixsocks_common::target::Target;
 use mixsocks_provider::core::ProviderEvent;
 
 use crate::codec::Codec;
+use crate::damage::Start;
 use crate::endpoint::Role;
-use crate::model::{Direction, End};
+use crate::model::End;
 use crate::world::{Event, World};
 
 /// Bytes that are read in one go at most.
@@ -29,8 +30,8 @@ impl<C: Codec> World<C> {
                 None => break,
             }
         }
-        let Self { endpoints, codec, now, topology, .. } = self;
-        endpoints[endpoint].make_surbs(codec, *now, topology);
+        let Self { endpoints, codec, now, topology, weather, .. } = self;
+        endpoints[endpoint].make_surbs(codec, *now, topology, weather.famine);
         self.flush_up(endpoint);
         Ok(())
     }
@@ -53,7 +54,7 @@ impl<C: Codec> World<C> {
                 for number in 0..self.streams.len() {
                     let is_of_it = self.streams[number].key.is_some_and(|key| key.0 == id);
                     if is_of_it && !self.streams[number].is_done_at(End::Program) {
-                        self.session_lost(number, reason)?;
+                        self.session_lost(number, id, reason)?;
                     }
                 }
             }
@@ -62,19 +63,24 @@ impl<C: Codec> World<C> {
     }
 
     /// A client's stream ends with its session.
-    fn session_lost(&mut self, number: usize, reason: CloseReason) -> Result<(), String> {
-        if !self.may_kill() && !self.streams[number].was_left {
+    fn session_lost(
+        &mut self,
+        number: usize,
+        id: SessionId,
+        reason: CloseReason,
+    ) -> Result<(), String> {
+        if !self.streams[number].is_lied_to && !self.may_end(id, reason) {
             return Err(format!("stream {number} loses its session for no reason: {reason}"));
         }
         let stream = &mut self.streams[number];
         // As a client does it: once more, if the provider has not done anything.
         if reason == CloseReason::Unknown && stream.opened.is_none() && !stream.was_retried {
             stream.was_retried = true;
-            stream.key = None;
-            *stream.writing_mut(End::Program) = Direction::default();
+            stream.begin_at_program();
             self.at(self.now, Event::Open(number));
         } else {
             stream.was_killed = true;
+            stream.gone[End::Program as usize] = true;
         }
         Ok(())
     }
@@ -88,10 +94,11 @@ impl<C: Codec> World<C> {
                     self.provider().release(key);
                     return Ok(());
                 };
-                let is_retried = self.streams[number].was_retried || self.may_kill();
-                if self.streams[number].target_key.replace(key).is_some() && !is_retried {
+                let stream = &mut self.streams[number];
+                if stream.target_key.is_some() && !stream.is_lied_to {
                     return Err(format!("stream {number} is dialled twice"));
                 }
+                stream.begin_at_target(key);
                 self.at(self.now + self.streams[number].dialling, Event::Dialled(number));
             }
             ProviderEvent::Stream(id, event) => {
@@ -112,15 +119,15 @@ impl<C: Codec> World<C> {
                 }
             }
             ProviderEvent::SessionEnded(id) => {
-                for number in 0..self.streams.len() {
-                    let stream = &mut self.streams[number];
-                    if stream.target_key.is_some_and(|key| key.0 == id) {
+                let is_of_it = |key: StreamKey| key.0 == id;
+                for stream in &mut self.streams {
+                    if stream.target_key.is_some_and(is_of_it) {
                         stream.gone[End::Target as usize] = true;
-                        stream.was_killed |= !stream.is_done_at(End::Program);
+                        if !stream.is_done_at(End::Program) && !stream.may_fail() {
+                            let number = stream.number;
+                            return Err(format!("stream {number} loses its session at the target"));
+                        }
                     }
-                }
-                if self.streams.iter().any(|stream| stream.was_killed) && !self.may_kill() {
-                    return Err("the provider ends a session that is in use".to_owned());
                 }
             }
         }
@@ -139,9 +146,15 @@ impl<C: Codec> World<C> {
 
     pub(crate) fn open_stream(&mut self, number: usize) -> Result<(), String> {
         let client = self.streams[number].client;
-        self.streams[number].has_begun = true;
+        let stream = &mut self.streams[number];
+        if stream.gone[End::Program as usize] {
+            return Ok(());
+        }
+        stream.has_begun = true;
+        stream.is_lied_to |= self.endpoints[client].is_lied_to;
         if self.endpoints[client].is_down || self.endpoints[client].is_suspended {
-            self.streams[number].was_refused = true;
+            stream.was_refused = true;
+            stream.gone[End::Program as usize] = true;
             return Ok(());
         }
         let wall_ms = self.endpoints[client].wall_ms(self.wall_ms());
@@ -150,7 +163,10 @@ impl<C: Codec> World<C> {
         let Role::Client(core) = &mut self.endpoints[client].role else {
             return Err("a provider opens no streams".to_owned());
         };
-        self.streams[number].key = core.open(now, wall_ms, rng, target);
+        let key = core.open(now, wall_ms, rng, target).ok_or("a client opens no stream")?;
+        self.streams[number].key = Some(key);
+        let start = Start { began: now, time_ms: start_time_ms(wall_ms) };
+        self.starts.entry(key.0).or_insert(start);
         self.note(format!("client {client} opens stream {number}"));
         self.run_app(number, End::Program)
     }
@@ -220,11 +236,7 @@ impl<C: Codec> World<C> {
         if let Some(key) = self.key(number, end)
             && !self.streams[number].gone[end as usize]
         {
-            if self.streams[number].was_killed {
-                self.let_go(number, end)?;
-            } else {
-                self.act(number, end, key)?;
-            }
+            self.act(number, end, key)?;
         }
         self.settle(endpoint)
     }

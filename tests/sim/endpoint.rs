@@ -11,24 +11,28 @@ use mixsocks_common::gateway::keepalive::{Due, Keepalive};
 use mixsocks_common::gateway::message::StreamId;
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::replay::{Admission, RecentTags};
-use mixsocks_common::session::frame::{Ack, CloseReason, Frame as SessionFrame};
 use mixsocks_common::topology::{Topology, random_route};
-use mixsocks_provider::core::{MAX_HELD_BYTES, ProviderCore};
+use mixsocks_provider::core::ProviderCore;
 use mixsocks_sphinx::{HopAddress, Identifier, Packet, SecretKey, Surb, max_plaintext};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use crate::codec::{Arrival, Codec, NodeKey};
+use crate::hostile;
 use crate::network::{Frame, poll_frame};
-use crate::world::PAYLOAD_BYTES;
 
 /// SURBs that are made at a time, and how long that takes.
 const SURBS_PER_TURN: usize = 8;
 const SURB_WORK: Duration = Duration::from_millis(1);
 const REPLAY_SPAN: Duration = Duration::from_secs(600);
 const REPLAY_TAGS: usize = 1 << 20;
+/// How often an endpoint that waits for its link looks after its sessions, as in the shells.
+const RESERVE_LIMIT: Duration = Duration::from_secs(1);
 /// Frames that may wait for the wire before the next packet is asked for.
 const PULL_AHEAD: u32 = 16;
+
+/// Share of the replies that a hostile provider makes up.
+const LIES: f64 = 0.2;
 
 /// What an endpoint is.
 pub(crate) enum Role<C: Codec> {
@@ -55,18 +59,25 @@ pub(crate) struct Endpoint<C: Codec> {
     pub(crate) is_connected: bool,
     pub(crate) is_suspended: bool,
     pub(crate) is_down: bool,
+    /// Whether its provider lies to it now.
+    pub(crate) is_lied_to: bool,
     pub(crate) clock_error_s: i64,
     rng: StdRng,
     tags: RecentTags,
-    flow: Option<Flow>,
+    pub(crate) flow: Option<Flow>,
     free_at: Instant,
-    /// SURBs that are being made, and when they are.
-    making: Option<(usize, Instant)>,
+    making: Option<Making<C::Recovery>>,
+}
+
+/// SURBs that are being made.
+struct Making<R> {
+    surbs: Vec<ReadySurb<R>>,
+    done_at: Instant,
 }
 
 /// What outlives a connection.
-struct Flow {
-    delivery: Delivery<(HopAddress, Packet)>,
+pub(crate) struct Flow {
+    pub(crate) delivery: Delivery<(HopAddress, Packet)>,
     received: u64,
     keepalive: Keepalive,
 }
@@ -93,6 +104,7 @@ impl<C: Codec> Endpoint<C> {
             is_connected: false,
             is_suspended: false,
             is_down: false,
+            is_lied_to: false,
             clock_error_s: 0,
             tags: RecentTags::new(now, REPLAY_SPAN, REPLAY_TAGS, rng),
             rng: StdRng::seed_from_u64(rng.random()),
@@ -126,6 +138,7 @@ impl<C: Codec> Endpoint<C> {
         now: Instant,
         connection: u64,
         (stream, received): (StreamId, u64),
+        packet_bytes: usize,
     ) -> Result<(), String> {
         let keepalive = Keepalive::new(now);
         match &mut self.flow {
@@ -139,7 +152,7 @@ impl<C: Codec> Endpoint<C> {
                 flow.keepalive = keepalive;
             }
             flow @ None => {
-                let delivery = Delivery::new(stream, PAYLOAD_BYTES);
+                let delivery = Delivery::new(stream, packet_bytes);
                 *flow = Some(Flow { delivery, received: 0, keepalive });
             }
         }
@@ -204,8 +217,12 @@ impl<C: Codec> Endpoint<C> {
             }
             Role::Client(core) => {
                 if let Some(awaited) = core.take_awaited(&identifier)
-                    && let Some(contents) = codec.recover(awaited.recovery, payload)
+                    && let Some(mut contents) = codec.recover(awaited.recovery, payload)
                 {
+                    // Only the provider can make what its SURB recovers: these are its words.
+                    if self.is_lied_to && self.rng.random_bool(LIES) {
+                        contents = hostile::reply(&mut self.rng, contents);
+                    }
                     let _ = core.handle_reply(now, awaited.session, awaited.delay, &contents);
                 }
             }
@@ -222,13 +239,16 @@ impl<C: Codec> Endpoint<C> {
             Role::Provider(core) => core.poll_timeout(),
             Role::Client(core) => core.poll_timeout(),
         };
-        // A core that is overdue wants to send: it waits for the wire, or for a connection.
-        let core = core.map(|at| if at > now { at } else { self.free_at.max(now + SURB_WORK) });
         let flow = self.flow.as_ref().filter(|_| self.is_connected);
         let keepalive = flow.map(|flow| flow.keepalive.poll_timeout());
-        let making = self.making.map(|(_, at)| at);
+        // Who is overdue wants to send. Without a connection it is looked after now and then; with
+        // one it waits for the wire and for nothing else, so that on a free wire it spins.
+        let waits_until = if flow.is_some() { self.free_at } else { now + RESERVE_LIMIT };
+        let due = core.into_iter().chain(keepalive).min();
+        let due = due.map(|at| if at > now { at } else { at.max(waits_until) });
+        let making = self.making.as_ref().map(|making| making.done_at);
         let wire = (self.free_at > now).then_some(self.free_at);
-        [core, keepalive, making, wire].into_iter().flatten().min()
+        [due, making, wire].into_iter().flatten().min()
     }
 
     pub(crate) fn handle_timeout(&mut self, now: Instant) {
@@ -238,27 +258,34 @@ impl<C: Codec> Endpoint<C> {
         }
     }
 
-    /// SURBs are made while they are wanted.
-    pub(crate) fn make_surbs(&mut self, codec: &C, now: Instant, topology: &Topology) {
+    /// SURBs are made while they are wanted, unless it `is_famine`.
+    pub(crate) fn make_surbs(
+        &mut self,
+        codec: &C,
+        now: Instant,
+        topology: &Topology,
+        is_famine: bool,
+    ) {
         let Role::Client(core) = &mut self.role else { return };
-        if let Some((claimed, _)) = self.making.take_if(|(_, at)| *at <= now) {
-            let made = (0..claimed)
-                .map(|_| {
-                    let identifier = self.rng.random();
-                    let mean = topology.parameters.mean_delay;
-                    let route =
-                        random_route(topology, &self.address, mean, identifier, &mut self.rng)
-                            .expect("its gateway is in the topology");
-                    let (surb, recovery) = codec.build_surb(&mut self.rng, &route);
-                    let delay = route.total_delay();
-                    ReadySurb { surb, identifier, recovery, delay, made: now }
-                })
-                .collect();
-            core.deliver_surbs(claimed, made);
+        if let Some(made) = self.making.take_if(|making| making.done_at <= now) {
+            core.deliver_surbs(made.surbs.len(), made.surbs);
         }
-        if self.making.is_none() {
-            let claimed = core.claim_surbs(now, SURBS_PER_TURN);
-            self.making = (claimed > 0).then_some((claimed, now + SURB_WORK));
+        if self.making.is_some() || is_famine {
+            return;
+        }
+        let mean = topology.parameters.mean_delay;
+        let surbs: Vec<_> = (0..core.claim_surbs(now, SURBS_PER_TURN))
+            .map(|_| {
+                let identifier = self.rng.random();
+                let route = random_route(topology, &self.address, mean, identifier, &mut self.rng)
+                    .expect("its gateway is in the topology");
+                let (surb, recovery) = codec.build_surb(&mut self.rng, &route);
+                let delay = route.total_delay();
+                ReadySurb { surb, identifier, recovery, delay, made: now }
+            })
+            .collect();
+        if !surbs.is_empty() {
+            self.making = Some(Making { surbs, done_at: now + SURB_WORK });
         }
     }
 
@@ -272,16 +299,12 @@ impl<C: Codec> Endpoint<C> {
         let mut frames = Vec::new();
         let Some(flow) = self.flow.as_mut().filter(|_| self.is_connected) else { return frames };
         let mut contents = Vec::new();
-        loop {
-            while let Some(frame) = {
-                let packet = flow.delivery.poll_transmit().cloned();
-                poll_frame(&mut flow.keepalive, now, flow.received, packet)
-            } {
+        while self.free_at <= now + spacing * PULL_AHEAD {
+            let held = flow.delivery.poll_transmit().cloned();
+            if let Some(frame) = poll_frame(&mut flow.keepalive, now, flow.received, held) {
                 self.free_at = self.free_at.max(now) + spacing;
                 frames.push((self.free_at, frame));
-            }
-            if self.free_at > now + spacing * PULL_AHEAD {
-                return frames;
+                continue;
             }
             let packet = match &mut self.role {
                 Role::Client(core) => {
@@ -302,19 +325,11 @@ impl<C: Codec> Endpoint<C> {
                     None => None,
                 },
             };
-            let Some(packet) = packet else { return frames };
+            let Some(packet) = packet else { break };
             // A full delivery forgets an old packet for it.
             let _ = flow.delivery.push(packet, now);
         }
-    }
-
-    pub(crate) fn check_bounds(&self) -> Result<(), String> {
-        match &self.role {
-            Role::Provider(core) if core.held_bytes() > MAX_HELD_BYTES + (64 << 20) => {
-                Err(format!("the provider holds {} bytes", core.held_bytes()))
-            }
-            _ => Ok(()),
-        }
+        frames
     }
 }
 
@@ -326,51 +341,4 @@ fn role<C: Codec>(number: usize, wall_ms: u64, topology: &Topology) -> Role<C> {
     } else {
         Role::Client(Box::new(ClientCore::new(max_contents_bytes, mean_delay)))
     }
-}
-
-/// Contents that begin like those of a session and go on with anything.
-pub(crate) fn nonsense(rng: &mut StdRng, wall_ms: u64) -> Vec<u8> {
-    let mut out = vec![rng.random_range(0..4)];
-    // Some sessions are hit twice.
-    out.extend_from_slice(&[rng.random_range(0..5); 16]);
-    out.push(rng.random_range(0..64));
-    out.push(0);
-    if rng.random() {
-        SessionFrame::Start { time_ms: wall_ms, key_agreement: &[] }.encode(&mut out);
-    }
-    let surbs = [[9; 396]];
-    for _ in 0..rng.random_range(0..20) {
-        let bits = rng.random_range(1..40);
-        let number = rng.random_range(0..1 << bits);
-        let stream = 1 + rng.random_range(0..100);
-        let frame = match rng.random_range(0..12) {
-            0 => SessionFrame::Open { stream, target: "nowhere.test:1".parse().expect("good") },
-            1 => SessionFrame::Data { stream, offset: number, fin: rng.random(), bytes: b"bytes" },
-            2 => {
-                let ranges = std::iter::once(number..number + 5).collect();
-                SessionFrame::Ack(Ack {
-                    latest: number,
-                    delay_us: number,
-                    first: number,
-                    end: number + 9,
-                    settled: number + 3,
-                    ranges,
-                })
-            }
-            3 => SessionFrame::Credit { stream, limit: number },
-            4 => SessionFrame::Reset { stream },
-            5 => SessionFrame::Surbs { generation: number, surbs: &surbs },
-            6 => SessionFrame::Close(CloseReason::Full),
-            7 => SessionFrame::Stock { generation: 0, count: number },
-            8 => {
-                out.push(rng.random());
-                continue;
-            }
-            9 => SessionFrame::Data { stream, offset: 0, fin: false, bytes: b"first bytes" },
-            _ => SessionFrame::Ping,
-        };
-        frame.encode(&mut out);
-    }
-    out.truncate(max_plaintext(PAYLOAD_BYTES));
-    out
 }

@@ -22,7 +22,9 @@ pub(crate) enum Fault {
     Corruption(f64),
     /// Wires carry so many packets a second, and what waits for them is bounded.
     Narrow(u32),
-    /// Nothing goes from the client's side to the provider: it runs out of SURBs.
+    /// Nothing of the clients gets through to the provider.
+    Blackout,
+    /// Clients get no SURBs made: the provider runs out of them, while their data goes on flowing.
     Famine,
     /// The connection of an endpoint to its gateway is cut; it dials again.
     Cut(usize),
@@ -42,20 +44,10 @@ pub(crate) enum Fault {
     ClientDown(usize),
     /// An endpoint's wall clock is off by so many seconds.
     WrongClock(usize, i64),
+    /// The provider answers this client with nonsense; at the end the client is started anew.
+    HostileProvider(usize),
     /// Somebody sends valid packets with nonsense inside to everybody.
     Hostile,
-}
-
-impl Fault {
-    /// Whether streams may end because of it.
-    pub(crate) fn kills_streams(&self) -> bool {
-        match self {
-            Fault::ProviderDown | Fault::ClientDown(_) => true,
-            // A START must not be older than the provider's own start, nor two minutes ahead.
-            Fault::WrongClock(_, seconds) => !(0..100).contains(seconds),
-            _ => false,
-        }
-    }
 }
 
 /// What a node that was down still has.
@@ -94,13 +86,13 @@ fn draw_one(rng: &mut StdRng, shape: &Shape) -> Planned {
     let client = rng.random_range(1..shape.endpoints);
     let share = *[0.01, 0.05, 0.2].get(rng.random_range(0..3)).expect("one of three");
     let memory = [Memory::All, Memory::Tags, Memory::Nothing][rng.random_range(0..3)];
-    let fault = match rng.random_range(0..22) {
+    let fault = match rng.random_range(0..24) {
         0..=3 => Fault::Loss(share),
         4 => Fault::Duplication(share),
         5 | 6 => Fault::Delay(share, Duration::from_millis(rng.random_range(1..3000))),
         7 => Fault::Corruption(share),
         8 | 9 => Fault::Narrow(rng.random_range(30..1000)),
-        10 => Fault::Famine,
+        10 => Fault::Blackout,
         11 | 12 => Fault::Cut(endpoint),
         13 => Fault::MixDown(rng.random_range(0..shape.mixes), memory),
         14 => Fault::GatewayDown(rng.random_range(0..shape.gateways), memory),
@@ -109,7 +101,9 @@ fn draw_one(rng: &mut StdRng, shape: &Shape) -> Planned {
         17 => Fault::ClientDown(client),
         18 => Fault::WrongClock(endpoint, rng.random_range(-200..200)),
         19 | 20 => Fault::NewKey(rng.random_range(0..shape.gateways + shape.mixes), rng.random()),
-        _ => Fault::Hostile,
+        21 => Fault::Hostile,
+        22 => Fault::Famine,
+        _ => Fault::HostileProvider(client),
     };
     let start = rng.random_range(0.0..30.0);
     let length = match fault {

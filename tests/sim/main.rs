@@ -5,9 +5,12 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod apps;
+mod bounds;
 mod codec;
+mod damage;
 mod endpoint;
 mod faults;
+mod hostile;
 mod model;
 mod network;
 mod runner;

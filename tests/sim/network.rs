@@ -1,7 +1,7 @@
 //! Mixes and gateways of the simulation: their real cores, and what their shells do around them.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use mixsocks_common::gateway::delivery::Delivery;
 use mixsocks_common::gateway::keepalive::{Due, Keepalive};
@@ -118,6 +118,8 @@ pub(crate) struct Inbox {
     pub(crate) keepalive: Keepalive,
     /// When the last frame is on the wire.
     pub(crate) free_at: Instant,
+    /// Whether the wire was full when it was asked for frames.
+    pub(crate) waits_for_wire: bool,
 }
 
 impl Gateway {
@@ -192,6 +194,7 @@ impl Gateway {
             received: 0,
             keepalive: Keepalive::new(now),
             free_at: now,
+            waits_for_wire: false,
         });
         inbox.connection = Some(connection);
         inbox.keepalive = Keepalive::new(now);
@@ -226,10 +229,10 @@ impl Inbox {
         }
     }
 
-    pub(crate) fn poll_timeout(&self) -> Instant {
-        let keepalive = self.connection.map(|_| self.keepalive.poll_timeout());
-        let hold = self.delivery.poll_timeout();
-        keepalive.into_iter().chain(hold).min().unwrap_or(self.free_at + Duration::from_secs(3600))
+    pub(crate) fn poll_timeout(&self) -> Option<Instant> {
+        let due = if self.waits_for_wire { self.free_at } else { self.keepalive.poll_timeout() };
+        let link = self.connection.map(|_| due);
+        link.into_iter().chain(self.delivery.poll_timeout()).min()
     }
 }
 

@@ -3,8 +3,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use mixsocks_common::session::SESSION_SILENCE;
+
 use crate::codec::{Codec, Plain, Real};
 use crate::faults::FAULTS_END;
+use crate::model::Stream;
 use crate::world::World;
 
 /// Seeds that a plain `cargo test` runs.
@@ -19,6 +22,10 @@ const SETTLED_AFTER: Duration = Duration::from_secs(30);
 const WATCHED_FOR: Duration = Duration::from_secs(20 * 60);
 /// Packets of a session that is closed: CLOSE three times at most, with what is sent for it.
 const PACKETS_OF_A_CLOSE: u64 = 12;
+/// Events of a link that is watched, at whose ends a PAD leaves every 20 s.
+const EVENTS_OF_A_LINK: u64 = 400;
+/// Events of a packet from end to end, with the timers and PADs that it leads to.
+const EVENTS_OF_A_PACKET: u64 = 60;
 /// What a provider sends at most to a client that does not hear it: two packets every 5 s for a quarter of
 /// an hour.
 const PACKETS_TO_NOBODY: u64 = 400;
@@ -39,10 +46,18 @@ fn play<C: Codec>(world: &mut World<C>) -> Result<(), String> {
     for stream in &world.streams {
         stream.check_complete()?;
     }
+    let told_by = world.elapsed() + SESSION_SILENCE + SETTLED_AFTER;
+    while !world.streams.iter().all(Stream::is_told) {
+        if !world.step(told_by)? {
+            let untold: Vec<_> = world.streams.iter().filter(|s| !s.is_told()).collect();
+            return Err(format!("an end does not learn that its stream is over: {untold:#?}"));
+        }
+    }
     // An idle network is silent.
     let settled = world.elapsed() + SETTLED_AFTER;
     while world.step(settled)? {}
     let before = world.packets_built;
+    let happened = world.happened;
     let (of_clients, of_provider) = world.sessions();
     let orphans = if world.may_have_orphans() { of_provider } else { 0 };
     let watched = settled + WATCHED_FOR;
@@ -50,6 +65,11 @@ fn play<C: Codec>(world: &mut World<C>) -> Result<(), String> {
     let talk = world.packets_built - before;
     if talk > of_clients * PACKETS_OF_A_CLOSE + orphans * PACKETS_TO_NOBODY {
         return Err(format!("an idle network sends {talk} packets for {of_clients} sessions"));
+    }
+    let happened = world.happened - happened;
+    let may_happen = world.endpoints.len() as u64 * EVENTS_OF_A_LINK + talk * EVENTS_OF_A_PACKET;
+    if happened > may_happen {
+        return Err(format!("an idle network is not idle: {happened} events, {talk} packets"));
     }
     let left = world.sessions();
     if left != (0, 0) {

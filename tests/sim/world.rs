@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use mixsocks_common::keys::IdentityKey;
+use mixsocks_common::session::SessionId;
 use mixsocks_common::topology::{
     LAYERS, NetworkName, Node, Parameters, Role, Topology, UnixTime, random_route,
 };
@@ -14,14 +15,15 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use crate::codec::{Codec, NodeKey, codec};
+use crate::damage::{Start, Weather};
 use crate::endpoint::{Endpoint, Role as EndpointRole};
 use crate::faults::{self, Fault, Planned, Shape};
 use crate::model::{End, Stream};
-use crate::network::{Frame, Gateway, Mix};
+use crate::network::{Frame, Gateway, Inbox, Mix};
 
 pub(crate) const PAYLOAD_BYTES: usize = 2048;
 /// One way between two machines.
-const WIRE: Duration = Duration::from_millis(2);
+pub(crate) const WIRE: Duration = Duration::from_millis(2);
 /// From one packet to the next on every wire, unless it is narrowed.
 const SPACING: Duration = Duration::from_micros(150);
 /// Packets that wait for a wire; a further one is dropped, or waits at its sender.
@@ -29,7 +31,7 @@ const WIRE_QUEUE: u32 = 64;
 /// From a cut to the next try.
 const RECONNECT: Duration = Duration::from_millis(300);
 /// Milliseconds since 1970 when a simulation begins.
-const WALL_START_MS: u64 = 1_700_000_000_000;
+pub(crate) const WALL_START_MS: u64 = 1_700_000_000_000;
 /// Events at one moment, beyond which something spins.
 const MAX_EVENTS_AT_ONCE: u32 = 100_000;
 /// Lines of the trace that are kept.
@@ -100,18 +102,6 @@ impl Ord for Timed {
     }
 }
 
-/// What the faults of the moment do to wires.
-#[derive(Default)]
-struct Weather {
-    loss: f64,
-    duplication: f64,
-    delay: (f64, Duration),
-    corruption: f64,
-    spacing: Option<Duration>,
-    famine: bool,
-    hostile: bool,
-}
-
 /// A simulated network.
 pub(crate) struct World<C: Codec> {
     pub(crate) now: Instant,
@@ -122,18 +112,25 @@ pub(crate) struct World<C: Codec> {
     events: BinaryHeap<Reverse<Timed>>,
     serial: u64,
     timers: BTreeMap<NodeRef, Instant>,
-    mixes: Vec<Mix>,
-    gateways: Vec<Gateway>,
+    pub(crate) mixes: Vec<Mix>,
+    pub(crate) gateways: Vec<Gateway>,
     pub(crate) endpoints: Vec<Endpoint<C>>,
     nodes: BTreeMap<[u8; 32], NodeRef>,
     wires: BTreeMap<(NodeRef, NodeRef), Instant>,
     pub(crate) streams: Vec<Stream>,
-    faults: Vec<Planned>,
-    weather: Weather,
-    max_held_packets: usize,
-    seen: VecDeque<(NodeRef, Packet)>,
+    pub(crate) faults: Vec<Planned>,
+    pub(crate) weather: Weather,
+    pub(crate) max_held_packets: usize,
+    pub(crate) seen: VecDeque<(NodeRef, Packet)>,
     trace: VecDeque<String>,
     pub(crate) packets_built: u64,
+    /// Of all sessions that clients began.
+    pub(crate) starts: BTreeMap<SessionId, Start>,
+    /// When the provider last forgot everything, and the latest of its starts by its own clock.
+    pub(crate) provider_restarted: Option<Instant>,
+    pub(crate) provider_started_ms: u64,
+    /// Events so far.
+    pub(crate) happened: u64,
     at_once: u32,
 }
 
@@ -217,6 +214,10 @@ impl<C: Codec> World<C> {
             seen: VecDeque::new(),
             trace: VecDeque::new(),
             packets_built: 0,
+            starts: BTreeMap::new(),
+            provider_restarted: None,
+            provider_started_ms: WALL_START_MS,
+            happened: 0,
             at_once: 0,
         };
         for number in 0..world.endpoints.len() {
@@ -263,6 +264,7 @@ impl<C: Codec> World<C> {
             return Err(format!("something spins at {:?}", self.elapsed()));
         }
         self.now = self.now.max(at);
+        self.happened += 1;
         self.handle(event)?;
         self.check_bounds()?;
         Ok(true)
@@ -294,7 +296,7 @@ impl<C: Codec> World<C> {
         let due = match node {
             NodeRef::Mix(n) => self.mixes[n].poll_timeout(),
             NodeRef::Gateway(n) => {
-                self.gateways[n].clients.values().map(|inbox| inbox.poll_timeout()).min()
+                self.gateways[n].clients.values().filter_map(Inbox::poll_timeout).min()
             }
             NodeRef::Endpoint(n) => self.endpoints[n].poll_timeout(self.now),
         };
@@ -345,7 +347,7 @@ impl<C: Codec> World<C> {
     // --- Wires.
 
     /// Sends a packet from a node to the next one, through the weather.
-    fn send(&mut self, from: NodeRef, to: &[u8; 32], packet: Packet) {
+    pub(crate) fn send(&mut self, from: NodeRef, to: &[u8; 32], packet: Packet) {
         let Some(&to) = self.nodes.get(to) else { return };
         let enters = matches!((from, to), (NodeRef::Gateway(_), NodeRef::Mix(_)));
         if enters && self.weather.loss > 0.0 && self.rng.random_bool(self.weather.loss) {
@@ -409,7 +411,12 @@ impl<C: Codec> World<C> {
         let spacing = self.weather.spacing.unwrap_or(SPACING);
         let mut sent = Vec::new();
         if let Some(inbox) = self.gateways[gateway].clients.get_mut(&address) {
-            while let Some(frame) = inbox.poll_frame(self.now) {
+            loop {
+                inbox.waits_for_wire = inbox.free_at > self.now + spacing * WIRE_QUEUE;
+                if inbox.waits_for_wire {
+                    break;
+                }
+                let Some(frame) = inbox.poll_frame(self.now) else { break };
                 inbox.free_at = inbox.free_at.max(self.now) + spacing;
                 sent.push((inbox.free_at + WIRE, inbox.connection.unwrap_or(0), frame));
             }
@@ -462,8 +469,8 @@ impl<C: Codec> World<C> {
         inbox.keepalive.heard(self.now);
         if let Some((next_hop, packet)) = frame.packet {
             inbox.received += 1;
-            let starved = self.weather.famine && endpoint != 0;
-            if !starved && self.gateways[gateway].next_hops.resolve(&next_hop).is_ok() {
+            let is_cut_off = self.weather.blackout && endpoint != 0;
+            if !is_cut_off && self.gateways[gateway].next_hops.resolve(&next_hop).is_ok() {
                 self.send(NodeRef::Gateway(gateway), &next_hop, packet);
             }
         }
@@ -498,6 +505,7 @@ impl<C: Codec> World<C> {
         }
         self.serial += 1;
         let connection = self.serial;
+        let packet_bytes = self.topology.packet_bytes();
         let target = &mut self.endpoints[endpoint];
         let welcome = self.gateways[gateway].attach(
             &mut self.rng,
@@ -505,15 +513,15 @@ impl<C: Codec> World<C> {
             (endpoint, target.key.address),
             connection,
             target.resume(),
-            self.topology.packet_bytes(),
+            packet_bytes,
         );
-        target.welcome(self.now, connection, welcome)?;
+        target.welcome(self.now, connection, welcome, packet_bytes)?;
         self.note(format!("endpoint {endpoint} is connected"));
         self.flush_down(endpoint);
         self.settle(endpoint)
     }
 
-    fn cut(&mut self, endpoint: usize) {
+    pub(crate) fn cut(&mut self, endpoint: usize) {
         let gateway = self.endpoints[endpoint].gateway;
         let address = self.endpoints[endpoint].key.address;
         if let Some(inbox) = self.gateways[gateway].clients.get_mut(&address) {
@@ -525,176 +533,7 @@ impl<C: Codec> World<C> {
         self.note(format!("endpoint {endpoint} is cut off"));
     }
 
-    // --- Faults.
-
-    fn active(&self) -> impl Iterator<Item = &Fault> {
-        let elapsed = self.elapsed();
-        self.faults
-            .iter()
-            .filter(move |planned| planned.during.contains(&elapsed))
-            .map(|planned| &planned.fault)
-    }
-
-    /// Whether a fault that has begun may end streams.
-    pub(crate) fn may_kill(&self) -> bool {
-        let elapsed = self.elapsed();
-        self.faults
-            .iter()
-            .any(|planned| planned.fault.kills_streams() && planned.during.start <= elapsed)
-    }
-
-    fn change_fault(&mut self, number: usize, begins: bool) -> Result<(), String> {
-        let fault = self.faults[number].fault.clone();
-        self.note(format!("{} {fault:?}", if begins { "begins:" } else { "ends:" }));
-        match fault {
-            Fault::Cut(endpoint) if begins => self.cut(endpoint),
-            Fault::MixDown(mix, memory) => {
-                if begins {
-                    self.mixes[mix].is_down = true;
-                } else {
-                    self.mixes[mix].restart(&mut self.rng, &self.topology, memory);
-                    self.reschedule(NodeRef::Mix(mix));
-                }
-            }
-            Fault::NewKey(node, is_told) if begins => self.renew_key(node, is_told)?,
-            Fault::GatewayDown(gateway, memory) => {
-                for endpoint in 0..self.endpoints.len() {
-                    if self.endpoints[endpoint].gateway == gateway {
-                        self.cut(endpoint);
-                    }
-                }
-                self.gateways[gateway].restart(&mut self.rng, memory);
-                self.gateways[gateway].is_down = begins;
-            }
-            Fault::Suspended(endpoint) => {
-                if begins {
-                    self.cut(endpoint);
-                }
-                self.endpoints[endpoint].is_suspended = begins;
-                if !begins {
-                    self.at(self.now, Event::Dial(endpoint));
-                    self.reschedule(NodeRef::Endpoint(endpoint));
-                    self.wake_apps(endpoint);
-                }
-            }
-            Fault::ProviderDown | Fault::ClientDown(_) => {
-                let endpoint = if let Fault::ClientDown(client) = fault { client } else { 0 };
-                if begins {
-                    self.cut(endpoint);
-                    self.lose_endpoint(endpoint);
-                }
-                self.endpoints[endpoint].is_down = begins;
-            }
-            Fault::WrongClock(endpoint, seconds) => {
-                self.endpoints[endpoint].clock_error_s = if begins { seconds } else { 0 };
-            }
-            Fault::Hostile if begins => self.at(self.now, Event::Attack),
-            _ => {}
-        }
-        self.weather = self.current_weather();
-        Ok(())
-    }
-
-    fn current_weather(&self) -> Weather {
-        let mut weather = Weather::default();
-        for fault in self.active() {
-            match fault {
-                Fault::Loss(share) => weather.loss = weather.loss.max(*share),
-                Fault::Duplication(share) => weather.duplication = *share,
-                Fault::Delay(share, longest) => weather.delay = (*share, *longest),
-                Fault::Corruption(share) => weather.corruption = *share,
-                Fault::Narrow(rate) => weather.spacing = Some(Duration::from_secs(1) / *rate),
-                Fault::Famine => weather.famine = true,
-                Fault::Hostile => weather.hostile = true,
-                _ => {}
-            }
-        }
-        weather
-    }
-
-    /// An endpoint forgets everything.
-    fn lose_endpoint(&mut self, endpoint: usize) {
-        let wall_ms = self.wall_ms();
-        let (now, topology) = (self.now, &self.topology);
-        self.endpoints[endpoint].restart(now, wall_ms, topology);
-        for number in 0..self.streams.len() {
-            let stream = &mut self.streams[number];
-            // Whose OPEN has not arrived asks once more; all others have lost their stream.
-            let is_lost = if endpoint == 0 {
-                stream.opened.is_some() || stream.target_key.is_some()
-            } else {
-                stream.client == endpoint && stream.has_begun
-            };
-            if is_lost && !stream.is_over() {
-                stream.was_killed = true;
-                self.at(self.now, Event::App(number, End::Program));
-                self.at(self.now, Event::App(number, End::Target));
-            }
-        }
-    }
-
-    /// A node gets another key, and every client knows it; those that are told renew their SURBs.
-    fn renew_key(&mut self, node: usize, is_told: bool) -> Result<(), String> {
-        let gateways = self.gateways.len();
-        let key = match node.checked_sub(gateways) {
-            None => {
-                self.gateways[node].renew_key(&mut self.rng);
-                &self.gateways[node].key
-            }
-            Some(mix) => {
-                self.mixes[mix].renew_key(&mut self.rng);
-                &self.mixes[mix].key
-            }
-        };
-        self.codec.learn_key(key);
-        let mut nodes = self.topology.nodes().to_vec();
-        let node = nodes.iter_mut().find(|node| node.identity.as_bytes() == &key.address);
-        node.ok_or("a node that is not in the topology")?.sphinx_key = key.key.public_key().into();
-        self.topology = with_nodes(self.topology.parameters, nodes);
-        if is_told {
-            let now = self.now;
-            for number in 0..self.endpoints.len() {
-                if let EndpointRole::Client(core) = &mut self.endpoints[number].role {
-                    core.renew_surbs(now);
-                    self.settle(number)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Somebody replays what it saw, and sends nonsense in valid packets to provider and clients.
-    fn attack(&mut self) {
-        if !self.weather.hostile {
-            return;
-        }
-        if !self.seen.is_empty() {
-            let (to, packet) = self.seen[self.rng.random_range(0..self.seen.len())].clone();
-            self.at(self.now + WIRE, Event::Arrive(to, packet));
-        }
-        let recipient = self.endpoints[self.rng.random_range(0..self.endpoints.len())].address;
-        let wall_ms = self.wall_ms();
-        let contents = crate::endpoint::nonsense(&mut self.rng, wall_ms);
-        let identifier = if self.rng.random() { Identifier::default() } else { self.rng.random() };
-        let mean = self.topology.parameters.mean_delay;
-        if let Ok(route) = random_route(&self.topology, &recipient, mean, identifier, &mut self.rng)
-        {
-            let packet = self.codec.build(&mut self.rng, &route, &contents);
-            self.send(NodeRef::Gateway(0), &route.first_hop(), packet);
-        }
-        let pause = Duration::from_millis(self.rng.random_range(1..100));
-        self.at(self.now + pause, Event::Attack);
-    }
-
-    // --- Checks.
-
-    fn check_bounds(&self) -> Result<(), String> {
-        let max_held = self.max_held_packets;
-        if let Some(mix) = self.mixes.iter().find(|mix| mix.core.held() > max_held) {
-            return Err(format!("a mix holds {} packets", mix.core.held()));
-        }
-        self.endpoints.iter().try_for_each(Endpoint::check_bounds)
-    }
+    // --- For checks, and for whoever reads of a failure.
 
     pub(crate) fn note(&mut self, line: String) {
         if self.trace.len() >= TRACE_LINES {
@@ -727,7 +566,13 @@ impl<C: Codec> World<C> {
     /// SURBs lead to nowhere.
     pub(crate) fn may_have_orphans(&self) -> bool {
         self.faults.iter().any(|planned| {
-            matches!(planned.fault, Fault::ClientDown(_) | Fault::Hostile | Fault::NewKey(_, false))
+            matches!(
+                planned.fault,
+                Fault::ClientDown(_)
+                    | Fault::Hostile
+                    | Fault::HostileProvider(_)
+                    | Fault::NewKey(_, false)
+            )
         })
     }
 
@@ -773,7 +618,7 @@ fn topology(
     with_nodes(parameters, nodes)
 }
 
-fn with_nodes(parameters: Parameters, nodes: Vec<Node>) -> Topology {
+pub(crate) fn with_nodes(parameters: Parameters, nodes: Vec<Node>) -> Topology {
     let network = NetworkName::new("sim").expect("a good name");
     let validity = UnixTime(0)..UnixTime(u64::MAX);
     Topology::new(network, 1, validity, parameters, nodes, Vec::new()).expect("a good topology")

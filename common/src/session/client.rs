@@ -165,6 +165,11 @@ impl ClientSession {
         self.transport.streams.len()
     }
 
+    /// Bytes of memory that its streams take.
+    pub fn held_bytes(&self) -> usize {
+        self.transport.streams.held_bytes()
+    }
+
     /// When the provider was heard of last; before that, when the session began.
     pub fn last_heard(&self) -> Instant {
         self.last_heard

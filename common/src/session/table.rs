@@ -119,6 +119,11 @@ impl ProviderSessions {
         self.sessions.get_mut(&id)
     }
 
+    /// All sessions, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = &ProviderSession> {
+        self.sessions.values()
+    }
+
     /// How many sessions there are.
     pub fn len(&self) -> usize {
         self.sessions.len()
