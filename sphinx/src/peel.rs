@@ -10,11 +10,11 @@ use std::time::Duration;
 use sphinx_packet::header::routing::{FINAL_HOP, FORWARD_HOP};
 use sphinx_packet::header::shared_secret::ExpandedSharedSecret;
 use thiserror::Error;
-use zeroize::Zeroizing;
 
 use crate::key::is_low_order;
 use crate::payload_layers::Seed;
 use crate::secrets::{GROUP_ELEMENT_LEN, HopSecrets, MAC_LEN, ROUTING_LEN, STEP, STREAM_LEN, xor};
+use crate::wiped::Wiped;
 use crate::x25519::x25519;
 use crate::{
     Backend, HEADER_LEN, HopAddress, Identifier, Packet, Payload, REPLAY_TAG_LEN, SecretKey,
@@ -202,7 +202,8 @@ pub fn finish(opened: Vec<OpenedPacket>) -> Vec<Result<Peeled, PeelError>> {
 /// Reads what the hop is told. A packet to forward comes with the MAC and the routing information
 /// for the next hop, but still with this hop's group element and payload.
 fn read_routing(mut packet: Packet, secrets: &HopSecrets) -> Result<Peeled, PeelError> {
-    let mut routing = Zeroizing::new(secrets.stream());
+    let mut routing = Wiped::zero();
+    secrets.write_stream(&mut routing);
     let (_, encrypted) = mac_and_routing(packet.header());
     xor(&mut routing[..], encrypted);
 
