@@ -15,7 +15,7 @@ use crate::key::is_low_order;
 use crate::payload_layers::Seed;
 use crate::secrets::{GROUP_ELEMENT_LEN, HopSecrets, MAC_LEN, ROUTING_LEN, STEP, STREAM_LEN, xor};
 use crate::wiped::Wiped;
-use crate::x25519::x25519;
+use crate::x25519::{is_zero, x25519};
 use crate::{
     Backend, HEADER_LEN, HopAddress, Identifier, Packet, Payload, REPLAY_TAG_LEN, SecretKey,
     VERSION, payload_layers, reference,
@@ -89,7 +89,6 @@ impl fmt::Debug for OpenedPacket {
 }
 
 /// What a hop is to do with a packet.
-#[derive(Debug)]
 pub enum Peeled {
     /// Pass it on.
     Forward {
@@ -109,6 +108,17 @@ pub enum Peeled {
         /// The payload.
         payload: Payload,
     },
+}
+
+/// Shows which of them it is: where packets go, and when, belongs into no log.
+impl fmt::Debug for Peeled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = match self {
+            Self::Forward { .. } => "Forward",
+            Self::Final { .. } => "Final",
+        };
+        f.debug_struct(name).finish_non_exhaustive()
+    }
 }
 
 /// Why a packet cannot be peeled. All of it is the fault of whoever sent it.
@@ -141,12 +151,22 @@ pub fn open_headers(key: &SecretKey, packets: Vec<Packet>) -> Vec<Result<OpenedP
     let secret = key.secret().as_bytes();
     let operations: Vec<_> =
         packets.iter().map(|packet| (secret, packet.group_element())).collect();
-    let secrets = HopSecrets::derive(&x25519(&operations));
-    packets.into_iter().zip(secrets).map(|(packet, secrets)| check(packet, secrets)).collect()
+    let shared = x25519(&operations);
+    let secrets = HopSecrets::derive(&shared);
+    packets
+        .into_iter()
+        .zip(shared.iter())
+        .zip(secrets)
+        .map(|((packet, shared), secrets)| check(packet, shared, secrets))
+        .collect()
 }
 
-fn check(packet: Packet, secrets: HopSecrets) -> Result<OpenedPacket, PeelError> {
-    if is_low_order(packet.group_element()) {
+fn check(
+    packet: Packet,
+    shared: &[u8; 32],
+    secrets: HopSecrets,
+) -> Result<OpenedPacket, PeelError> {
+    if is_zero(shared) {
         return Err(PeelError::LowOrderPoint);
     }
     let (mac, routing) = mac_and_routing(packet.header());
