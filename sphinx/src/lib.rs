@@ -71,6 +71,7 @@ mod peel;
 mod reference;
 mod route;
 mod secrets;
+mod self_check;
 mod surb;
 mod wide_block;
 mod wiped;
