@@ -23,6 +23,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
+use mixsocks_sphinx::Backend;
 
 use crate::cli::{Cli, Command};
 
@@ -52,7 +53,12 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
-    mixsocks_sphinx::Backend::from_environment().context("MIXSOCKS_SPHINX_BACKEND")?;
+    for backend in Backend::faulty() {
+        tracing::warn!(
+            "{backend} code computes wrongly on this machine and is not used: packets take longer"
+        );
+    }
+    Backend::from_environment().context(Backend::VARIABLE)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let quiet = cli.verbosity.quiet;
     let result = runtime.block_on(async move {
