@@ -186,9 +186,11 @@ impl Bench {
                 break;
             }
             arrived.clear();
-            under_way -= timeout(PATIENCE, self.arrivals.recv_many(&mut arrived, WINDOW))
+            let received = timeout(PATIENCE, self.arrivals.recv_many(&mut arrived, WINDOW))
                 .await
                 .with_context(|| format!("{under_way} packets do not arrive"))?;
+            ensure!(received > 0, "the link from the mix has ended");
+            under_way -= received;
         }
         let seconds = started.elapsed().as_secs_f64();
         let cpu_seconds = mix.cpu_seconds().zip(cpu_before).map(|(after, before)| after - before);
