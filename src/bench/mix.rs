@@ -33,7 +33,7 @@ use tokio::time::timeout;
 use super::child;
 use crate::cli::BenchMixArgs;
 use crate::signals::Signals;
-use crate::topology_file;
+use crate::{logging, topology_file};
 
 const PAYLOAD_BYTES: usize = 2048;
 /// How often each mix has its turn.
@@ -117,6 +117,8 @@ struct Turn {
 
 /// The mixes, and both ends of the links to them.
 struct Bench {
+    /// The first field, so that nothing is said about parts that go one after the other.
+    _intact: logging::Intact,
     mixes: Vec<MixProcess>,
     entry: LinkPool,
     _sink: LinkListener,
@@ -160,6 +162,7 @@ impl Bench {
         let (sender, arrivals) = mpsc::channel(WINDOW);
         let sink_hop = hop(sink_identity.identity(), sink_key.public_key().into());
         Ok(Self {
+            _intact: logging::Intact::new(),
             mixes,
             _sink: LinkListener::start(context(sink_identity), listener, sender)?,
             entry: LinkPool::start(context(entry_key))?,

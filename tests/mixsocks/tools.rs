@@ -132,6 +132,7 @@ fn bench_mix_compares_a_mix_with_the_reference() {
     let ended = run(mixsocks().args(["bench", "mix", "--packets", "100", "--json"]));
     assert!(ended.status.success(), "{ended:?}");
     let report: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!(ended.stderr, "");
     assert_eq!(report["reference"]["backend"], "reference");
     assert_ne!(report["ours"]["backend"], "reference");
     let number = |pointer: &str| report.pointer(pointer).and_then(serde_json::Value::as_f64);
