@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -21,6 +22,9 @@ pub(crate) const MAX_DELAY: Duration = Duration::from_secs(10);
 
 /// A longer measurement tells nothing more.
 const MAX_BENCH_SECONDS: u64 = 600;
+
+/// Packets of a measurement: the most take up 240 MB.
+const BENCH_PACKETS: RangeInclusive<usize> = 100..=100_000;
 
 /// A local SOCKS5 proxy whose traffic goes through a mixnet.
 #[derive(Debug, Parser)]
@@ -335,6 +339,25 @@ pub(crate) struct BenchArgs {
 pub(crate) enum BenchCommand {
     /// Measure what Sphinx packets cost, beside the crate sphinx-packet.
     Sphinx(BenchSphinxArgs),
+    /// Measure packets through a mix and its links, beside a mix with the crate sphinx-packet.
+    Mix(BenchMixArgs),
+    /// The process of a mix that `bench mix` starts.
+    #[command(hide = true)]
+    MixProcess,
+}
+
+/// Options of `mixsocks bench mix`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchMixArgs {
+    /// Packets of each measurement; there are three of each mix.
+    #[arg(
+        long, value_name = "N", default_value_t = 10_000,
+        value_parser = parse_bench_packets
+    )]
+    pub(crate) packets: usize,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Options of `mixsocks bench sphinx`.
@@ -428,6 +451,12 @@ fn parse_socket_address(text: &str) -> Result<SocketAddr, String> {
     })
 }
 
+fn parse_bench_packets(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|packets| BENCH_PACKETS.contains(packets)).ok_or_else(|| {
+        format!("expected a number from {} to {}", BENCH_PACKETS.start(), BENCH_PACKETS.end())
+    })
+}
+
 fn parse_mean_delay(text: &str) -> Result<Duration, String> {
     let delay = humantime::parse_duration(text)
         .map_err(|_| "expected a number and a unit, such as 15ms or 0.1s".to_owned())?;
@@ -463,6 +492,14 @@ mod tests {
             panic!("no subcommand");
         };
         assert_eq!((args.seconds, args.json), (8, true));
+        let Some(BenchCommand::Mix(args)) = parse(&["mix", "--packets", "100"]).unwrap().command
+        else {
+            panic!("no subcommand");
+        };
+        assert_eq!((args.packets, args.json), (100, false));
+        for wrong in ["0", "99", "100001", "many"] {
+            assert!(parse(&["mix", "--packets", wrong]).is_err(), "{wrong}");
+        }
         for wrong in [&["--json", "sphinx"][..], &["sphinx", "--seconds", "0"], &["sphinks"]] {
             assert!(parse(wrong).is_err(), "{wrong:?}");
         }

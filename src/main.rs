@@ -24,6 +24,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
+use mixsocks_sphinx::Backend;
 
 use crate::cli::{Cli, CliError, ClientCommand, Command, ConfigCommand};
 
@@ -61,7 +62,12 @@ fn is_bare(words: &[String]) -> bool {
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
-    mixsocks_sphinx::Backend::from_environment().context("MIXSOCKS_SPHINX_BACKEND")?;
+    for backend in Backend::faulty() {
+        tracing::warn!(
+            "{backend} code computes wrongly on this machine and is not used: packets take longer"
+        );
+    }
+    Backend::from_environment().context(Backend::VARIABLE)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let quiet = cli.verbosity.quiet;
     let result = runtime.block_on(async move {

@@ -117,7 +117,7 @@ pub(crate) fn latest(dir: &DataDir, authority: Identity) -> Result<Option<Topolo
     })
 }
 
-fn only(authority: Identity) -> Result<Authorities> {
+pub(crate) fn only(authority: Identity) -> Result<Authorities> {
     Ok(Authorities::new([authority], 1)?)
 }
 

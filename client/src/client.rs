@@ -13,7 +13,9 @@ use mixsocks_common::session::frame::CloseReason;
 use mixsocks_common::session::{OpenOutcome, SessionId, StreamEvent};
 use mixsocks_common::target::Target;
 use mixsocks_common::topology::{NoRoute, Topology};
-use mixsocks_sphinx::{Identifier, Payload, ReplyRecovery, SecretKey, recover_replies};
+use mixsocks_sphinx::{
+    Identifier, PacketHeader, Payload, ReplyRecovery, SecretKey, recover_replies,
+};
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
@@ -22,7 +24,9 @@ use crate::core::{ClientCore, ClientEvent};
 use crate::drops::DropReason;
 use crate::endpoint::{Arrivals, Endpoint, EndpointConfig, Reserved, worker_count};
 use crate::gateway::{GatewayLinkError, LinkState};
+use crate::headers::HeaderPool;
 use crate::stream::{MixStream, OpenError, StreamHost, StreamKey, Waiting};
+use crate::surbs::Awaited;
 
 /// A provider that says nothing at all for so long is taken for dead.
 const SILENCE_LIMIT: Duration = Duration::from_secs(10);
@@ -98,12 +102,13 @@ struct Shared {
     state: Mutex<State>,
     /// A packet may have to be sent.
     wake_senders: Notify,
-    /// SURBs may have to be made.
+    /// SURBs or headers may have to be made.
     wake_makers: Notify,
 }
 
 struct State {
     core: ClientCore<ReplyRecovery>,
+    headers: HeaderPool,
     waiting: Waiting,
     opening: HashMap<StreamKey, oneshot::Sender<Result<(), Attempt>>>,
     closed: bool,
@@ -141,6 +146,7 @@ impl Client {
         let (endpoint, receiver) = Endpoint::connect(config).await?;
         let state = State {
             core: ClientCore::new(endpoint.max_contents_bytes(), endpoint.mean_delay()),
+            headers: HeaderPool::default(),
             waiting: Waiting::default(),
             opening: HashMap::new(),
             closed: false,
@@ -157,7 +163,7 @@ impl Client {
         tasks.spawn(endpoint.receive(receiver, shared.clone()));
         for _ in 0..worker_count() {
             tasks.spawn(shared.clone().send_packets());
-            tasks.spawn(shared.clone().make_surbs());
+            tasks.spawn(shared.clone().make_ahead());
         }
         let tasks = Tasks { shared: shared.clone(), tasks: Mutex::new(tasks) };
         Ok(Self { shared, tasks: Arc::new(tasks) })
@@ -380,24 +386,33 @@ impl Shared {
                 Reserved::TimedOut => continue,
                 Reserved::Ended => return self.end_all(),
             };
-            let Ok(route) = self.endpoint.route_to(&self.provider) else { return };
-            let (sent, demand) = {
-                let mut state = self.lock();
-                let sent =
-                    state.core.next_packet(Instant::now(), route.total_delay(), &mut contents);
-                state.settle();
-                (sent, state.core.surb_demand() > 0)
-            };
-            if demand {
-                self.wake_makers.notify_one();
-            }
-            if sent {
+            let Ok(header) = self.pull_packet(&mut contents) else { return };
+            if let Some(header) = header {
                 // There may be more; while this task builds, another one looks.
                 self.wake_senders.notify_one();
-                permit.send(self.endpoint.build(route, &contents));
+                permit.send(self.endpoint.build(header, &contents));
                 tokio::task::yield_now().await;
             }
         }
+    }
+
+    /// Writes the contents of the next packet to `contents`, and returns its header. `None` when
+    /// there is nothing to send, or when there was no header: one has been made then.
+    fn pull_packet(&self, contents: &mut Vec<u8>) -> Result<Option<PacketHeader>, NoRoute> {
+        let now = Instant::now();
+        let mut state = self.lock();
+        let Some(delay) = state.headers.next_delay(now) else {
+            drop(state);
+            self.make_headers(1)?;
+            return Ok(None);
+        };
+        let has_packet = state.core.next_packet(now, delay, contents);
+        let header = if has_packet { state.headers.take(now) } else { None };
+        state.settle();
+        if has_packet || state.core.surb_demand() > 0 {
+            self.wake_makers.notify_one();
+        }
+        Ok(header.map(|ready| ready.header))
     }
 
     /// Waits until a session wants to send; handles what is due meanwhile.
@@ -429,37 +444,71 @@ impl Shared {
         }
     }
 
-    /// Makes SURBs whenever sessions want some: one of several equal tasks.
-    async fn make_surbs(self: Arc<Self>) {
+    /// Makes SURBs and headers whenever some are wanted: one of several equal tasks.
+    async fn make_ahead(self: Arc<Self>) {
         loop {
-            let claimed = self.lock().core.claim_surbs(Instant::now(), SURBS_PER_TURN);
-            if claimed == 0 {
+            let Ok(headers) = self.make_headers(0) else { return };
+            let surbs = self.make_surbs();
+            if headers + surbs == 0 {
                 self.wake_makers.notified().await;
-                continue;
+            } else {
+                tokio::task::yield_now().await;
             }
+        }
+    }
+
+    /// Makes as many SURBs as sessions want, but not many at a time; returns how many.
+    fn make_surbs(&self) -> usize {
+        let claimed = self.lock().core.claim_surbs(Instant::now(), SURBS_PER_TURN);
+        if claimed > 0 {
             self.wake_makers.notify_one();
             let made = self.endpoint.make_surbs(claimed);
             self.lock().core.deliver_surbs(claimed, made);
             self.wake_senders.notify_one();
-            tokio::task::yield_now().await;
         }
+        claimed
+    }
+
+    /// Makes `least` headers, or more if they run short; returns how many.
+    fn make_headers(&self, least: usize) -> Result<usize, NoRoute> {
+        let claimed = self.lock().headers.claim(Instant::now(), least);
+        if claimed > 0 {
+            let made = self.endpoint.make_headers(&self.provider, claimed)?;
+            self.lock().headers.deliver(claimed, made);
+        }
+        Ok(claimed)
     }
 }
 
 impl Arrivals for Shared {
-    fn arrived(&self, identifier: Identifier, payload: Payload) {
-        let Some(awaited) = self.lock().core.take_awaited(&identifier) else {
-            return self.endpoint.drops().add(DropReason::NotAwaited);
-        };
-        let Some(Ok(contents)) = recover_replies(vec![(awaited.recovery, payload)]).pop() else {
-            return self.endpoint.drops().add(DropReason::Changed);
-        };
+    fn arrived(&self, arrived: Vec<(Identifier, Payload)>) {
+        let drops = self.endpoint.drops();
+        let mut whose = Vec::with_capacity(arrived.len());
+        let mut replies = Vec::with_capacity(arrived.len());
+        {
+            let mut state = self.lock();
+            for (identifier, payload) in arrived {
+                match state.core.take_awaited(&identifier) {
+                    Some(Awaited { recovery, session, delay }) => {
+                        whose.push((session, delay));
+                        replies.push((recovery, payload));
+                    }
+                    None => drops.add(DropReason::NotAwaited),
+                }
+            }
+        }
+        let replies = recover_replies(replies);
         let mut state = self.lock();
         let now = Instant::now();
-        if let Err(error) = state.core.handle_reply(now, awaited.session, awaited.delay, &contents)
-        {
-            self.endpoint.drops().add(DropReason::Refused);
-            tracing::trace!("a reply was not taken: {error}");
+        for ((session, delay), contents) in whose.into_iter().zip(replies) {
+            let Ok(contents) = contents else {
+                drops.add(DropReason::Changed);
+                continue;
+            };
+            if let Err(error) = state.core.handle_reply(now, session, delay, &contents) {
+                drops.add(DropReason::Refused);
+                tracing::trace!("a reply was not taken: {error}");
+            }
         }
         state.settle();
         drop(state);

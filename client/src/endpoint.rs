@@ -12,8 +12,9 @@ use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::replay::{Admission, RecentTags};
 use mixsocks_common::topology::{NoRoute, Topology, random_route};
 use mixsocks_sphinx::{
-    HopAddress, Identifier, OpenedPacket, Packet, Payload, Peeled, ReplyRecovery, Route, SecretKey,
-    build_packets, build_surbs, finish, max_plaintext, open_headers,
+    HopAddress, Identifier, OpenedPacket, Packet, PacketHeader, Payload, Peeled, ReplyRecovery,
+    Route, SecretKey, build_headers, build_surbs, fill_headers, finish, max_plaintext,
+    open_headers,
 };
 use rand::RngExt;
 use tokio::sync::mpsc;
@@ -24,6 +25,7 @@ use crate::drops::{DropReason, Drops};
 use crate::gateway::{
     self, GatewayLinkConfig, GatewayLinkError, GatewayReceiver, GatewaySender, GatewayState,
 };
+use crate::headers::ReadyHeader;
 use crate::surbs::ReadySurb;
 
 /// How long a recipient remembers the tags of packets, at least. Older replays do nothing: a reply is
@@ -71,8 +73,9 @@ pub enum Reserved<'a> {
 
 /// Takes what arrives for an endpoint.
 pub trait Arrivals: Send + Sync + 'static {
-    /// A packet's payload; `identifier` is that of the SURB for replies, else zero.
-    fn arrived(&self, identifier: Identifier, payload: Payload);
+    /// Payloads of packets that arrived together; the identifier is that of the SURB for replies,
+    /// else zero.
+    fn arrived(&self, arrived: Vec<(Identifier, Payload)>);
 }
 
 /// A connected endpoint.
@@ -182,39 +185,47 @@ impl Endpoint {
         }
     }
 
-    /// Draws a route for a packet to `recipient`.
-    ///
-    /// # Errors
-    /// When its gateway is not in the topology.
-    pub fn route_to(&self, recipient: &Address) -> Result<Route, NoRoute> {
-        random_route(
-            &self.topology,
-            recipient,
-            self.mean_delay,
-            Identifier::default(),
-            &mut rand::rng(),
-        )
+    /// Draws a route.
+    fn route(&self, recipient: &Address, identifier: Identifier) -> Result<Route, NoRoute> {
+        random_route(&self.topology, recipient, self.mean_delay, identifier, &mut rand::rng())
     }
 
-    /// Draws a route for a reply to this endpoint.
-    ///
-    /// # Errors
-    /// When its gateway is not in the topology.
-    pub fn route_home(&self, identifier: Identifier) -> Result<Route, NoRoute> {
-        random_route(&self.topology, &self.address, self.mean_delay, identifier, &mut rand::rng())
+    /// Another permit, if the link takes another packet at once.
+    pub fn try_reserve(&self) -> Option<mpsc::Permit<'_, (HopAddress, Packet)>> {
+        self.sender.try_reserve().ok()
     }
 
-    /// Builds a packet; takes about a quarter of a millisecond of CPU.
+    /// Makes `count` headers of packets to `recipient`, each for a route of its own; takes some 130 µs
+    /// of CPU for each when they are many, and 210 µs for a single one.
+    ///
+    /// # Errors
+    /// When the recipient's gateway is not in the topology.
+    pub fn make_headers(
+        &self,
+        recipient: &Address,
+        count: usize,
+    ) -> Result<Vec<ReadyHeader>, NoRoute> {
+        let made = Instant::now();
+        let mut rng = rand::rng();
+        let routes = std::iter::repeat_with(|| self.route(recipient, Identifier::default()))
+            .take(count)
+            .collect::<Result<Vec<_>, _>>()?;
+        let delays = routes.iter().map(Route::total_delay);
+        let headers = build_headers(&mut rng, &routes).into_iter().zip(delays);
+        Ok(headers.map(|(header, delay)| ReadyHeader { header, delay, made }).collect())
+    }
+
+    /// Makes the packet of a header; takes some 45 µs of CPU.
     ///
     /// # Panics
     /// When `contents` are longer than [`Endpoint::max_contents_bytes`]: a local mistake.
-    pub fn build(&self, route: Route, contents: &[u8]) -> (HopAddress, Packet) {
-        let first_hop = route.first_hop();
+    pub fn build(&self, header: PacketHeader, contents: &[u8]) -> (HopAddress, Packet) {
+        let first_hop = header.first_hop();
         let payload_bytes = self.topology.parameters.payload_bytes;
-        let packet = build_packets(&mut rand::rng(), payload_bytes, &[(route, contents)])
+        let packet = fill_headers(payload_bytes, vec![(header, contents)])
             .pop()
             .expect("one request gives one result")
-            .expect("contents fit and routes are whole");
+            .expect("contents fit");
         (first_hop, packet)
     }
 
@@ -227,7 +238,7 @@ impl Endpoint {
             // Zero means "not a reply".
             .filter(|identifier| *identifier != Identifier::default())
             .take(count)
-            .map_while(|identifier| self.route_home(identifier).ok())
+            .map_while(|identifier| self.route(&self.address, identifier).ok())
             .collect();
         build_surbs(&mut rand::rng(), &routes)
             .into_iter()
@@ -261,14 +272,18 @@ impl Endpoint {
             if received == 0 {
                 return;
             }
+            let mut arrived = Vec::with_capacity(received);
             for peeled in finish(self.admit(open_headers(&self.key, std::mem::take(&mut batch)))) {
                 match peeled {
                     Ok(Peeled::Final { identifier, payload, .. }) => {
-                        arrivals.arrived(identifier, payload)
+                        arrived.push((identifier, payload));
                     }
                     Ok(Peeled::Forward { .. }) => self.drops.add(DropReason::NotForUs),
                     Err(_) => self.drops.add(DropReason::Unreadable),
                 }
+            }
+            if !arrived.is_empty() {
+                arrivals.arrived(arrived);
             }
             tokio::task::yield_now().await;
         }

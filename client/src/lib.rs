@@ -10,6 +10,7 @@ pub mod core;
 pub mod drops;
 mod endpoint;
 pub mod gateway;
+mod headers;
 #[cfg(feature = "socks")]
 pub mod socks;
 pub mod stream;
@@ -17,5 +18,6 @@ mod surbs;
 
 pub use client::{Client, ClientConfig, ClientError};
 pub use endpoint::{Arrivals, Endpoint, EndpointConfig, Reserved, worker_count};
+pub use headers::ReadyHeader;
 pub use stream::{MixStream, OpenError};
 pub use surbs::{Awaited, MAX_AWAITED_REPLIES, MAX_READY_SURBS, ReadySurb};

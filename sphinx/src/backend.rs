@@ -1,4 +1,7 @@
 //! Which code does the work: chosen when the program starts, by what the CPU can do.
+//!
+//! Vector code is used only after it has given the right results on this machine: see
+//! [`Backend::faulty`].
 
 use std::cell::Cell;
 use std::fmt;
@@ -7,8 +10,7 @@ use std::sync::OnceLock;
 
 use thiserror::Error;
 
-/// The environment variable that forces a backend.
-const VARIABLE: &str = "MIXSOCKS_SPHINX_BACKEND";
+use crate::self_check;
 
 /// Code for packets; all of it gives the same results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +35,7 @@ pub enum BackendError {
         /// What was asked for.
         name: String,
     },
-    /// The CPU lacks the instructions.
+    /// The CPU lacks the instructions, or computes wrongly with them.
     #[error("this machine cannot run the backend {backend}; it has {}", names())]
     Unavailable {
         /// What was asked for.
@@ -42,11 +44,26 @@ pub enum BackendError {
 }
 
 impl Backend {
+    /// The environment variable that forces a backend.
+    pub const VARIABLE: &str = "MIXSOCKS_SPHINX_BACKEND";
+
     const ALL: [Self; 4] = [Self::Reference, Self::Portable, Self::Avx2, Self::Avx512];
 
-    /// The backends that this machine has, the fastest one last.
+    /// The backends that this machine has and that compute rightly on it, the fastest one last.
     pub fn available() -> impl Iterator<Item = Self> {
-        Self::ALL.into_iter().filter(|backend| backend.is_available())
+        Self::passing(Self::is_right)
+    }
+
+    /// The backends of this CPU that pass a check.
+    fn passing(check: impl Fn(Self) -> bool) -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(move |backend| backend.has_instructions() && check(*backend))
+    }
+
+    /// Backends whose instructions the CPU has, but whose results are wrong: a fault of the CPU, of a
+    /// virtual machine or of the compiler. They count as not available; programs should warn of
+    /// them. Each backend is checked once, which takes some milliseconds.
+    pub fn faulty() -> impl Iterator<Item = Self> {
+        Self::passing(|backend| !backend.is_right())
     }
 
     /// The backend that `MIXSOCKS_SPHINX_BACKEND` names (`reference`, `portable`, `avx2` or
@@ -56,7 +73,7 @@ impl Backend {
     ///
     /// When there is no such backend, or not on this machine.
     pub fn from_environment() -> Result<Self, BackendError> {
-        match std::env::var_os(VARIABLE) {
+        match std::env::var_os(Self::VARIABLE) {
             Some(name) => name.to_string_lossy().parse(),
             None => Ok(Self::available().last().expect("two backends are everywhere")),
         }
@@ -74,7 +91,8 @@ impl Backend {
         static CHOSEN: OnceLock<Backend> = OnceLock::new();
         SCOPE.get().unwrap_or_else(|| {
             *CHOSEN.get_or_init(|| {
-                Self::from_environment().unwrap_or_else(|error| panic!("{VARIABLE}: {error}"))
+                Self::from_environment()
+                    .unwrap_or_else(|error| panic!("{}: {error}", Self::VARIABLE))
             })
         })
     }
@@ -85,6 +103,14 @@ impl Backend {
     ///
     /// [`BackendError::Unavailable`] when the machine lacks it; then `work` is not run.
     pub fn scope<T>(self, work: impl FnOnce() -> T) -> Result<T, BackendError> {
+        if !self.is_available() {
+            return Err(BackendError::Unavailable { backend: self });
+        }
+        Ok(self.run(work))
+    }
+
+    /// As [`Backend::scope`], for a backend whose instructions the CPU has.
+    pub(crate) fn run<T>(self, work: impl FnOnce() -> T) -> T {
         struct Restore(Option<Backend>);
         impl Drop for Restore {
             fn drop(&mut self) {
@@ -92,18 +118,30 @@ impl Backend {
             }
         }
 
-        if !self.is_available() {
-            return Err(BackendError::Unavailable { backend: self });
-        }
         let _restore = Restore(SCOPE.replace(Some(self)));
-        Ok(work())
+        work()
     }
 
     fn is_available(self) -> bool {
+        self.has_instructions() && self.is_right()
+    }
+
+    fn has_instructions(self) -> bool {
         match self {
             Self::Reference | Self::Portable => true,
             Self::Avx2 => crate::x25519::has_avx2(),
             Self::Avx512 => crate::x25519::has_avx512(),
+        }
+    }
+
+    /// Whether it has passed its self-check; its instructions must be there.
+    fn is_right(self) -> bool {
+        static AVX2: OnceLock<bool> = OnceLock::new();
+        static AVX512: OnceLock<bool> = OnceLock::new();
+        match self {
+            Self::Reference | Self::Portable => true,
+            Self::Avx2 => *AVX2.get_or_init(|| self_check::passes(self)),
+            Self::Avx512 => *AVX512.get_or_init(|| self_check::passes(self)),
         }
     }
 }
@@ -179,6 +217,15 @@ mod tests {
         let panicked = std::panic::catch_unwind(|| Backend::Reference.scope(|| panic!("work")));
         assert!(panicked.is_err());
         assert_eq!(Backend::current(), before);
+    }
+
+    /// A machine all of whose vector code is wrong.
+    #[test]
+    fn what_fails_its_check_is_not_chosen() {
+        let portable = Backend::passing(|backend| backend == Backend::Portable).last();
+        assert_eq!(portable, Some(Backend::Portable));
+        let is_vector = |backend| matches!(backend, Backend::Avx2 | Backend::Avx512);
+        assert_eq!(Backend::passing(|backend| !is_vector(backend)).last(), portable);
     }
 
     #[test]

@@ -14,8 +14,8 @@ use x25519_dalek::{PublicKey, StaticSecret};
 
 use crate::{
     Hop, MAX_HOPS, Packet, Payload, Peeled, ReplyRecovery, Route, SecretKey, Surb, VERSION,
-    build_packets, build_surbs, finish, max_plaintext, open_headers, payload_layers,
-    recover_replies, use_surbs, x25519,
+    build_headers, build_packets, build_surbs, fill_headers, finish, max_plaintext, open_headers,
+    payload_layers, recover_replies, use_surbs, x25519,
 };
 
 /// The operations that are compared. Routes have [`MAX_HOPS`] hops, plaintexts fill the payload.
@@ -27,6 +27,8 @@ pub enum Operation {
     Peel,
     /// Building a packet.
     Build,
+    /// Making a packet of a header that was built before, beside building a packet.
+    Fill,
     /// Building a SURB.
     BuildSurb,
     /// Making a reply packet of a SURB.
@@ -48,10 +50,11 @@ pub struct Cost {
 
 impl Operation {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::X25519,
         Self::Peel,
         Self::Build,
+        Self::Fill,
         Self::BuildSurb,
         Self::UseSurb,
         Self::Recover,
@@ -72,6 +75,7 @@ impl Operation {
             Self::X25519 => fixture.x25519(time),
             Self::Peel => fixture.peel(time),
             Self::Build => fixture.build(time),
+            Self::Fill => fixture.fill(time),
             Self::BuildSurb => fixture.build_surb(time),
             Self::UseSurb => fixture.use_surb(time),
             Self::Recover => fixture.recover(time),
@@ -132,19 +136,41 @@ impl Fixture {
 
     fn build(&self, time: Duration) -> Cost {
         let mut rng = rng();
-        let secret = StaticSecret::from([5; 32]);
-        let builder = SphinxPacketBuilder::new()
-            .with_version(VERSION)
-            .with_payload_size(self.payload_len)
-            .with_initial_secret(&secret);
-        let (route, delays) = (self.route.nodes(), self.route.delays());
         self.alternate(
             time,
             || vec![(self.route.clone(), &self.plaintext[..]); self.batch],
             |requests| build_packets(&mut rng, self.payload_len, &requests),
-            || (),
-            |()| builder.build_packet(&self.plaintext, route, self.route.destination(), delays),
+            || StaticSecret::from([5; 32]),
+            |secret| self.build_reference(&secret),
         )
+    }
+
+    fn fill(&self, time: Duration) -> Cost {
+        let routes = vec![self.route.clone(); self.batch];
+        self.alternate(
+            time,
+            || {
+                let headers = build_headers(&mut rng(), &routes).into_iter();
+                headers.map(|header| (header, &self.plaintext[..])).collect()
+            },
+            |requests| fill_headers(self.payload_len, requests),
+            || StaticSecret::from([5; 32]),
+            |secret| self.build_reference(&secret),
+        )
+    }
+
+    fn build_reference(&self, secret: &StaticSecret) -> SphinxPacket {
+        SphinxPacketBuilder::new()
+            .with_version(VERSION)
+            .with_payload_size(self.payload_len)
+            .with_initial_secret(secret)
+            .build_packet(
+                &self.plaintext,
+                self.route.nodes(),
+                self.route.destination(),
+                self.route.delays(),
+            )
+            .expect("a route has its length, and the plaintext fits")
     }
 
     fn build_surb(&self, time: Duration) -> Cost {

@@ -26,16 +26,21 @@ use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 use crate::payload_layers::Seed;
 use crate::secrets::{GROUP_ELEMENT_LEN, HopSecrets, MAC_LEN, ROUTING_LEN, STEP, STREAM_LEN, xor};
+use crate::wiped::Wiped;
 use crate::x25519::{self, x25519};
 use crate::{Backend, HEADER_LEN, Route, VERSION, reference};
 
 const PADDING_INFO: &[u8] = b"mixsocks sphinx padding v1";
 
-/// A header, and the seed of each hop's payload key in the order of the route.
+/// A header, and the seed of each hop's payload key in the order of the route. Wiped when dropped;
+/// moving it leaves no copy behind.
 pub(crate) struct Header {
-    pub(crate) bytes: Box<[u8; HEADER_LEN]>,
+    pub(crate) bytes: Box<Wiped<HEADER_LEN>>,
     pub(crate) seeds: Zeroizing<Vec<Seed>>,
 }
+
+/// The parts inside wipe themselves.
+impl ZeroizeOnDrop for Header {}
 
 /// Builds the header of each route. Takes 32 bytes of `rng` for each, which decide all of it.
 pub(crate) fn build_headers<R: CryptoRng + ?Sized>(rng: &mut R, routes: &[&Route]) -> Vec<Header> {
@@ -117,7 +122,10 @@ impl ZeroizeOnDrop for Product {}
 
 /// Wraps what each hop is told into the layers of the hops before.
 fn wrap(secret: &[u8; 32], route: &Route, hops: &[HopSecrets]) -> Header {
-    let streams: Zeroizing<Vec<_>> = Zeroizing::new(hops.iter().map(HopSecrets::stream).collect());
+    let mut streams = Zeroizing::new(vec![[0; STREAM_LEN]; hops.len()]);
+    for (stream, secrets) in streams.iter_mut().zip(hops) {
+        secrets.write_stream(stream);
+    }
     let mut routing = last_routing(secret, route, &streams);
     let (last, forwarding) = hops.split_last().expect("a route has a hop");
     let mut mac = last.mac(&routing);
@@ -129,12 +137,15 @@ fn wrap(secret: &[u8; 32], route: &Route, hops: &[HopSecrets]) -> Header {
         mac = secrets.mac(&routing);
     }
 
-    let mut bytes = Box::new([0; HEADER_LEN]);
+    let mut bytes = Box::new(Wiped::<HEADER_LEN>::zero());
     bytes[..GROUP_ELEMENT_LEN].copy_from_slice(&x25519::public_key(secret));
     bytes[GROUP_ELEMENT_LEN..][..MAC_LEN].copy_from_slice(&mac);
     bytes[GROUP_ELEMENT_LEN + MAC_LEN..].copy_from_slice(&routing);
-    let seeds = hops.iter().map(|secrets| *secrets.payload_seed()).collect();
-    Header { bytes, seeds: Zeroizing::new(seeds) }
+    let mut seeds = Zeroizing::new(vec![Seed::default(); hops.len()]);
+    for (seed, secrets) in seeds.iter_mut().zip(hops) {
+        seed.copy_from_slice(secrets.payload_seed());
+    }
+    Header { bytes, seeds }
 }
 
 /// What the last hop finds: flag, version, destination, identifier, padding, all encrypted; and

@@ -54,8 +54,8 @@
 //!
 //! # Secrets
 //!
-//! [`SecretKey`], [`Surb`], [`ReplyRecovery`] and [`OpenedPacket`] wipe themselves when dropped and
-//! show nothing in their `Debug` output; so do scalars, ladders over points, and keys of payloads.
+//! [`SecretKey`], [`PacketHeader`], [`Surb`], [`ReplyRecovery`] and [`OpenedPacket`] wipe themselves
+//! when dropped and show nothing in their `Debug` output; so do scalars, ladders over points, and keys of payloads.
 //! What vector registers and spilled parts of them held, and what other crates keep on their stack
 //! while they work, is out of reach and not wiped.
 
@@ -71,13 +71,14 @@ mod peel;
 mod reference;
 mod route;
 mod secrets;
+mod self_check;
 mod surb;
 mod wide_block;
 mod wiped;
 mod x25519;
 
 pub use backend::{Backend, BackendError};
-pub use build::{BuildError, build_packets};
+pub use build::{BuildError, PacketHeader, build_headers, build_packets, fill_headers};
 pub use key::{KeyError, PublicKey, SecretKey};
 pub use packet::{Packet, PacketError, Payload, PayloadError, max_plaintext, open_payloads};
 pub use peel::{OpenedPacket, PeelError, Peeled, ReplayTag, finish, open_headers};

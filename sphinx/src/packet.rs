@@ -3,10 +3,10 @@
 use std::fmt;
 
 use thiserror::Error;
-use zeroize::Zeroizing;
 
-use crate::payload_layers::{self, Seed};
+use crate::payload_layers::{self, SEED_LEN, Seed};
 use crate::secrets::GROUP_ELEMENT_LEN;
+use crate::wiped::Wiped;
 use crate::{HEADER_LEN, MIN_PAYLOAD_LEN, PAYLOAD_OVERHEAD};
 
 /// Zero bytes at the start of a payload that arrived unchanged.
@@ -138,8 +138,8 @@ impl fmt::Debug for Packet {
 pub struct Payload {
     /// The header, which means nothing any more, is left before it: that saves moving the payload.
     packet: Packet,
-    /// Of the layer that is still on it.
-    seed: Zeroizing<Seed>,
+    /// Of the layer that is still on it; moving the payload leaves no copy of it behind.
+    seed: Box<Wiped<SEED_LEN>>,
 }
 
 /// Why a payload holds no plaintext: somebody changed it on the way, or it is a reply, which only
@@ -157,7 +157,9 @@ pub enum PayloadError {
 #[expect(clippy::len_without_is_empty, reason = "no payload is empty")]
 impl Payload {
     pub(crate) fn new(packet: Packet, seed: &Seed) -> Self {
-        Self { packet, seed: Zeroizing::new(*seed) }
+        let mut own = Box::new(Wiped::zero());
+        own.copy_from_slice(seed);
+        Self { packet, seed: own }
     }
 
     /// The length in bytes: that of all payloads of the network.
@@ -179,13 +181,13 @@ impl Payload {
     /// The payload without the last hop's layer, as the crate below hands it out.
     pub(crate) fn remove_layer(self) -> Vec<u8> {
         let Self { mut packet, seed } = self;
-        payload_layers::remove([(&*seed, packet.payload_mut())]);
+        payload_layers::remove([(&**seed, packet.payload_mut())]);
         packet.0.split_off(HEADER_LEN)
     }
 
     /// The same again: for measurements only, as a payload is read once.
     pub(crate) fn copy(&self) -> Self {
-        Self { packet: self.packet.clone(), seed: self.seed.clone() }
+        Self::new(self.packet.clone(), &self.seed)
     }
 
     /// The packet without a thought for the layer that is still on its payload.
@@ -201,7 +203,7 @@ impl Payload {
 /// Per payload: see [`PayloadError`].
 pub fn open_payloads(mut payloads: Vec<Payload>) -> Vec<Result<Vec<u8>, PayloadError>> {
     payload_layers::remove(
-        payloads.iter_mut().map(|Payload { packet, seed }| (&**seed, packet.payload_mut())),
+        payloads.iter_mut().map(|Payload { packet, seed }| (&***seed, packet.payload_mut())),
     );
     payloads.into_iter().map(|payload| payload.packet.into_plaintext()).collect()
 }

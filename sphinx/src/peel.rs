@@ -10,12 +10,12 @@ use std::time::Duration;
 use sphinx_packet::header::routing::{FINAL_HOP, FORWARD_HOP};
 use sphinx_packet::header::shared_secret::ExpandedSharedSecret;
 use thiserror::Error;
-use zeroize::Zeroizing;
 
 use crate::key::is_low_order;
 use crate::payload_layers::Seed;
 use crate::secrets::{GROUP_ELEMENT_LEN, HopSecrets, MAC_LEN, ROUTING_LEN, STEP, STREAM_LEN, xor};
-use crate::x25519::x25519;
+use crate::wiped::Wiped;
+use crate::x25519::{is_zero, x25519};
 use crate::{
     Backend, HEADER_LEN, HopAddress, Identifier, Packet, Payload, REPLAY_TAG_LEN, SecretKey,
     VERSION, payload_layers, reference,
@@ -89,7 +89,6 @@ impl fmt::Debug for OpenedPacket {
 }
 
 /// What a hop is to do with a packet.
-#[derive(Debug)]
 pub enum Peeled {
     /// Pass it on.
     Forward {
@@ -109,6 +108,17 @@ pub enum Peeled {
         /// The payload.
         payload: Payload,
     },
+}
+
+/// Shows which of them it is: where packets go, and when, belongs into no log.
+impl fmt::Debug for Peeled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = match self {
+            Self::Forward { .. } => "Forward",
+            Self::Final { .. } => "Final",
+        };
+        f.debug_struct(name).finish_non_exhaustive()
+    }
 }
 
 /// Why a packet cannot be peeled. All of it is the fault of whoever sent it.
@@ -141,12 +151,22 @@ pub fn open_headers(key: &SecretKey, packets: Vec<Packet>) -> Vec<Result<OpenedP
     let secret = key.secret().as_bytes();
     let operations: Vec<_> =
         packets.iter().map(|packet| (secret, packet.group_element())).collect();
-    let secrets = HopSecrets::derive(&x25519(&operations));
-    packets.into_iter().zip(secrets).map(|(packet, secrets)| check(packet, secrets)).collect()
+    let shared = x25519(&operations);
+    let secrets = HopSecrets::derive(&shared);
+    packets
+        .into_iter()
+        .zip(shared.iter())
+        .zip(secrets)
+        .map(|((packet, shared), secrets)| check(packet, shared, secrets))
+        .collect()
 }
 
-fn check(packet: Packet, secrets: HopSecrets) -> Result<OpenedPacket, PeelError> {
-    if is_low_order(packet.group_element()) {
+fn check(
+    packet: Packet,
+    shared: &[u8; 32],
+    secrets: HopSecrets,
+) -> Result<OpenedPacket, PeelError> {
+    if is_zero(shared) {
         return Err(PeelError::LowOrderPoint);
     }
     let (mac, routing) = mac_and_routing(packet.header());
@@ -202,7 +222,8 @@ pub fn finish(opened: Vec<OpenedPacket>) -> Vec<Result<Peeled, PeelError>> {
 /// Reads what the hop is told. A packet to forward comes with the MAC and the routing information
 /// for the next hop, but still with this hop's group element and payload.
 fn read_routing(mut packet: Packet, secrets: &HopSecrets) -> Result<Peeled, PeelError> {
-    let mut routing = Zeroizing::new(secrets.stream());
+    let mut routing = Wiped::zero();
+    secrets.write_stream(&mut routing);
     let (_, encrypted) = mac_and_routing(packet.header());
     xor(&mut routing[..], encrypted);
 

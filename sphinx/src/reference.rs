@@ -10,6 +10,7 @@ use zeroize::Zeroizing;
 
 use crate::header::Header;
 use crate::payload_layers::Seed;
+use crate::wiped::Wiped;
 use crate::{
     HEADER_LEN, IDENTIFIER_LEN, MIN_PAYLOAD_LEN, Packet, Payload, PeelError, Peeled, Route,
     SecretKey, VERSION,
@@ -38,7 +39,7 @@ fn header_of_surb(secret: &[u8; 32], route: &Route) -> Header {
     let kept = Zeroizing::new(recovery.to_bytes());
     let bytes = surb.first_chunk::<HEADER_LEN>().expect("a SURB starts with a header");
     let (seeds, _) = kept[IDENTIFIER_LEN..].as_chunks::<{ size_of::<Seed>() }>();
-    Header { bytes: Box::new(*bytes), seeds: Zeroizing::new(seeds.to_vec()) }
+    header(bytes, seeds.iter())
 }
 
 /// Otherwise in a packet, and the seeds have to be derived once more.
@@ -53,8 +54,18 @@ fn header_of_packet(secret: &[u8; 32], route: &Route) -> Header {
         .to_bytes();
     let bytes = packet.first_chunk::<HEADER_LEN>().expect("a packet starts with a header");
     let chain = KeyMaterial::derive(route.nodes(), &secret);
-    let seeds = chain.expanded_shared_secrets.iter().map(|secret| *secret.payload_key_seed());
-    Header { bytes: Box::new(*bytes), seeds: Zeroizing::new(seeds.collect()) }
+    let seeds = chain.expanded_shared_secrets.iter().map(|secret| secret.payload_key_seed());
+    header(bytes, seeds)
+}
+
+fn header<'a>(bytes: &[u8; HEADER_LEN], seeds: impl ExactSizeIterator<Item = &'a Seed>) -> Header {
+    let mut header = Header {
+        bytes: Box::new(Wiped::zero()),
+        seeds: Zeroizing::new(Vec::with_capacity(seeds.len())),
+    };
+    header.bytes.copy_from_slice(bytes);
+    header.seeds.extend(seeds);
+    header
 }
 
 /// Computes the shared secret and checks the MAC.

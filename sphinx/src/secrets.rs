@@ -56,12 +56,11 @@ impl HopSecrets {
         boxed.collect()
     }
 
-    /// What routing information is encrypted with.
-    pub(crate) fn stream(&self) -> [u8; STREAM_LEN] {
-        let mut stream = [0; STREAM_LEN];
+    /// Fills `stream` with what routing information is encrypted with.
+    pub(crate) fn write_stream(&self, stream: &mut [u8; STREAM_LEN]) {
         let key: &[u8; STREAM_CIPHER_KEY_SIZE] = self.part(0);
-        Ctr64BE::<Aes128>::new(&(*key).into(), &[0; 16].into()).apply_keystream(&mut stream);
-        stream
+        stream.fill(0);
+        Ctr64BE::<Aes128>::new(key.into(), &[0; 16].into()).apply_keystream(stream);
     }
 
     pub(crate) fn mac(&self, routing: &[u8; ROUTING_LEN]) -> [u8; MAC_LEN] {

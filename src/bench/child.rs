@@ -1,4 +1,4 @@
-//! The network that is measured: `mixsocks up` in a process of its own.
+//! Processes that are measured: this program once more; and `mixsocks up` in one of its own.
 
 use std::net::SocketAddr;
 use std::process::Stdio;
@@ -33,21 +33,14 @@ impl Network {
     /// Starts the network and waits until its proxy listens.
     pub(super) async fn start(traffic: TrafficArgs) -> Result<Self> {
         let data_dir = tempfile::tempdir().context("cannot make a temporary directory")?;
-        let program = std::env::current_exe().context("cannot find this program's own file")?;
-        let mut command = Command::new(program);
-        // Variables that are meant for the user's own network must not change the measured one.
-        for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("MIXSOCKS_") {
-                command.env_remove(name);
-            }
-        }
-        command.args(["--quiet", "up", "--socks", "127.0.0.1:0", "--allow-private"]);
+        let mut command = command()?;
+        command.args(["up", "--socks", "127.0.0.1:0", "--allow-private"]);
         command.arg("--data-dir").arg(data_dir.path());
         command.arg("--profile").arg(traffic.timing.profile.to_string());
         if let Some(mean_delay) = traffic.mean_delay {
             command.arg("--mean-delay").arg(humantime::format_duration(mean_delay).to_string());
         }
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = command.spawn().context("cannot start the network")?;
         let stdout = child.stdout.take().context("the network has no output")?;
         let mut stdout = BufReader::new(stdout);
@@ -69,17 +62,36 @@ impl Network {
 
     /// CPU time that it has used; `None` where the system does not tell.
     pub(super) fn cpu_seconds(&self) -> Option<f64> {
-        parse_cpu_seconds(&self.proc_file("stat")?)
+        cpu_seconds(&self.child)
     }
 
     /// Its memory; `None` where the system does not tell.
     pub(super) fn memory(&self) -> Option<Memory> {
-        parse_memory(&self.proc_file("status")?)
+        parse_memory(&proc_file(&self.child, "status")?)
     }
+}
 
-    fn proc_file(&self, name: &str) -> Option<String> {
-        std::fs::read_to_string(format!("/proc/{}/{name}", self.child.id()?)).ok()
+/// This very program, quiet, for a process that is killed when it is dropped.
+pub(super) fn command() -> Result<Command> {
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    let mut command = Command::new(program);
+    // Variables that are meant for the user's own network must not change the measured one.
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("MIXSOCKS_") {
+            command.env_remove(name);
+        }
     }
+    command.arg("--quiet").kill_on_drop(true);
+    Ok(command)
+}
+
+/// CPU time that a child has used; `None` where the system does not tell.
+pub(super) fn cpu_seconds(child: &Child) -> Option<f64> {
+    parse_cpu_seconds(&proc_file(child, "stat")?)
+}
+
+fn proc_file(child: &Child, name: &str) -> Option<String> {
+    std::fs::read_to_string(format!("/proc/{}/{name}", child.id()?)).ok()
 }
 
 async fn read_proxy(stdout: &mut BufReader<ChildStdout>) -> Result<SocketAddr> {

@@ -3,9 +3,10 @@
 //! The network is a child process, so that its CPU time and memory are its own and not those of
 //! the measuring side. Every byte that arrives is compared with what was sent.
 //!
-//! `mixsocks bench sphinx` measures packets alone.
+//! `mixsocks bench sphinx` measures packets alone, `mixsocks bench mix` a mix with its links.
 
 mod child;
+mod mix;
 mod origin;
 mod report;
 mod sphinx;
@@ -39,8 +40,11 @@ const AT_REST: f64 = 0.05;
 
 /// Measures and prints.
 pub(crate) async fn run(args: BenchArgs) -> Result<()> {
-    if let Some(BenchCommand::Sphinx(args)) = args.command {
-        return sphinx::run(&args);
+    match args.command {
+        Some(BenchCommand::Sphinx(args)) => return sphinx::run(&args),
+        Some(BenchCommand::Mix(args)) => return mix::run(&args).await,
+        Some(BenchCommand::MixProcess) => return mix::run_process().await,
+        None => {}
     }
     let mut signals = Signals::new()?;
     let report = tokio::select! {
@@ -99,6 +103,13 @@ async fn measure(args: &BenchArgs) -> Result<Report> {
         resident_mib: memory.map(|memory| memory.resident_mib),
         peak_resident_mib: memory.map(|memory| memory.peak_resident_mib),
     })
+}
+
+/// The CPU as the system calls it, or else only its architecture.
+fn cpu_name() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    name.map_or(std::env::consts::ARCH, |(_, name)| name).to_owned()
 }
 
 /// Shown on a terminal only.

@@ -9,10 +9,11 @@ use serde::Serialize;
 
 use crate::cli::BenchSphinxArgs;
 
-const OPERATIONS: [(&str, Operation); 6] = [
+const OPERATIONS: [(&str, Operation); 7] = [
     ("x25519", Operation::X25519),
     ("peel", Operation::Peel),
     ("build", Operation::Build),
+    ("fill", Operation::Fill),
     ("surb", Operation::BuildSurb),
     ("use", Operation::UseSurb),
     ("recover", Operation::Recover),
@@ -59,7 +60,7 @@ impl Report {
                 }
             }
         }
-        Self { cpu: cpu_name(), backend: Backend::current().to_string(), rows }
+        Self { cpu: super::cpu_name(), backend: Backend::current().to_string(), rows }
     }
 }
 
@@ -69,13 +70,6 @@ impl Row {
             [cost.ours, cost.reference].map(|time| time.as_secs_f64() * 1e6);
         Self { name, payload, batch, ours_us, reference_us, ratio: reference_us / ours_us }
     }
-}
-
-/// As the system calls it, or else only its architecture.
-fn cpu_name() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    name.map_or(std::env::consts::ARCH, |(_, name)| name).to_owned()
 }
 
 impl fmt::Display for Report {

@@ -111,7 +111,7 @@ fn bench_sphinx_compares_packets_with_the_reference() {
         .map(|row| (row["name"].as_str().unwrap(), number(row, "payload"), number(row, "batch")))
         .collect();
     let mut expected = Vec::new();
-    for name in ["x25519", "peel", "build", "surb", "use", "recover"] {
+    for name in ["x25519", "peel", "build", "fill", "surb", "use", "recover"] {
         for payload in [2048, 16384] {
             expected.extend([1, 8].map(|batch| (name, payload, batch)));
         }
@@ -125,6 +125,22 @@ fn bench_sphinx_prints_a_table() {
     assert!(ended.status.success(), "{ended:?}");
     let row = ended.stdout.lines().find(|line| line.starts_with("peel")).unwrap();
     assert!(row.contains(" 2048 ") && row.contains(" µs") && row.ends_with('×'), "{row}");
+}
+
+#[test]
+fn bench_mix_compares_a_mix_with_the_reference() {
+    let ended = run(mixsocks().args(["bench", "mix", "--packets", "100", "--json"]));
+    assert!(ended.status.success(), "{ended:?}");
+    let report: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!(ended.stderr, "");
+    assert_eq!(report["reference"]["backend"], "reference");
+    assert_ne!(report["ours"]["backend"], "reference");
+    let number = |pointer: &str| report.pointer(pointer).and_then(serde_json::Value::as_f64);
+    let rates = ["/ours", "/reference"].map(|mix| number(&format!("{mix}/packets_per_second")));
+    let [Some(ours), Some(reference)] = rates else { panic!("{report}") };
+    assert!(ours > 0.0 && reference > 0.0, "{report}");
+    let ratio = number("/ratio_per_second").unwrap();
+    assert!((ratio * reference / ours - 1.0).abs() < 1e-6, "{report}");
 }
 
 /// `cargo test` builds the examples beside the program.

@@ -23,34 +23,31 @@ pub(crate) fn derive<const LEN: usize>(
     const {
         assert!(LEN <= 255 * DIGEST_LEN);
     }
-    let mut keys = Vec::with_capacity(secrets.len());
-    for secrets in secrets.chunks(4) {
+    let mut keys: Vec<_> = std::iter::repeat_with(Wiped::zero).take(secrets.len()).collect();
+    for (secrets, keys) in secrets.chunks(4).zip(keys.chunks_mut(4)) {
         match *secrets {
-            [one] => keys.extend(derive_in_step(salt, [one], info)),
-            [one, two] => keys.extend(derive_in_step(salt, [one, two], info)),
-            [one, two, three] => {
-                keys.extend(
-                    derive_in_step(salt, [one, two, three, three], info).into_iter().take(3),
-                );
-            }
-            [one, two, three, four] => {
-                keys.extend(derive_in_step(salt, [one, two, three, four], info));
-            }
+            [one] => derive_in_step(salt, [one], info, keys),
+            [one, two] => derive_in_step(salt, [one, two], info, keys),
+            [one, two, three] => derive_in_step(salt, [one, two, three, three], info, keys),
+            [one, two, three, four] => derive_in_step(salt, [one, two, three, four], info, keys),
             _ => {}
         }
     }
     keys
 }
 
+/// Writes the first keys of `N` to `keys`.
 fn derive_in_step<const N: usize, const LEN: usize>(
     salt: &[u8],
     secrets: [&[u8]; N],
     info: &[u8],
-) -> [Wiped<LEN>; N] {
+    keys: &mut [Wiped<LEN>],
+) {
     let Hmac { inner: [inner], outer: [outer] } = &Hmac::new([salt]);
     let extract = Hmac { inner: [*inner; N], outer: [*outer; N] };
-    let extracted = extract.tags(secrets);
-    let expand = Hmac::new(extracted.each_ref().map(|tag| &tag[..]));
+    let mut tags = [(); N].map(|()| Wiped::zero());
+    extract.tags(secrets, &mut tags);
+    let expand = Hmac::new(tags.each_ref().map(|tag| &tag[..]));
 
     // The tag before (but for the first), the info, a counter.
     let mut messages = [(); N].map(|()| Wiped::<{ DIGEST_LEN + MAX_INFO_LEN + 1 }>::zero());
@@ -58,18 +55,18 @@ fn derive_in_step<const N: usize, const LEN: usize>(
     for message in &mut messages {
         message[DIGEST_LEN..counter_at].copy_from_slice(info);
     }
-    let mut keys = [(); N].map(|()| Wiped::zero());
     for at in (0..LEN).step_by(DIGEST_LEN) {
         messages.iter_mut().for_each(|message| message[counter_at] += 1);
         let start = if at == 0 { DIGEST_LEN } else { 0 };
-        let tags = expand.tags(messages.each_ref().map(|message| &message[start..=counter_at]));
-        for ((key, message), tag) in keys.iter_mut().zip(&mut messages).zip(&tags) {
+        expand.tags(messages.each_ref().map(|message| &message[start..=counter_at]), &mut tags);
+        for (key, tag) in keys.iter_mut().zip(&tags) {
             let part = &mut key[at..LEN.min(at + DIGEST_LEN)];
             part.copy_from_slice(&tag[..part.len()]);
+        }
+        for (message, tag) in messages.iter_mut().zip(&tags) {
             message[..DIGEST_LEN].copy_from_slice(&tag[..]);
         }
     }
-    keys
 }
 
 /// HMAC-SHA256 (RFC 2104) under `N` keys, which are taken into the states already.
@@ -81,23 +78,23 @@ struct Hmac<const N: usize> {
 impl<const N: usize> Hmac<N> {
     /// Keys have at most 64 bytes.
     fn new(keys: [&[u8]; N]) -> Self {
-        let padded = |mask: u8| {
-            let mut states = [sha256::INITIAL; N];
+        let mut hmac = Self { inner: [sha256::INITIAL; N], outer: [sha256::INITIAL; N] };
+        for (mask, states) in [(0x36, &mut hmac.inner), (0x5c, &mut hmac.outer)] {
             let mut blocks = [(); N].map(|()| Wiped::<BLOCK_LEN>::zero());
             for (block, key) in blocks.iter_mut().zip(keys) {
                 block.fill(mask);
                 block.iter_mut().zip(key).for_each(|(byte, key)| *byte ^= key);
             }
-            sha256::compress(&mut states, blocks.each_ref().map(|block| &**block));
-            states
-        };
-        Self { inner: padded(0x36), outer: padded(0x5c) }
+            sha256::compress(states, blocks.each_ref().map(|block| &**block));
+        }
+        hmac
     }
 
-    /// The tags of messages of one length.
-    fn tags(&self, messages: [&[u8]; N]) -> [Wiped<DIGEST_LEN>; N] {
-        let digests = finish(self.inner, messages);
-        finish(self.outer, digests.each_ref().map(|digest| &digest[..]))
+    /// Writes the tags of messages of one length.
+    fn tags(&self, messages: [&[u8]; N], tags: &mut [Wiped<DIGEST_LEN>; N]) {
+        let mut digests = [(); N].map(|()| Wiped::zero());
+        finish(&self.inner, messages, &mut digests);
+        finish(&self.outer, digests.each_ref().map(|digest| &digest[..]), tags);
     }
 }
 
@@ -110,7 +107,12 @@ impl<const N: usize> Drop for Hmac<N> {
 }
 
 /// Hashes the rest of messages of one length, the first block of which is in the states.
-fn finish<const N: usize>(mut states: [State; N], messages: [&[u8]; N]) -> [Wiped<DIGEST_LEN>; N] {
+fn finish<const N: usize>(
+    start: &[State; N],
+    messages: [&[u8]; N],
+    digests: &mut [Wiped<DIGEST_LEN>; N],
+) {
+    let mut states = *start;
     let len = messages[0].len();
     let whole = len / BLOCK_LEN;
     for block in 0..whole {
@@ -134,14 +136,12 @@ fn finish<const N: usize>(mut states: [State; N], messages: [&[u8]; N]) -> [Wipe
     for block in 0..=last {
         sha256::compress(&mut states, ends.each_ref().map(|end| &end.as_chunks().0[block]));
     }
-    let mut digests = [(); N].map(|()| Wiped::<DIGEST_LEN>::zero());
     for (digest, state) in digests.iter_mut().zip(&states) {
         for (bytes, word) in digest.as_chunks_mut().0.iter_mut().zip(state) {
             *bytes = word.to_be_bytes();
         }
     }
     states.as_flattened_mut().zeroize();
-    digests
 }
 
 #[cfg(test)]

@@ -11,7 +11,10 @@ use crate::wide_block::{self, Key, WIDTH};
 use crate::{Backend, MIN_PAYLOAD_LEN};
 
 /// What the key of a layer is made from; the hop derives it from its shared secret.
-pub(crate) type Seed = [u8; PAYLOAD_KEY_SEED_SIZE];
+pub(crate) type Seed = [u8; SEED_LEN];
+
+/// Length of a seed in bytes.
+pub(crate) const SEED_LEN: usize = PAYLOAD_KEY_SEED_SIZE;
 
 const _: () = assert!(MIN_PAYLOAD_LEN == wide_block::MIN_BLOCK_LEN);
 

@@ -1,7 +1,55 @@
 //! What numbers look like: bytes outside, limbs inside.
 
-/// The bits of a little-endian number of 255 bits from `offset` on, at most 56 of them.
-pub(super) fn limb(number: &[u8; 32], offset: usize, bits: usize) -> u64 {
+use super::lanes::Lanes;
+
+/// Where a limb lies in a number: offset and length in bits.
+pub(super) type Place = (usize, usize);
+
+/// Limbs of the same number, which fits the lowest of them, in all lanes.
+#[inline(always)]
+pub(super) fn small<L: Lanes<N>, const N: usize, const LIMBS: usize>(number: u64) -> [L; LIMBS] {
+    let mut limbs = [L::splat(0); LIMBS];
+    limbs[0] = L::splat(number);
+    limbs
+}
+
+/// Limbs of little-endian numbers; what lies beyond the last limb is ignored.
+#[inline(always)]
+pub(super) fn decode<L: Lanes<N>, const N: usize, const LIMBS: usize>(
+    numbers: &[[u8; 32]; N],
+    places: &[Place; LIMBS],
+) -> [L; LIMBS] {
+    let mut limbs = [L::splat(0); LIMBS];
+    for (limb, place) in limbs.iter_mut().zip(places) {
+        let mut lanes = [0; N];
+        for (lane, number) in lanes.iter_mut().zip(numbers) {
+            *lane = cut(number, *place);
+        }
+        *limb = L::from_array(lanes);
+    }
+    limbs
+}
+
+/// The little-endian numbers modulo p = 2^255 − 19. They must be less than 2^256.
+#[inline(always)]
+pub(super) fn encode<L: Lanes<N>, const N: usize, const LIMBS: usize>(
+    limbs: &[L; LIMBS],
+    places: &[Place; LIMBS],
+) -> [[u8; 32]; N] {
+    let mut columns = [[0; N]; LIMBS];
+    for (column, limb) in columns.iter_mut().zip(limbs) {
+        *column = limb.to_array();
+    }
+    let mut numbers = [[0; 32]; N];
+    for (lane, number) in numbers.iter_mut().enumerate() {
+        *number =
+            join(places.iter().zip(&columns).map(|((offset, _), column)| (*offset, column[lane])));
+    }
+    numbers
+}
+
+/// The bits of a little-endian number at a place of at most 56 bits.
+fn cut(number: &[u8; 32], (offset, bits): Place) -> u64 {
     let mut word = [0; 8];
     let rest = &number[offset / 8..];
     let len = rest.len().min(8);
@@ -12,7 +60,7 @@ pub(super) fn limb(number: &[u8; 32], offset: usize, bits: usize) -> u64 {
 /// The bytes of the sum of limbs, each at its offset in bits, modulo p = 2^255 − 19.
 ///
 /// The sum must be less than 2^256.
-pub(super) fn join(limbs: impl IntoIterator<Item = (usize, u64)>) -> [u8; 32] {
+fn join(limbs: impl IntoIterator<Item = (usize, u64)>) -> [u8; 32] {
     let mut words = [0; 4];
     for (offset, limb) in limbs {
         let mut carry = u128::from(limb) << (offset % 64);

@@ -8,17 +8,27 @@
 //! times an even limb of a difference fit 32 bits, and the ten products that make a limb of a product
 //! fit 64: of two differences, they are less than 5 · 2^58.5 + 5 · 2^59.5 < 2^62.5.
 
-#![expect(clippy::needless_range_loop, reason = "limbs of several elements go together")]
 #![expect(clippy::absurd_extreme_comparisons, reason = "some of the constants are zero")]
 
-use super::field::{join, limb};
+use super::field::{self, Place};
 use super::ladder::Field;
 use super::lanes::Multiply32;
 #[cfg(test)]
 use super::lanes::{Emulated, Lanes};
 
 const LIMBS: usize = 10;
-const OFFSETS: [usize; LIMBS] = [0, 26, 51, 77, 102, 128, 153, 179, 204, 230];
+const PLACES: [Place; LIMBS] = [
+    (0, 26),
+    (26, 25),
+    (51, 26),
+    (77, 25),
+    (102, 26),
+    (128, 25),
+    (153, 26),
+    (179, 25),
+    (204, 26),
+    (230, 25),
+];
 
 pub(super) type Limbs25<L> = [L; LIMBS];
 
@@ -41,7 +51,7 @@ macro_rules! each_limb {
 
 /// Bits of a limb.
 const fn bits(limb: usize) -> usize {
-    26 - limb % 2
+    PLACES[limb].1
 }
 
 /// A limb of 2p.
@@ -55,35 +65,17 @@ impl<L: Multiply32<N>, const N: usize> Field<N> for Field25<L> {
 
     #[inline(always)]
     fn small(number: u64) -> Self {
-        let mut limbs = [L::splat(0); LIMBS];
-        limbs[0] = L::splat(number);
-        Self(limbs)
+        Self(field::small(number))
     }
 
     #[inline(always)]
     fn decode(numbers: &[[u8; 32]; N]) -> Self {
-        let mut limbs = [L::splat(0); LIMBS];
-        for i in 0..LIMBS {
-            let mut lanes = [0; N];
-            for (lane, number) in lanes.iter_mut().zip(numbers) {
-                *lane = limb(number, OFFSETS[i], bits(i));
-            }
-            limbs[i] = L::from_array(lanes);
-        }
-        Self(limbs)
+        Self(field::decode(numbers, &PLACES))
     }
 
     #[inline(always)]
     fn encode(&self) -> [[u8; 32]; N] {
-        let mut columns = [[0; N]; LIMBS];
-        for i in 0..LIMBS {
-            columns[i] = self.0[i].to_array();
-        }
-        let mut numbers = [[0; 32]; N];
-        for (lane, number) in numbers.iter_mut().enumerate() {
-            *number = join((0..LIMBS).map(|i| (OFFSETS[i], columns[i][lane])));
-        }
-        numbers
+        field::encode(&self.0, &PLACES)
     }
 
     #[inline(always)]

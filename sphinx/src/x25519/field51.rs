@@ -9,7 +9,7 @@
 
 #![expect(clippy::needless_range_loop, reason = "limbs of several elements go together")]
 
-use super::field::{join, limb};
+use super::field::{self, Place};
 use super::ladder::Field;
 use super::lanes::Multiply52;
 #[cfg(test)]
@@ -17,6 +17,7 @@ use super::lanes::{Emulated, Lanes};
 
 const LIMBS: usize = 5;
 const BITS: usize = 51;
+const PLACES: [Place; LIMBS] = [(0, BITS), (51, BITS), (102, BITS), (153, BITS), (204, BITS)];
 
 pub(super) type Limbs51<L> = [L; LIMBS];
 
@@ -34,35 +35,17 @@ impl<L: Multiply52<N>, const N: usize> Field<N> for Field51<L> {
 
     #[inline(always)]
     fn small(number: u64) -> Self {
-        let mut limbs = [L::splat(0); LIMBS];
-        limbs[0] = L::splat(number);
-        Self(limbs)
+        Self(field::small(number))
     }
 
     #[inline(always)]
     fn decode(numbers: &[[u8; 32]; N]) -> Self {
-        let mut limbs = [L::splat(0); LIMBS];
-        for i in 0..LIMBS {
-            let mut lanes = [0; N];
-            for (lane, number) in lanes.iter_mut().zip(numbers) {
-                *lane = limb(number, BITS * i, BITS);
-            }
-            limbs[i] = L::from_array(lanes);
-        }
-        Self(limbs)
+        Self(field::decode(numbers, &PLACES))
     }
 
     #[inline(always)]
     fn encode(&self) -> [[u8; 32]; N] {
-        let mut columns = [[0; N]; LIMBS];
-        for i in 0..LIMBS {
-            columns[i] = self.0[i].to_array();
-        }
-        let mut numbers = [[0; 32]; N];
-        for (lane, number) in numbers.iter_mut().enumerate() {
-            *number = join((0..LIMBS).map(|i| (BITS * i, columns[i][lane])));
-        }
-        numbers
+        field::encode(&self.0, &PLACES)
     }
 
     #[inline(always)]

@@ -5,8 +5,8 @@ use std::time::Duration;
 use curve25519_dalek::constants::EIGHT_TORSION;
 use curve25519_dalek::montgomery::MontgomeryPoint;
 use mixsocks_sphinx::{
-    HEADER_LEN, Packet, PeelError, Peeled, PublicKey, ReplayTag, SURB_LEN, SecretKey, Surb,
-    open_headers, recover_replies, use_surbs,
+    HEADER_LEN, KeyError, Packet, PeelError, Peeled, PublicKey, ReplayTag, SURB_LEN, SecretKey,
+    Surb, open_headers, recover_replies, use_surbs,
 };
 use proptest::prelude::*;
 use sphinx_packet::header::delays::Delay;
@@ -115,26 +115,53 @@ fn the_longest_delay_is_reported_as_it_is() {
     });
 }
 
+/// Every encoding of a point of low order, with either top bit.
+fn low_order_points() -> Vec<[u8; 32]> {
+    let mut points: Vec<_> =
+        EIGHT_TORSION.iter().map(|point| point.to_montgomery().to_bytes()).collect();
+    // −1, 0 and 1 near p.
+    points.extend([0xec, 0xed, 0xee].map(encoding_near_p));
+    let with_top_bit = points.clone().into_iter().map(|mut point| {
+        point[31] |= 0x80;
+        point
+    });
+    points.extend(with_top_bit.collect::<Vec<_>>());
+    points
+}
+
 #[test]
 fn group_elements_of_low_order_are_refused_even_with_a_valid_mac() {
     network::with_every_backend(|| {
         let key = SecretKey::from_bytes([3; 32]);
-        let mut points: Vec<_> =
-            EIGHT_TORSION.iter().map(|point| point.to_montgomery().to_bytes()).collect();
-        // −1, 0 and 1 near p.
-        for low in [0xec, 0xed, 0xee] {
-            points.push(encoding_near_p(low));
+        let routing = forge::routing(FINAL, [0, 1, 4]);
+        let good = forge::packet(&key, group_element(), &routing);
+        let mut batch = vec![good.clone()];
+        for point in low_order_points() {
+            let packet = forge::packet(&key, point, &routing);
+            assert_eq!(
+                open_headers(&key, vec![packet.clone()]).remove(0).unwrap_err(),
+                PeelError::LowOrderPoint
+            );
+            batch.push(packet);
         }
-        for point in points {
-            for top_bit in [0, 0x80] {
-                let mut point = point;
-                point[31] |= top_bit;
-                let packet = forge::packet(&key, point, &forge::routing(FINAL, [0, 1, 4]));
-                assert_eq!(
-                    open_headers(&key, vec![packet]).remove(0).unwrap_err(),
-                    PeelError::LowOrderPoint
-                );
+        batch.push(good);
+        // All of them among good ones.
+        let last = batch.len() - 1;
+        for (i, opened) in open_headers(&key, batch).into_iter().enumerate() {
+            match i == 0 || i == last {
+                true => assert!(opened.is_ok()),
+                false => assert_eq!(opened.unwrap_err(), PeelError::LowOrderPoint),
             }
+        }
+    });
+}
+
+/// So nothing can be built for such a key, by whatever backend.
+#[test]
+fn keys_of_low_order_do_not_exist() {
+    network::with_every_backend(|| {
+        for point in low_order_points() {
+            assert_eq!(PublicKey::from_bytes(point), Err(KeyError::LowOrderPoint));
         }
     });
 }
@@ -234,6 +261,18 @@ fn an_opened_packet_shows_nothing() {
     let packet = network.packet(&mut rng, 1024, b"hello");
     let opened = open_headers(&network.keys[0], vec![packet]).remove(0);
     assert_eq!(format!("{:?}", opened.unwrap()), "OpenedPacket { .. }");
+}
+
+#[test]
+fn a_peeled_packet_shows_neither_its_next_hop_nor_its_delay() {
+    let mut rng = network::rng(5);
+    let network = Network::new(&mut rng, 2);
+    let packet = network.packet(&mut rng, 1024, b"hello");
+    let forward = peel(&network.keys[0], packet).unwrap();
+    assert_eq!(format!("{forward:?}"), "Forward { .. }");
+    let Peeled::Forward { packet, .. } = forward else { panic!("the first hop of two") };
+    let last = peel(&network.keys[1], packet).unwrap();
+    assert_eq!(format!("{last:?}"), "Final { .. }");
 }
 
 #[test]
