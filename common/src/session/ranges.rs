@@ -75,11 +75,12 @@ impl RangeSet {
             }
         };
         // It swallows the ranges that it reaches; only the last of them can go further than it does.
-        let reached = self.ranges.extract_if(first + 1..=end, |_, _| true).last();
-        if let Some((_, reached_end)) = reached
-            && reached_end > end
-        {
-            self.ranges.insert(first, reached_end);
+        while let Some((&next, &next_end)) = self.ranges.range(first + 1..=end).next() {
+            self.ranges.remove(&next);
+            if next_end > end {
+                self.ranges.insert(first, next_end);
+                break;
+            }
         }
         true
     }
