@@ -2,15 +2,22 @@
 
 #![no_main]
 
+use std::sync::LazyLock;
+
 use libfuzzer_sys::fuzz_target;
 use mixsocks_common::gateway::message::{ClientMessage, GatewayMessage, MAX_MESSAGE_BYTES};
 use mixsocks_common::link::frame::{Frame, FrameBody, FrameCodec};
+use mixsocks_common::link::hello::{Hello, HelloError};
+use mixsocks_fuzz::small_network;
 
 /// Short packets: longer ones would be more bytes to guess and no other code.
 const PACKET_BYTES: usize = 80;
 
+static HELLO: LazyLock<Hello> = LazyLock::new(|| Hello::new(&small_network()));
+
 fuzz_target!(|bytes: &[u8]| {
     message(bytes);
+    hello(bytes);
     let codec = FrameCodec::new(PACKET_BYTES);
     if let Ok(frame) = codec.decode(bytes) {
         assert_eq!(encode(&codec, &frame), bytes);
@@ -52,5 +59,14 @@ fn message(body: &[u8]) {
     if let Ok(message) = GatewayMessage::decode(body) {
         assert_eq!(message.encode().as_slice(), body);
         assert!(body.len() <= MAX_MESSAGE_BYTES);
+    }
+}
+
+/// Only the hello of one's own network passes; another one is told what differs.
+fn hello(bytes: &[u8]) {
+    match HELLO.check(bytes) {
+        Ok(()) => assert_eq!(HELLO.encode(), bytes),
+        Err(HelloError::Malformed) => {}
+        Err(error) => assert_eq!(error.to_string().lines().count(), 1, "{error}"),
     }
 }

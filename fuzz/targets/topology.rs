@@ -3,17 +3,12 @@
 #![no_main]
 
 use std::sync::LazyLock;
-use std::time::Duration;
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
-use mixsocks_common::address::Address;
-use mixsocks_common::keys::{EncryptionKey, Identity, IdentityKey};
-use mixsocks_common::topology::{
-    Authorities, NetworkName, Node, Parameters, Provider, Role, Topology, UnixTime, sign, verify,
-};
-use mixsocks_fuzz::Edits;
-use mixsocks_sphinx::SecretKey;
+use mixsocks_common::keys::IdentityKey;
+use mixsocks_common::topology::{Authorities, UnixTime, sign, verify};
+use mixsocks_fuzz::{Edits, small_network};
 
 const NOW: UnixTime = UnixTime(150);
 
@@ -27,9 +22,8 @@ enum Input<'a> {
     SignedText(Edits<'a>),
 }
 
-/// A good text with one node of each kind and a provider.
 static TEXT: LazyLock<String> = LazyLock::new(|| {
-    let file = sign(&topology(), &[]);
+    let file = sign(&small_network(), &[]);
     file.split_once("\n\n").expect("an empty line precedes the text").1.to_owned()
 });
 
@@ -60,37 +54,6 @@ fuzz_target!(|input: Input<'_>| match input {
 fn signed(text: &str) -> String {
     let message = [b"mixsocks topology v1\0", text.as_bytes()].concat();
     format!("mixsocks-topology 1\nsignature {} {}\n\n{text}", KEY.identity(), KEY.sign(&message))
-}
-
-fn topology() -> Topology {
-    let node = |number: u8, role| Node {
-        identity: identity(number),
-        sphinx_key: encryption_key(number),
-        link_address: ([192, 0, 2, number], 9000).into(),
-        role,
-    };
-    let mut nodes: Vec<_> = (1..=3).map(|layer| node(layer, Role::Mix { layer })).collect();
-    nodes.push(node(4, Role::Gateway { client_address: ([192, 0, 2, 4], 9001).into() }));
-    let address =
-        Address { identity: identity(5), encryption: encryption_key(5), gateway: identity(4) };
-    let policy = "everything but \"port 25\"\nand more".to_owned();
-    let parameters = Parameters {
-        payload_bytes: 2048,
-        mean_delay: Duration::from_millis(15),
-        max_delay: Duration::from_secs(10),
-    };
-    let network = NetworkName::new("test").expect("a good name");
-    let providers = vec![Provider { name: "exit".to_owned(), address, policy }];
-    Topology::new(network, 7, UnixTime(100)..UnixTime(200), parameters, nodes, providers)
-        .expect("a small network")
-}
-
-fn identity(number: u8) -> Identity {
-    IdentityKey::from_bytes(&[number; 32]).identity()
-}
-
-fn encryption_key(number: u8) -> EncryptionKey {
-    SecretKey::from_bytes([number; 32]).public_key().into()
 }
 
 /// A topology that is good can be written, and is then read as the same.

@@ -433,13 +433,9 @@ impl ClientSession {
         self.settle_replies(now);
         let lost = self.transport.lose_by_time(now);
         self.on_lost(&lost);
-        if !lost.is_empty() {
-            // Whatever the packets carried: the provider must get SURBs and a reason to answer.
-            self.ping_wanted = true;
-            if self.transport.is_backing_off() {
-                let Transport { flight, received, .. } = &mut self.transport;
-                self.surbs.forget_report(flight, received);
-            }
+        if !lost.is_empty() && self.transport.is_backing_off() {
+            let Transport { flight, received, .. } = &mut self.transport;
+            self.surbs.forget_report(flight, received);
             // Once in a silence: whatever arrives first of it tells the provider.
             if let Some(since) = self.transport.waiting_in_vain_since()
                 && now >= since + RENEW_AFTER

@@ -34,7 +34,7 @@ pub(super) struct Sent {
 }
 
 /// What an acknowledgement brought.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Acked {
     pub(super) packets: Vec<Sent>,
     /// The packet that the peer received last, when this is the first news of it.
@@ -143,17 +143,11 @@ impl Flight {
         if ack.latest >= self.next.max(1) || ack.end > self.next {
             return None;
         }
-        let mut acked = Acked::default();
-        for range in &ack.ranges {
-            while let Some((&number, _)) = self.sent.range(range.clone()).next() {
-                let sent = self.take(number);
-                if number == ack.latest {
-                    acked.latest = Some(sent.clone());
-                }
-                acked.packets.push(sent);
-            }
-        }
-        Some(acked)
+        let named = ack.ranges.iter().flat_map(|range| self.sent.range(range.clone()));
+        let named: Vec<u64> = named.map(|(&number, _)| number).collect();
+        let latest = named.binary_search(&ack.latest).ok();
+        let packets: Vec<Sent> = named.into_iter().map(|number| self.take(number)).collect();
+        Some(Acked { latest: latest.map(|index| packets[index].clone()), packets })
     }
 
     /// Takes out the packets that the receiver says it does not wait for any more.

@@ -22,8 +22,8 @@ pub const MAX_WINDOW_BYTES: u64 = 4 * 1024 * 1024;
 /// costs as much again.
 pub const MAX_HELD_BYTES: u64 = 16 * 1024 * 1024;
 
-/// Most gaps between received pieces of one stream. Honest packets carry about 2,000 bytes, so that
-/// a full window of 2 MiB has at most some 1,000; more means that the peer wastes our memory.
+/// Most gaps between received pieces of one stream: [`MAX_HELD_BYTES`] in pieces of 2 KiB, which is more
+/// than honest packets leave. Beyond it the peer wastes our memory.
 pub const MAX_GAPS: usize = 8192;
 
 /// A piece of a stream that goes into one packet.

@@ -292,7 +292,7 @@ impl ProviderSession {
         let fill = |data| Fill { ack: true, data, reserved_bytes: 0 };
         if self.ended {
             // One last reply acknowledges the CLOSE.
-            return self.transport.received.has_news().then_some(fill(false));
+            return self.transport.received.ack_due().map(|_| fill(false));
         }
         if data && spare && room {
             return Some(fill(true));

@@ -56,23 +56,32 @@ impl RangeSet {
 
     /// Adds `range`; whether anything in it is new.
     pub fn insert(&mut self, range: Range<u64>) -> bool {
-        let Range { mut start, mut end } = range;
+        let Range { start, end } = range;
         if start >= end {
             return false;
         }
-        if let Some(before) = self.range_at_or_before(start)
-            && before.end >= start
-        {
-            if before.end >= end {
-                return false;
+        // It lengthens the range that it begins in or behind, or is one of its own.
+        let first = match self.ranges.range_mut(..=start).next_back() {
+            Some((&first, before_end)) if *before_end >= start => {
+                if *before_end >= end {
+                    return false;
+                }
+                *before_end = end;
+                first
             }
-            start = before.start;
-        }
-        while let Some((&next, &next_end)) = self.ranges.range(start..=end).next() {
-            end = end.max(next_end);
+            _ => {
+                self.ranges.insert(start, end);
+                start
+            }
+        };
+        // It swallows the ranges that it reaches; only the last of them can go further than it does.
+        while let Some((&next, &next_end)) = self.ranges.range(first + 1..=end).next() {
             self.ranges.remove(&next);
+            if next_end > end {
+                self.ranges.insert(first, next_end);
+                break;
+            }
         }
-        self.ranges.insert(start, end);
         true
     }
 

@@ -3,6 +3,7 @@
 use super::fairness::Sender;
 use super::frame::{Ack, Frame, put_varint, take_varint};
 use super::hostile::all_arrived;
+use super::streams::{Side, Streams};
 use super::*;
 
 /// A stopped writer is woken by the credit that its peer grants, also when CREDIT gets lost.
@@ -111,12 +112,16 @@ fn client_after(numbers: &[u64], now: Instant) -> ClientSession {
 
 /// The reply with this number says that the provider has `count` SURBs of generation 0.
 fn tell_stock(client: &mut ClientSession, now: Instant, number: u64, count: u64) {
+    take_reply(client, now, number, &[Frame::Stock { generation: 0, count }]);
+}
+
+/// The client takes a reply with this number, and with the floor zero.
+fn take_reply(client: &mut ClientSession, now: Instant, number: u64, frames: &[Frame<'_>]) {
     let mut reply = vec![PacketKind::Reply as u8];
     put_varint(&mut reply, number);
-    // The floor is zero.
     put_varint(&mut reply, number);
     reply.extend_from_slice(&[0; 4]);
-    Frame::Stock { generation: 0, count }.encode(&mut reply);
+    frames.iter().for_each(|frame| frame.encode(&mut reply));
     client.handle_reply(now, Duration::from_millis(45), &reply).unwrap();
 }
 
@@ -233,4 +238,85 @@ fn bytes_that_come_before_their_open_are_told_with_it() {
     sender.handle(&[Frame::Open { stream: 1, target }]);
     assert!(matches!(sender.session.poll_event(), Some(StreamEvent::Open { stream: 1, .. })));
     assert_eq!(sender.session.poll_event(), Some(StreamEvent::Readable(1)));
+}
+
+/// Streams whose windows have grown are over; the next ones can grow as much.
+#[test]
+fn a_stream_that_is_over_gives_its_part_of_the_pool_back() {
+    let mut streams = Streams::new(Side::Client);
+    let block = [1; 1 << 14];
+    for round in 0..2 * WINDOW_POOL_BYTES / MAX_WINDOW_BYTES {
+        let stream = streams.open("192.0.2.1:80".parse().unwrap()).unwrap();
+        let (mut offset, mut limit) = (0, INITIAL_WINDOW_BYTES);
+        while limit - offset < MAX_WINDOW_BYTES {
+            assert!(offset < 2 * MAX_WINDOW_BYTES, "window {round} stays at {}", limit - offset);
+            let data = Frame::Data { stream, offset, fin: false, bytes: &block };
+            streams.handle_frame(&data).unwrap();
+            offset += block.len() as u64;
+            assert_eq!(streams.read(stream, &mut [0; 1 << 14]), Ok(Some(block.len())));
+            let mut out = Vec::new();
+            streams.write_control(&mut out, MAX_PACKET_BYTES, &mut Vec::new());
+            let mut input = &out[..];
+            while let Some(frame) = Frame::decode(&mut input).unwrap() {
+                if let Frame::Credit { limit: granted, .. } = frame {
+                    limit = granted;
+                }
+            }
+        }
+        streams.handle_frame(&Frame::Reset { stream }).unwrap();
+        streams.release(stream);
+        assert!(streams.is_empty());
+    }
+}
+
+#[test]
+fn a_reset_drops_at_once_what_was_to_be_sent() {
+    const BYTES: usize = 1 << 20;
+    for by_peer in [false, true] {
+        let mut sender = Sender::new(1);
+        sender.open(1, BYTES);
+        assert!(sender.session.held_bytes() > BYTES);
+        if by_peer {
+            sender.handle(&[Frame::Reset { stream: 1 }]);
+        } else {
+            sender.session.release(1);
+        }
+        assert_eq!(sender.session.stream_count(), 1, "its end is not known to all yet");
+        assert!(sender.session.held_bytes() < BYTES / 100);
+    }
+}
+
+/// A window that nobody uses says nothing about the path: neither that of packets nor that of SURBs.
+#[test]
+fn a_window_that_is_not_used_stays_as_it_is() {
+    let now = Instant::now();
+    let mut client = client_after(&[], now);
+    let mut sent = drain(&mut client, now).len() as u64;
+    for number in 0..100 {
+        let frames = [
+            Frame::Stock { generation: 0, count: 40 },
+            Frame::Ack(all_arrived(sent)),
+            Frame::Credit { stream: 1, limit: 1 << 20 },
+        ];
+        take_reply(&mut client, now, number, &frames);
+        client.ping();
+        sent += drain(&mut client, now).len() as u64;
+    }
+    assert_eq!(client.surb_demand(), 0, "40 are enough");
+    take_reply(&mut client, now, 100, &[Frame::Ack(all_arrived(sent))]);
+    client.write(1, &[1; 100_000]).unwrap();
+    assert_eq!(drain(&mut client, now).len(), 32);
+}
+
+/// Whatever it said last: it may have used all of its SURBs for replies that were lost.
+#[test]
+fn a_provider_that_is_silent_may_have_no_surb() {
+    let now = Instant::now();
+    let mut client = client_after(&[0], now);
+    drain(&mut client, now);
+    assert_eq!(client.surb_demand(), 0);
+    let at = client.poll_timeout().unwrap();
+    assert!(at < now + Duration::from_secs(1));
+    client.handle_timeout(at);
+    assert_eq!(client.surb_demand(), 40);
 }
