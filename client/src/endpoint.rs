@@ -190,11 +190,6 @@ impl Endpoint {
         random_route(&self.topology, recipient, self.mean_delay, identifier, &mut rand::rng())
     }
 
-    /// Another permit, if the link takes another packet at once.
-    pub fn try_reserve(&self) -> Option<mpsc::Permit<'_, (HopAddress, Packet)>> {
-        self.sender.try_reserve().ok()
-    }
-
     /// Makes `count` headers of packets to `recipient`, each for a route of its own; takes some 130 µs
     /// of CPU for each when they are many, and 210 µs for a single one.
     ///

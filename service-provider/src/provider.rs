@@ -18,7 +18,9 @@ use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::session::{OpenOutcome, SessionId, StreamEvent};
 use mixsocks_common::target::Target;
 use mixsocks_common::topology::Topology;
-use mixsocks_sphinx::{Identifier, Payload, SecretKey, open_payloads, use_surbs};
+use mixsocks_sphinx::{
+    HopAddress, Identifier, Packet, Payload, SecretKey, Surb, open_payloads, use_surbs,
+};
 use tokio::io::copy_bidirectional_with_sizes;
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, oneshot};
@@ -36,9 +38,6 @@ const MAX_CONNECTIONS: usize = 8192;
 
 /// What a relay copies at a time, each way.
 const RELAY_BYTES: usize = 16 * 1024;
-
-/// Replies that a task seals at a time, if the link takes so many: they share vectors.
-const REPLIES_PER_TURN: usize = 8;
 
 /// What a provider needs.
 #[derive(Debug)]
@@ -258,8 +257,7 @@ impl Shared {
 
     /// Pulls replies out of the sessions whenever the link takes one: one of several equal tasks.
     async fn send_replies(self: Arc<Self>) {
-        let payload_bytes = self.endpoint.topology().parameters.payload_bytes;
-        let mut contents: [Vec<u8>; REPLIES_PER_TURN] = Default::default();
+        let mut contents = Vec::new();
         loop {
             self.wait_for_work().await;
             let permit = match self.endpoint.reserve().await {
@@ -267,27 +265,14 @@ impl Shared {
                 Reserved::TimedOut => continue,
                 Reserved::Ended => return,
             };
-            let more = std::iter::from_fn(|| self.endpoint.try_reserve());
-            let permits: Vec<_> =
-                std::iter::once(permit).chain(more).take(REPLIES_PER_TURN).collect();
-            let mut replies = Vec::with_capacity(permits.len());
             let mut state = self.lock();
-            let now = Instant::now();
-            for out in contents.iter_mut().take(permits.len()) {
-                let Some(surb) = state.core.next_reply(now, out) else { break };
-                replies.push((surb, &out[..]));
-            }
+            let surb = state.core.next_reply(Instant::now(), &mut contents);
             self.settle(state);
-            if replies.is_empty() {
-                continue;
-            }
-            // There may be more; while this task seals, another one looks.
+            let Some(surb) = surb else { continue };
+            // There may be more; while this task builds, another one looks.
             self.wake_senders.notify_one();
-            for (permit, sealed) in permits.into_iter().zip(use_surbs(payload_bytes, replies)) {
-                match sealed {
-                    Ok(sealed) => permit.send(sealed),
-                    Err(error) => tracing::trace!("a SURB was of no use: {error}"),
-                }
+            if let Some(sealed) = self.seal(surb, &contents) {
+                permit.send(sealed);
             }
         }
     }
@@ -310,6 +295,17 @@ impl Shared {
                     }
                 }
                 None => self.wake_senders.notified().await,
+            }
+        }
+    }
+
+    fn seal(&self, surb: Surb, contents: &[u8]) -> Option<(HopAddress, Packet)> {
+        let payload_bytes = self.endpoint.topology().parameters.payload_bytes;
+        match use_surbs(payload_bytes, vec![(surb, contents)]).pop()? {
+            Ok(sealed) => Some(sealed),
+            Err(error) => {
+                tracing::trace!("a SURB was of no use: {error}");
+                None
             }
         }
     }
