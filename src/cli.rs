@@ -61,23 +61,47 @@ impl From<clap::Error> for CliError {
     }
 }
 
-/// The command of a role among what was matched: its name, its options, and whether it is `init`.
-fn role(matches: &ArgMatches) -> Option<(&str, &ArgMatches, bool)> {
-    match matches.subcommand()? {
-        ("up", options) => Some(("up", options, false)),
-        ("client", below) => match below.subcommand()? {
-            ("run", options) => Some(("client", options, false)),
-            ("init", options) => Some(("client", options, true)),
-            _ => None,
-        },
-        _ => None,
-    }
+/// A command with settings among what was matched.
+struct Matched<'a> {
+    /// The role whose file it reads.
+    role: &'static str,
+    /// The words that name it.
+    path: &'static [&'static str],
+    options: &'a ArgMatches,
+}
+
+/// Commands with settings, and the role whose file each reads.
+const WITH_SETTINGS: [(&str, &[&str]); 5] = [
+    ("up", &["up"]),
+    ("client", &["client", "run"]),
+    ("client", &["client", "init"]),
+    ("client", &["providers"]),
+    ("client", &["network", "status"]),
+];
+
+fn matched(matches: &ArgMatches) -> Option<Matched<'_>> {
+    WITH_SETTINGS.into_iter().find_map(|(role, path)| {
+        let options = path.iter().try_fold(matches, |at, word| at.subcommand_matches(word))?;
+        Some(Matched { role, path, options })
+    })
 }
 
 /// The options with which a role runs.
 fn options(root: &clap::Command, role: &str) -> Option<clap::Command> {
-    let command = root.find_subcommand(role)?;
-    Some(command.find_subcommand("run").unwrap_or(command).clone())
+    let (_, path) = WITH_SETTINGS.into_iter().find(|(of, _)| *of == role)?;
+    path.iter().try_fold(root, |at, word| at.find_subcommand(word)).cloned()
+}
+
+/// Changes the command that `path` names.
+fn change(
+    command: clap::Command,
+    path: &[&'static str],
+    how: impl FnOnce(clap::Command) -> clap::Command,
+) -> clap::Command {
+    match path {
+        [] => how(command),
+        [first, rest @ ..] => command.mut_subcommand(first, |below| change(below, rest, how)),
+    }
 }
 
 impl Cli {
@@ -89,10 +113,10 @@ impl Cli {
         let mut command = with_file(Self::command(), &words).map_err(CliError::Config)?;
         let matches = command.try_get_matches_from_mut(words)?;
         let mut cli = Self::from_arg_matches(&matches).map_err(|e| e.format(&mut command))?;
-        if let Some((role, matches, true)) = role(&matches)
+        if let Some(Matched { role, path: [.., "init"], options: given }) = matched(&matches)
             && let Some(options) = options(&command, role)
         {
-            cli.config = config::template(role, &options, matches);
+            cli.config = config::template(role, &options, given);
         }
         let Verbosity { verbose, quiet } = &mut cli.verbosity;
         if *quiet && *verbose > 0 {
@@ -119,25 +143,22 @@ fn with_file(root: clap::Command, words: &[OsString]) -> anyhow::Result<clap::Co
     let Ok(matches) = root.clone().ignore_errors(true).try_get_matches_from(words) else {
         return Ok(root);
     };
-    let Some((role, matches, false)) = role(&matches) else { return Ok(root) };
-    let (Some(path), Some(options)) = (config::path(matches, role), options(&root, role)) else {
+    let Some(Matched { role, path, options: given }) = matched(&matches) else { return Ok(root) };
+    if path.ends_with(&["init"]) {
+        return Ok(root);
+    }
+    let (Some(file), Some(options)) = (config::path(given, role), options(&root, role)) else {
         return Ok(root);
     };
-    let file = ConfigFile::read(&path, role, &options)?;
-    Ok(root.mut_subcommand(role, |command| {
-        if command.find_subcommand("run").is_some() {
-            command.mut_subcommand("run", |run| file.apply(run))
-        } else {
-            file.apply(command)
-        }
-    }))
+    let file = ConfigFile::read(&file, role, &options)?;
+    Ok(change(root, path, |command| file.apply(command)))
 }
 
 /// Says what is wrong with a file.
 pub(crate) fn check_config(path: &Path) -> anyhow::Result<()> {
     let role = config::role_of(path)?;
-    let Some(options) = options(&Cli::command(), &role).filter(|_| role != "bench") else {
-        anyhow::bail!("{}: there is no role {role:?}", path.display());
+    let Some(options) = options(&Cli::command(), &role) else {
+        anyhow::bail!("{}: there is no role {role:?}; there are up, client", path.display());
     };
     ConfigFile::read(path, &role, &options).map(drop)
 }
@@ -170,6 +191,11 @@ pub(crate) enum Command {
     /// A proxy to a network that a signed topology file describes.
     #[command(subcommand)]
     Client(ClientCommand),
+    /// List the providers that a network advertises.
+    Providers(ShowArgs),
+    /// Look at a network.
+    #[command(subcommand)]
+    Network(NetworkCommand),
     /// Check a configuration file.
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -202,6 +228,39 @@ pub(crate) struct FileArgs {
     /// File with settings (else config.toml in the data directory, if it is there).
     #[arg(long, value_name = "FILE", env = "MIXSOCKS_CONFIG")]
     pub(crate) config: Option<PathBuf>,
+}
+
+/// What `mixsocks network` does.
+#[derive(Debug, Subcommand)]
+pub(crate) enum NetworkCommand {
+    /// Show a network's nodes and providers, and who signed for them.
+    Status(ShowArgs),
+}
+
+/// A network that is looked at.
+#[derive(Debug, Args)]
+pub(crate) struct ShowArgs {
+    #[command(flatten)]
+    pub(crate) file: FileArgs,
+    #[command(flatten)]
+    pub(crate) network: NetworkArgs,
+}
+
+/// Which network.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct NetworkArgs {
+    /// The network's signed topology file.
+    #[arg(long, value_name = "FILE", env = "MIXSOCKS_TOPOLOGY")]
+    pub(crate) topology: Option<PathBuf>,
+    /// Key of an authority that signs the topology, in base58; may be given several times.
+    #[arg(
+        long, value_name = "KEY", env = "MIXSOCKS_AUTHORITY", action = ArgAction::Append,
+        value_delimiter = ','
+    )]
+    pub(crate) authority: Vec<Identity>,
+    /// How many of the authorities must have signed (else more than half of them).
+    #[arg(long, value_name = "N", env = "MIXSOCKS_SIGNATURES")]
+    pub(crate) signatures: Option<usize>,
 }
 
 /// How much is said.
@@ -289,18 +348,15 @@ pub(crate) struct UpArgs {
 pub(crate) struct ClientArgs {
     #[command(flatten)]
     pub(crate) file: FileArgs,
-    /// The network's signed topology file.
-    #[arg(long, value_name = "FILE", env = "MIXSOCKS_TOPOLOGY")]
-    pub(crate) topology: Option<PathBuf>,
-    /// Key of the authority that signs the topology, in base58.
-    #[arg(long, value_name = "KEY", env = "MIXSOCKS_AUTHORITY")]
-    pub(crate) authority: Option<Identity>,
-    /// The provider to use: a name from the topology, or an address.
+    #[command(flatten)]
+    pub(crate) network: NetworkArgs,
+    /// The provider to use: a name from the topology, or an address. Of several, the first that this
+    /// network has.
     #[arg(
-        long, value_name = "NAME|ADDRESS", env = "MIXSOCKS_PROVIDER",
-        value_parser = ProviderChoice::parse
+        long, value_name = "NAME|ADDRESS", env = "MIXSOCKS_PROVIDER", action = ArgAction::Append,
+        value_delimiter = ',', value_parser = ProviderChoice::parse
     )]
-    pub(crate) provider: Option<ProviderChoice>,
+    pub(crate) provider: Vec<ProviderChoice>,
     #[command(flatten)]
     pub(crate) listen: ListenArgs,
     #[command(flatten)]

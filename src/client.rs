@@ -1,15 +1,16 @@
 //! `mixsocks client`: a proxy to the network of a signed topology file.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use mixsocks_client::Client;
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::Identity;
-use mixsocks_common::topology::{self, Topology};
+use mixsocks_common::topology::{self, Authorities, Topology};
 use rand::seq::IteratorRandom;
 
-use crate::cli::{ClientArgs, ProviderChoice};
+use crate::cli::{ClientArgs, NetworkArgs, ProviderChoice};
 use crate::config;
 use crate::data_dir::DataDir;
 use crate::nearest::nearest;
@@ -68,30 +69,62 @@ pub(crate) fn init(args: &ClientArgs, config: &str) -> Result<()> {
 }
 
 async fn start(args: &ClientArgs) -> Result<(Client, Address)> {
-    let topology = args.topology.as_deref().context(
-        "no topology is given: name the file that the network's operators publish with --topology",
-    )?;
-    let authority = args.authority.context(
-        "no authority is given: give the key that the network's operators publish with --authority",
-    )?;
-    let file = topology_file::read(topology, authority)?;
-    let provider = choose_provider(&file.topology, args.provider.as_ref())?;
+    let (path, authorities) = source(&args.network)?;
+    let file = topology_file::read(path, &authorities)?;
+    let provider = choose_provider(&file.topology, &args.provider)?;
     let dir = DataDir::open_for("client", args.data_dir.as_deref())?;
     dir.require_space()?;
-    topology_file::accept(&dir, topology, &file, authority)?;
+    topology_file::accept(&dir, path, &file, &authorities)?;
     let topology = Arc::new(file.topology);
     let gateway = gateway(&dir, &topology, &provider.gateway)?;
     let way = Way { topology, gateway, provider };
     Ok((proxy::connect(&dir, way).await?, provider))
 }
 
-fn choose_provider(topology: &Topology, choice: Option<&ProviderChoice>) -> Result<Address> {
-    let names = || {
-        let names: Vec<_> = topology.providers().iter().map(|p| &*p.name).collect();
-        names.join(", ")
+/// Where the topology is, and who must have signed it.
+pub(crate) fn source(network: &NetworkArgs) -> Result<(&Path, Authorities)> {
+    let path = network.topology.as_deref().context(
+        "no topology is given: name the file that the network's operators publish with --topology",
+    )?;
+    let keys = &network.authority;
+    if keys.is_empty() {
+        bail!(
+            "no authority is given: give the keys that the network's operators publish with \
+             --authority"
+        );
+    }
+    let threshold = network.signatures.unwrap_or(keys.len() / 2 + 1);
+    Ok((path, Authorities::new(keys.iter().copied(), threshold)?))
+}
+
+/// The first of the choices that the network has; without a choice, the only one that it advertises.
+fn choose_provider(topology: &Topology, choices: &[ProviderChoice]) -> Result<Address> {
+    let Some((first, others)) = choices.split_first() else {
+        return match topology.providers() {
+            [topology::Provider { address, .. }] => Ok(*address),
+            [] => bail!(
+                "this network advertises no provider; give the address of one with --provider"
+            ),
+            several => {
+                let names: Vec<_> = several.iter().map(|provider| &*provider.name).collect();
+                bail!(
+                    "this network has several providers; choose one with --provider: {}",
+                    names.join(", ")
+                )
+            }
+        };
     };
+    let found = provider(topology, first).or_else(|error| {
+        // What is wrong with the first choice is told if none of the others is there either.
+        others.iter().find_map(|choice| provider(topology, choice).ok()).ok_or(error)
+    })?;
+    Ok(found)
+}
+
+/// The provider of one choice.
+fn provider(topology: &Topology, choice: &ProviderChoice) -> Result<Address> {
     match choice {
-        Some(ProviderChoice::Address(address)) => {
+        ProviderChoice::Address(address) => {
             if topology.gateway(&address.gateway).is_none() {
                 bail!(
                     "the provider's gateway {} is not in this topology: the address belongs to \
@@ -101,25 +134,20 @@ fn choose_provider(topology: &Topology, choice: Option<&ProviderChoice>) -> Resu
             }
             Ok(*address)
         }
-        Some(ProviderChoice::Name(name)) => match topology.provider(name) {
+        ProviderChoice::Name(name) => match topology.provider(name) {
             Some(provider) => Ok(provider.address),
             None if topology.providers().is_empty() => bail!(
                 "there is no provider {name:?}: this network advertises none; give the address of \
                  one with --provider"
             ),
             None => {
-                let near = nearest(name, topology.providers().iter().map(|p| &*p.name));
+                let names: Vec<_> = topology.providers().iter().map(|p| &*p.name).collect();
+                let near = nearest(name, names.iter().copied());
                 let meant = near.map_or(String::new(), |near| format!("; did you mean {near:?}?"));
-                bail!("there is no provider {name:?}{meant} (this network has: {})", names())
-            }
-        },
-        None => match topology.providers() {
-            [topology::Provider { address, .. }] => Ok(*address),
-            [] => bail!(
-                "this network advertises no provider; give the address of one with --provider"
-            ),
-            _ => {
-                bail!("this network has several providers; choose one with --provider: {}", names())
+                bail!(
+                    "there is no provider {name:?}{meant} (this network has: {})",
+                    names.join(", ")
+                )
             }
         },
     }

@@ -86,9 +86,12 @@ impl ConfigFile {
         Ok(Self { values })
     }
 
-    /// The command with the file's values as defaults of its options.
+    /// The command with the file's values as defaults of those options that it has.
     pub(crate) fn apply(&self, command: Command) -> Command {
-        self.values.iter().fold(command, |command, (id, values)| {
+        let ids: Vec<_> =
+            command.get_arguments().map(|argument| argument.get_id().clone()).collect();
+        let known = self.values.iter().filter(|(id, _)| ids.iter().any(|own| own == id.as_str()));
+        known.fold(command, |command, (id, values)| {
             command.mut_arg(id, |argument| {
                 argument.required(false).default_values(values).hide_default_value(true)
             })
@@ -421,7 +424,7 @@ mod tests {
         check_config(given.path()).unwrap();
         let args = client(&[], &text);
         assert_eq!(args.listen.socks.to_string(), "[::1]:9050");
-        assert_eq!(args.topology.as_deref(), Some(Path::new("/a \"b\"")));
+        assert_eq!(args.network.topology.as_deref(), Some(Path::new("/a \"b\"")));
         for argument in settings(&command) {
             let key = key_of(argument);
             let lines = text

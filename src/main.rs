@@ -14,6 +14,7 @@ mod nearest;
 mod network;
 mod open_files;
 mod proxy;
+mod show;
 mod signals;
 mod topology_file;
 mod up;
@@ -26,7 +27,7 @@ use std::time::Duration;
 use anyhow::Context;
 use mixsocks_sphinx::Backend;
 
-use crate::cli::{Cli, CliError, ClientCommand, Command, ConfigCommand};
+use crate::cli::{Cli, CliError, ClientCommand, Command, ConfigCommand, NetworkCommand};
 
 /// What still runs after a command has ended, such as a name look-up, is left behind after this.
 const LEFT_BEHIND_AFTER: Duration = Duration::from_millis(100);
@@ -58,7 +59,8 @@ fn main() -> ExitCode {
 
 /// Whether a command was named without anything else, which asks for its help.
 fn is_bare(words: &[String]) -> bool {
-    matches!(words, [_]) || matches!(words, [_, word] if ["client", "config"].contains(&&**word))
+    matches!(words, [_])
+        || matches!(words, [_, word] if ["client", "network", "config"].contains(&&**word))
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
@@ -75,6 +77,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Command::Up(args) => Box::pin(up::run(args, quiet)).await,
             Command::Client(ClientCommand::Init(args)) => client::init(&args, &cli.config),
             Command::Client(ClientCommand::Run(args)) => Box::pin(client::run(args, quiet)).await,
+            Command::Providers(args) => show::providers(&args),
+            Command::Network(NetworkCommand::Status(args)) => show::status(&args),
             Command::Config(ConfigCommand::Check { file }) => {
                 cli::check_config(&file)?;
                 say(&format!("{} is right", file.display()));

@@ -82,9 +82,10 @@ impl Network {
             policy: policy(options.allow_private).to_owned(),
         };
         publish(dir, &authority, options.mean_delay, nodes, advert)?;
+        let authorities = topology_file::only(authority.identity())?;
         // From here on everybody knows what the file says, and nothing else.
         let file = dir.path().join(topology_file::FILE);
-        let topology = Arc::new(topology_file::read(&file, authority.identity())?.topology);
+        let topology = Arc::new(topology_file::read(&file, &authorities)?.topology);
 
         let mut gateways = Vec::new();
         for seat in gateway_seats {
@@ -145,7 +146,7 @@ fn publish(
     nodes: Vec<Node>,
     provider: topology::Provider,
 ) -> Result<()> {
-    let latest = topology_file::latest(dir, authority.identity())?;
+    let latest = topology_file::latest(dir, &topology_file::only(authority.identity())?)?;
     let epoch = latest.map_or(1, |topology| topology.epoch + 1);
     let parameters = Parameters {
         payload_bytes: PAYLOAD_BYTES,

@@ -29,8 +29,8 @@ pub(crate) struct VerifiedFile {
     bytes: Vec<u8>,
 }
 
-/// Reads a topology file that `authority` must have signed.
-pub(crate) fn read(path: &Path, authority: Identity) -> Result<VerifiedFile> {
+/// Reads a topology file that enough of the authorities must have signed.
+pub(crate) fn read(path: &Path, authorities: &Authorities) -> Result<VerifiedFile> {
     let bytes = read_bytes(path).map_err(|error| {
         anyhow!(
             "cannot read the topology file {}: {error}; --topology names the file that the \
@@ -38,7 +38,7 @@ pub(crate) fn read(path: &Path, authority: Identity) -> Result<VerifiedFile> {
             path.display()
         )
     })?;
-    let topology = verify(&bytes, &only(authority)?, now())
+    let topology = verify(&bytes, authorities, now())
         .with_context(|| format!("the topology file {} cannot be used", path.display()))?;
     Ok(VerifiedFile { topology, bytes })
 }
@@ -50,10 +50,10 @@ pub(crate) fn accept(
     dir: &DataDir,
     path: &Path,
     file: &VerifiedFile,
-    authority: Identity,
+    authorities: &Authorities,
 ) -> Result<()> {
     let topology = &file.topology;
-    if let Some(latest) = latest(dir, authority)? {
+    if let Some(latest) = latest(dir, authorities)? {
         if topology.network != latest.network {
             bail!(
                 "the topology file {} is of network {:?}, but {} was used with network {:?} before; \
@@ -90,21 +90,20 @@ pub(crate) fn write(dir: &DataDir, topology: &Topology, authority: &IdentityKey)
 
 /// The topology that the data directory holds, whether it is in force or not; `None` when there is
 /// none.
-pub(crate) fn latest(dir: &DataDir, authority: Identity) -> Result<Option<Topology>> {
+pub(crate) fn latest(dir: &DataDir, authorities: &Authorities) -> Result<Option<Topology>> {
     let path = dir.path().join(FILE);
     if !path.exists() {
         return Ok(None);
     }
     let file = read_bytes(&path)
         .map_err(|error| anyhow!("cannot read {}: {error}; delete it", path.display()))?;
-    let authorities = only(authority)?;
     let now = now();
-    let topology = match verify(&file, &authorities, now) {
+    let topology = match verify(&file, authorities, now) {
         Err(TopologyError::Expired { seconds_ago }) => {
-            verify(&file, &authorities, UnixTime(now.0 - seconds_ago - 1))
+            verify(&file, authorities, UnixTime(now.0 - seconds_ago - 1))
         }
         Err(TopologyError::NotYetValid { seconds }) => {
-            verify(&file, &authorities, UnixTime(now.0 + seconds))
+            verify(&file, authorities, UnixTime(now.0 + seconds))
         }
         other => other,
     };
@@ -117,6 +116,7 @@ pub(crate) fn latest(dir: &DataDir, authority: Identity) -> Result<Option<Topolo
     })
 }
 
+/// A network with one authority.
 pub(crate) fn only(authority: Identity) -> Result<Authorities> {
     Ok(Authorities::new([authority], 1)?)
 }
@@ -145,6 +145,10 @@ mod tests {
     }
 
     impl Fixture {
+        fn authorities(&self) -> Authorities {
+            only(self.authority.identity()).unwrap()
+        }
+
         fn new() -> Self {
             let parent = tempfile::tempdir().unwrap();
             let dir = DataDir::open(&parent.path().join("data")).unwrap();
@@ -181,22 +185,22 @@ mod tests {
         fn accept(&self, topology: Topology) -> Result<()> {
             let bytes = sign(&topology, &[&self.authority]).into_bytes();
             let file = VerifiedFile { topology, bytes };
-            accept(&self.dir, &self.path(), &file, self.authority.identity())
+            accept(&self.dir, &self.path(), &file, &self.authorities())
         }
     }
 
     #[test]
     fn the_latest_is_found_whatever_the_clock_says() {
         let fixture = Fixture::new();
-        let authority = fixture.authority.identity();
-        assert!(latest(&fixture.dir, authority).unwrap().is_none());
+        let authorities = fixture.authorities();
+        assert!(latest(&fixture.dir, &authorities).unwrap().is_none());
         for validity in [0..1, 100..200, FOR_EVER, 1 << 40..1 << 41] {
             let topology = fixture.topology(7, validity);
             write(&fixture.dir, &topology, &fixture.authority).unwrap();
-            assert_eq!(latest(&fixture.dir, authority).unwrap(), Some(topology));
+            assert_eq!(latest(&fixture.dir, &authorities).unwrap(), Some(topology));
         }
         fixture.dir.write(FILE, b"something else").unwrap();
-        let error = format!("{:#}", latest(&fixture.dir, authority).unwrap_err());
+        let error = format!("{:#}", latest(&fixture.dir, &authorities).unwrap_err());
         assert!(error.contains("delete it") && error.contains("first line"), "{error}");
     }
 
@@ -220,19 +224,19 @@ mod tests {
         other.network = NetworkName::new("other").unwrap();
         let error = fixture.accept(other).unwrap_err().to_string();
         assert!(error.contains("network \"other\"") && error.contains("--data-dir"), "{error}");
-        let latest = latest(&fixture.dir, fixture.authority.identity()).unwrap().unwrap();
+        let latest = latest(&fixture.dir, &fixture.authorities()).unwrap().unwrap();
         assert_eq!((latest.network.as_str(), latest.epoch), ("test", 7));
     }
 
     #[test]
     fn what_was_verified_is_stored_even_if_the_file_has_changed_since() {
         let fixture = Fixture::new();
-        let authority = fixture.authority.identity();
+        let authorities = fixture.authorities();
         let signed = sign(&fixture.topology(7, FOR_EVER), &[&fixture.authority]);
         std::fs::write(fixture.path(), &signed).unwrap();
-        let file = read(&fixture.path(), authority).unwrap();
+        let file = read(&fixture.path(), &authorities).unwrap();
         std::fs::write(fixture.path(), "something else").unwrap();
-        accept(&fixture.dir, &fixture.path(), &file, authority).unwrap();
+        accept(&fixture.dir, &fixture.path(), &file, &authorities).unwrap();
         assert_eq!(fixture.dir.read_text(FILE).unwrap(), Some(signed));
     }
 
@@ -242,21 +246,21 @@ mod tests {
         use std::io::Write;
         use std::os::fd::AsRawFd;
         let fixture = Fixture::new();
-        let authority = fixture.authority.identity();
+        let authorities = fixture.authorities();
         let (reader, mut writer) = std::io::pipe().unwrap();
         let signed = sign(&fixture.topology(7, FOR_EVER), &[&fixture.authority]);
         writer.write_all(signed.as_bytes()).unwrap();
         drop(writer);
         let path = std::path::PathBuf::from(format!("/dev/fd/{}", reader.as_raw_fd()));
-        let file = read(&path, authority).unwrap();
-        accept(&fixture.dir, &path, &file, authority).unwrap();
+        let file = read(&path, &authorities).unwrap();
+        accept(&fixture.dir, &path, &file, &authorities).unwrap();
         assert_eq!(fixture.dir.read_text(FILE).unwrap(), Some(signed));
     }
 
     #[test]
     fn a_file_that_is_not_there() {
         let fixture = Fixture::new();
-        let error = read(&fixture.path(), fixture.authority.identity()).unwrap_err().to_string();
+        let error = read(&fixture.path(), &fixture.authorities()).unwrap_err().to_string();
         assert!(error.contains("cannot read") && error.contains("--topology"), "{error}");
     }
 }

@@ -153,6 +153,67 @@ fn unusable_topologies() {
 }
 
 #[test]
+fn a_network_and_its_signatures() {
+    let network = PaperNetwork::new(2);
+    let file = network.file(network.document(7, -10, 1000));
+    let key = network.authority.identity().to_string();
+    let other = PaperNetwork::new(1).authority.identity().to_string();
+    let show = |words: &[&str], authorities: &[&str]| {
+        let mut command = mixsocks();
+        command.args(words).arg("--topology").arg(&file);
+        command.args(authorities.iter().flat_map(|key| ["--authority", key]));
+        command
+    };
+    let status = run(&mut show(&["network", "status"], &[&key]));
+    assert!(status.status.success(), "{status:?}");
+    for word in ["network   paper, epoch 7", "mix 1", "mix 3", "gateway", "127.0.0.1:", "paper  "] {
+        assert!(status.stdout.contains(word), "{word}: {status:?}");
+    }
+    let providers = run(&mut show(&["providers"], &[&key]));
+    assert!(providers.stdout.contains(&network.provider.to_string()), "{providers:?}");
+    // One of two is not more than half.
+    fails(&mut show(&["providers"], &[&key, &other]), 1, &["1 of 2 needed authorities"]);
+    let one = ["providers", "--signatures", "1"];
+    fails(&mut show(&one, &[&key, &other]), 1, &["more than half of the authorities"]);
+    fails(&mut show(&["providers"], &[]), 1, &["no authority is given", "--authority"]);
+    fails(mixsocks().args(["network", "status"]), 1, &["no topology is given", "--topology"]);
+}
+
+#[test]
+fn settings_from_a_file() {
+    let network = PaperNetwork::new(2);
+    let file = network.file(network.document(1, -10, 1000));
+    let data = network.folder.path().join("data");
+    let init = run(mixsocks()
+        .args(["client", "init", "--socks", "127.0.0.1:0", "--data-dir"])
+        .arg(&data)
+        .arg("--topology")
+        .arg(&file)
+        .arg("--authority")
+        .arg(network.authority.identity().to_string()));
+    assert!(init.status.success() && init.stdout.contains("config.toml"), "{init:?}");
+    let config = data.join("config.toml");
+    let client = || {
+        let mut command = mixsocks();
+        command.args(["client", "run", "--data-dir"]).arg(&data);
+        command
+    };
+    // Everything else is in the file.
+    fails(&mut client(), 1, &["gateway", "127.0.0.1:", "refused"]);
+    fails(client().args(["--provider", "exit"]), 1, &["no provider \"exit\""]);
+    let check = run(mixsocks().args(["config", "check"]).arg(&config));
+    assert!(check.status.success(), "{check:?}");
+    fails(mixsocks().args(["client", "init", "--data-dir"]).arg(&data), 1, &["is there already"]);
+
+    let right = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, right.replace("\nsocks = ", "\nsokcs = ")).unwrap();
+    let words = ["config.toml, line ", "no key sokcs", "did you mean socks?"];
+    fails(&mut client(), 2, &words);
+    fails(mixsocks().args(["config", "check"]).arg(&config), 1, &words);
+    fails(mixsocks().args(["config", "check", "/nowhere.toml"]), 1, &["/nowhere.toml"]);
+}
+
+#[test]
 fn an_older_topology() {
     let network = PaperNetwork::new(2);
     let file = network.file(network.document(8, -10, 1000));
@@ -189,6 +250,9 @@ fn providers_that_cannot_be_used() {
     };
     fails(&mut with("papr"), 1, &["no provider \"papr\"", "did you mean \"paper\"?"]);
     fails(&mut with("exit"), 1, &["no provider \"exit\"", "has: paper"]);
+    // The second choice is there, and what is wrong then is another thing.
+    fails(&mut with("exit,paper"), 1, &["gateway", "127.0.0.1:", "refused"]);
+    fails(&mut with("exit,door"), 1, &["no provider \"exit\"", "has: paper"]);
     let elsewhere = PaperNetwork::new(1).provider.to_string();
     fails(&mut with(&elsewhere), 1, &["not in this topology"]);
     let truncated = &elsewhere[..elsewhere.len() - 3];
