@@ -287,6 +287,10 @@ impl World {
     }
 
     fn open(&mut self) {
+        // Operations name streams by one byte.
+        if self.streams.len() > u8::MAX.into() {
+            return;
+        }
         let target = "example.com:80".parse().expect("a good target");
         if let Some(id) = self.client.open(target) {
             assert!(self.streams.insert(id, Stream::default()).is_none(), "a second stream {id}");
@@ -423,6 +427,7 @@ impl World {
                     if !self.client.poll_transmit(self.now, delay, &mut self.surbs, &mut out) {
                         return;
                     }
+                    assert!(out.len() <= PACKET_BYTES);
                     self.to_provider.push(out);
                 }
                 End::Provider => {
@@ -432,11 +437,10 @@ impl World {
                     else {
                         return;
                     };
+                    assert!(out.len() <= PACKET_BYTES);
                     self.reply(&surb, out);
                 }
             }
-            let last = [self.to_provider.last(), self.to_client.last().map(|reply| &reply.1)];
-            assert!(last.into_iter().flatten().all(|contents| contents.len() <= PACKET_BYTES));
         }
     }
 
@@ -576,7 +580,7 @@ impl World {
         (0..self.to_client.len()).for_each(|_| self.deliver(End::Client, 0));
         self.handle_events();
         for stream in 0..self.streams.len() {
-            let stream = u8::try_from(stream).expect("an input opens few streams");
+            let stream = u8::try_from(stream).expect("no more are opened");
             self.answer(stream, OpenOutcome::Connected);
             for end in [End::Client, End::Provider] {
                 self.finish(end, stream);
