@@ -131,7 +131,7 @@ fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mixsocks_common::topology::{NetworkName, Node, Parameters, Role};
+    use mixsocks_common::topology::{Epochs, NetworkName, Node, Parameters, Role};
     use std::time::Duration;
 
     /// In force whatever the clock says.
@@ -156,6 +156,7 @@ mod tests {
             let nodes = (1..).zip(roles).map(|(n, role)| Node {
                 identity: dir.identity_key(&format!("{n}.id")).unwrap().identity(),
                 sphinx_key: dir.sphinx_key(&format!("{n}.key")).unwrap().public_key().into(),
+                next_sphinx_key: None,
                 link_address: address(n),
                 role,
             });
@@ -168,6 +169,7 @@ mod tests {
                 payload_bytes: 2048,
                 mean_delay: Duration::ZERO,
                 max_delay: Duration::from_secs(1),
+                epochs: Epochs::STATIC,
             };
             let network = NetworkName::new("test").unwrap();
             let validity = UnixTime(validity.start)..UnixTime(validity.end);

@@ -8,5 +8,6 @@ pub mod keys;
 pub mod link;
 pub mod replay;
 pub mod session;
+mod signed_text;
 pub mod target;
 pub mod topology;

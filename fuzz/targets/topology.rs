@@ -10,7 +10,8 @@ use libfuzzer_sys::fuzz_target;
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::{EncryptionKey, Identity, IdentityKey};
 use mixsocks_common::topology::{
-    Authorities, NetworkName, Node, Parameters, Provider, Role, Topology, UnixTime, sign, verify,
+    Authorities, Epochs, NetworkName, Node, Parameters, Provider, Role, Topology, UnixTime, sign,
+    verify,
 };
 use mixsocks_fuzz::Edits;
 use mixsocks_sphinx::SecretKey;
@@ -66,6 +67,7 @@ fn topology() -> Topology {
     let node = |number: u8, role| Node {
         identity: identity(number),
         sphinx_key: encryption_key(number),
+        next_sphinx_key: None,
         link_address: ([192, 0, 2, number], 9000).into(),
         role,
     };
@@ -78,9 +80,11 @@ fn topology() -> Topology {
         payload_bytes: 2048,
         mean_delay: Duration::from_millis(15),
         max_delay: Duration::from_secs(10),
+        epochs: Epochs::STATIC,
     };
     let network = NetworkName::new("test").expect("a good name");
-    let providers = vec![Provider { name: "exit".to_owned(), address, policy }];
+    let providers =
+        vec![Provider { name: "exit".to_owned(), address, policy, requires_token: false }];
     Topology::new(network, 7, UnixTime(100)..UnixTime(200), parameters, nodes, providers)
         .expect("a small network")
 }
