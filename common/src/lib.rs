@@ -3,6 +3,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
 
 pub mod address;
+pub mod directory;
 pub mod gateway;
 pub mod keys;
 pub mod link;
