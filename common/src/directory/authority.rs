@@ -8,9 +8,10 @@ use bytes::Bytes;
 
 use super::members::Members;
 use super::message::{
-    Draft, MAX_SHARED, Malformed, Message, Proposal, Reader, Sender, Status, encode_candidates,
+    Draft, MAX_SHARED, Malformed, Message, Proposal, Reader, Sender, Status, Vote,
+    encode_candidates,
 };
-use super::round::{Round, bound_to, is_mandate};
+use super::round::{Proposed, Round, bound_to, is_mandate, is_supported};
 use super::{
     Admission, Admitted, AssemblyError, CLOCK_SKEW, Candidate, CheckError, DescriptorError,
     ENDORSED_EPOCHS, Endorsement, MAX_HELD, NotAdmitted, PresentedInvitation, Rules,
@@ -518,47 +519,53 @@ impl Authority {
         for status in &statuses {
             self.learn(status, now);
         }
-        let Some(round) = &mut self.round else { return Ok(()) };
-        if round.advance(attempt, now + self.rules.attempt_time()) {
+        let deadline = now + self.rules.attempt_time();
+        if self.round.as_mut().is_some_and(|round| round.advance(attempt, deadline)) {
             self.changed();
         }
-        self.vote(leader, attempt, draft, now)
-    }
-
-    /// Votes for a draft of the current attempt, if it keeps the rules.
-    fn vote(
-        &mut self,
-        leader: Identity,
-        attempt: u8,
-        draft: Draft,
-        now: Duration,
-    ) -> Result<(), MessageError> {
-        let Some(round) = &mut self.round else { return Ok(()) };
-        let digest = draft.body.digest();
+        let Some(round) = &self.round else { return Ok(()) };
         let voted = round.vote.is_some_and(|vote| vote.attempt >= attempt);
         let other = round.signed.is_some() && round.vote.is_some_and(|vote| vote.digest != digest);
-        if attempt != round.attempt || voted || other {
+        if leader == self.key.identity() || attempt != round.attempt || voted || other {
             return Ok(());
         }
-        let latest = self.latest.as_ref();
-        let Draft { body, candidates } = &draft;
-        let checked = check(&self.rules, latest, round.epoch, body, candidates, &round.expected);
-        if let Err(error) = checked {
-            if matches!(error, CheckError::Omitted(_)) {
-                self.share(leader, &draft.candidates);
-            }
+        if let Err(error) = self.check(&draft, &statuses) {
+            self.share(leader, &draft.candidates, &error);
             return Err(MessageError::Refused { leader, error });
         }
-        round.vote = Some(super::message::Vote { attempt, digest });
-        round.keep(draft);
-        self.next_send = self.next_send.max(now);
-        self.changed();
+        self.vote(draft);
         Ok(())
     }
 
-    /// Sends a leader what its proposal should have had.
-    fn share(&mut self, leader: Identity, has: &[Candidate]) {
-        let Some(round) = &self.round else { return };
+    /// Checks a draft that is proposed with these statuses.
+    ///
+    /// Whom it leaves out is not held against it when the leader had no choice, and somebody else had
+    /// found it right before: else two honest authorities that lack different descriptors could block
+    /// each other.
+    fn check(&self, draft: &Draft, statuses: &[Status]) -> Result<(), CheckError> {
+        let nobody = BTreeMap::new();
+        let Some(round) = &self.round else { return Ok(()) };
+        let bound = is_supported(statuses, &draft.body.digest(), &self.rules);
+        let expected = if bound { &nobody } else { &round.expected };
+        let (latest, epoch) = (self.latest.as_ref(), round.epoch);
+        check(&self.rules, latest, epoch, &draft.body, &draft.candidates, expected)
+    }
+
+    /// Votes for a draft that has been checked.
+    fn vote(&mut self, draft: Draft) {
+        let Some(round) = &mut self.round else { return };
+        round.vote = Some(Vote { attempt: round.attempt, digest: draft.body.digest() });
+        round.keep(draft);
+        self.changed();
+    }
+
+    /// Sends a leader, once in an attempt, what its proposal should have had.
+    fn share(&mut self, leader: Identity, has: &[Candidate], error: &CheckError) {
+        let Some(round) = &mut self.round else { return };
+        let first = !std::mem::replace(&mut round.shared, true);
+        if !first || !matches!(error, CheckError::Omitted(_)) {
+            return;
+        }
         let missing = |candidate: &Candidate| {
             let identity = candidate.descriptor.identity();
             let found = has.binary_search_by_key(&identity, |c| c.descriptor.identity());
@@ -581,9 +588,8 @@ impl Authority {
         let epoch = self.rules.round_at(now);
         for candidate in candidates {
             let Candidate { descriptor, endorsements } = &candidate;
-            let wanted = self.members.newer_than(descriptor).is_none()
-                && self.members.has_room(&descriptor.identity());
-            if wanted && candidate.check(&self.rules, epoch).is_ok() {
+            let room = self.members.has_room(&descriptor.identity());
+            if room && candidate.check(&self.rules, epoch).is_ok() {
                 let good = self.good_endorsements(descriptor, endorsements);
                 self.members.put(candidate.descriptor, &good, &self.rules, now);
             }
@@ -630,6 +636,7 @@ impl Authority {
     /// Does whatever has become possible.
     fn settle(&mut self, now: Duration) {
         self.propose(now);
+        self.support_own();
         self.sign();
         self.finish(now);
         if self.disk == Disk::Changed
@@ -641,12 +648,16 @@ impl Authority {
     }
 
     /// Proposes a document when it is this authority's turn.
+    ///
+    /// It votes for it last, when its vote is the one that is missing: a vote for what the others
+    /// refuse would bind the leaders that follow.
     fn propose(&mut self, now: Duration) {
         let me = self.identity();
         let Some(round) = &self.round else { return };
         let (epoch, attempt) = (round.epoch, round.attempt);
         if *self.rules.leader(epoch, attempt) != me
             || round.proposal.is_some()
+            || !round.may_propose
             || self.disk != Disk::Same
             || self.has_document_of(epoch)
         {
@@ -654,22 +665,33 @@ impl Authority {
         }
         let Some(statuses) = round.mandate(self.rules.authorities()) else { return };
         let bound = bound_to(&statuses);
-        if !is_mandate(&statuses, epoch, attempt, self.rules.authorities()) {
-            return;
-        }
-        let draft = match (bound.is_empty(), round.vote) {
-            // This authority voted in this attempt before it was started anew.
-            (true, Some(_)) => round.voted_draft().cloned(),
-            (true, None) => self.assemble(epoch),
-            (false, _) => bound.iter().find_map(|digest| round.draft(digest)).cloned(),
+        let draft = if bound.is_empty() {
+            self.assemble(epoch)
+        } else {
+            bound.iter().find_map(|digest| round.draft(digest)).cloned()
         };
-        let Some(draft) = draft else { return };
+        let Some(draft) = draft.filter(|draft| self.check(draft, &statuses).is_ok()) else {
+            return;
+        };
+        let digest = draft.body.digest();
         let proposal = Proposal { epoch, attempt, statuses, draft };
         let message = self.sender().proposal(&proposal);
-        // Whatever this authority would not vote for it does not propose either.
-        let voted = self.vote(me, attempt, proposal.draft, now).is_ok();
-        if let Some(round) = self.round.as_mut().filter(|_| voted) {
-            round.proposal = Some(message);
+        if let Some(round) = &mut self.round {
+            round.proposal = Some(Proposed { digest, message });
+            round.keep(proposal.draft);
+        }
+        self.announce(now);
+    }
+
+    fn support_own(&mut self) {
+        let Some(round) = &self.round else { return };
+        let Some(proposal) = &round.proposal else { return };
+        let voted = round.vote.is_some_and(|vote| vote.attempt >= round.attempt);
+        if !voted
+            && round.supporters() + 1 >= self.rules.authorities().threshold()
+            && let Some(draft) = round.draft(&proposal.digest).cloned()
+        {
+            self.vote(draft);
         }
     }
 
@@ -741,7 +763,7 @@ impl Authority {
             if let Some(proposal) = round.proposal.as_ref().filter(|_| running)
                 && !round.has_voted(peer)
             {
-                messages.push((*peer, proposal.clone()));
+                messages.push((*peer, proposal.message.clone()));
             }
         }
         for (to, message) in messages {

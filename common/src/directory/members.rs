@@ -1,6 +1,7 @@
 //! What an authority holds of the network's members.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::time::Duration;
 
 use super::{Candidate, Endorsement, MAX_HELD, Rules, SignedDescriptor};
@@ -59,7 +60,8 @@ impl Members {
         self.held.len() < MAX_HELD || self.held.contains_key(identity)
     }
 
-    /// Keeps a descriptor that is new or the same, and endorsements of it that are right.
+    /// Keeps a descriptor, if it is newer than the one that is held, and endorsements of its maker
+    /// that are right, in any case.
     pub(super) fn put<'a>(
         &mut self,
         descriptor: SignedDescriptor,
@@ -67,31 +69,44 @@ impl Members {
         rules: &Rules,
         now: Duration,
     ) {
-        let identity = descriptor.identity();
-        let before = self.held.remove(&identity);
-        let same_kind =
-            |held: &Held| held.descriptor.descriptor().kind() == descriptor.descriptor().kind();
-        let before = before.filter(same_kind);
-        let (mut endorsed, mut since, mut earlier) = (BTreeMap::new(), None, None);
-        if let Some(before) = before {
-            if before.descriptor == descriptor {
-                (since, earlier) = (before.since, before.earlier);
-            } else {
-                let settled = before.since.is_some_and(|since| since + rules.attempt_time() <= now);
-                earlier = if settled { Some(before.published()) } else { before.earlier };
+        let settle_time = rules.attempt_time();
+        let kind = descriptor.descriptor().kind();
+        let new = |descriptor| Held {
+            descriptor,
+            endorsements: BTreeMap::new(),
+            since: None,
+            earlier: None,
+        };
+        let newer = self.newer_than(&descriptor).is_none();
+        let held = match self.held.entry(descriptor.identity()) {
+            Entry::Vacant(entry) => entry.insert(new(descriptor)),
+            Entry::Occupied(entry) => {
+                let held = entry.into_mut();
+                if held.descriptor.descriptor().kind() != kind {
+                    // An endorsement is for one kind of member.
+                    if newer {
+                        *held = new(descriptor);
+                    } else {
+                        return;
+                    }
+                } else if newer && held.descriptor != descriptor {
+                    if held.since.is_some_and(|since| since + settle_time <= now) {
+                        held.earlier = Some(held.published());
+                    }
+                    (held.descriptor, held.since) = (descriptor, None);
+                }
+                held
             }
-            endorsed = before.endorsements;
-        }
+        };
         for endorsement in endorsements {
-            let kept = endorsed.entry(endorsement.authority).or_insert(*endorsement);
+            let kept = held.endorsements.entry(endorsement.authority).or_insert(*endorsement);
             if kept.until < endorsement.until {
                 *kept = *endorsement;
             }
         }
-        if endorsed.len() >= rules.authorities().threshold() {
-            since = since.or(Some(now));
+        if held.endorsements.len() >= rules.authorities().threshold() {
+            held.since = held.since.or(Some(now));
         }
-        self.held.insert(identity, Held { descriptor, endorsements: endorsed, since, earlier });
     }
 
     /// Forgets what is too old for a document of `epoch`.

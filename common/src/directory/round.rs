@@ -8,10 +8,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use bytes::Bytes;
+
+use super::Rules;
 use super::message::{Draft, Malformed, Reader, Standing, Status, Vote};
 use super::rules::MAX_ATTEMPTS;
 use crate::keys::{Identity, Signature};
 use crate::topology::{Authorities, DocumentDigest, UnixTime};
+
+/// What an authority has proposed.
+pub(super) struct Proposed {
+    pub(super) digest: DocumentDigest,
+    pub(super) message: Bytes,
+}
 
 /// The making of one document.
 pub(super) struct Round {
@@ -22,7 +31,12 @@ pub(super) struct Round {
     /// Whose descriptors the document must have, and of what age.
     pub(super) expected: BTreeMap<Identity, UnixTime>,
     /// What this authority proposes in this attempt.
-    pub(super) proposal: Option<bytes::Bytes>,
+    pub(super) proposal: Option<Proposed>,
+    /// Whether it may propose in this attempt: not if it may have done so before a restart, as there
+    /// must be one proposal only.
+    pub(super) may_propose: bool,
+    /// Whether it has told this attempt's leader whom its proposal leaves out.
+    pub(super) shared: bool,
     /// Its latest vote, and its signature.
     pub(super) vote: Option<Vote>,
     pub(super) signed: Option<Signature>,
@@ -44,6 +58,8 @@ impl Round {
             deadline,
             expected,
             proposal: None,
+            may_propose: true,
+            shared: false,
             vote: None,
             signed: None,
             statuses: BTreeMap::new(),
@@ -68,6 +84,7 @@ impl Round {
         let mut reader = Reader(record);
         let standing = reader.standing()?;
         let mut round = Self::new(standing.epoch, deadline, BTreeMap::new());
+        round.may_propose = false;
         (round.attempt, round.vote, round.signed) =
             (standing.attempt, standing.vote, standing.signed);
         if let Some(vote) = standing.vote {
@@ -91,7 +108,8 @@ impl Round {
         if attempt <= self.attempt || attempt >= MAX_ATTEMPTS {
             return false;
         }
-        (self.attempt, self.deadline, self.proposal) = (attempt, deadline, None);
+        (self.attempt, self.deadline) = (attempt, deadline);
+        (self.proposal, self.may_propose, self.shared) = (None, true, false);
         true
     }
 
@@ -139,9 +157,10 @@ impl Round {
     /// Keeps a draft. Those that nobody's latest vote is for go: so there are never more than
     /// authorities, and one.
     pub(super) fn keep(&mut self, draft: Draft) {
-        let voted: BTreeSet<_> = self.statuses.values().filter_map(|s| s.standing.vote).collect();
-        let own = self.vote;
-        self.drafts.retain(|digest, _| voted.iter().chain(&own).any(|vote| vote.digest == *digest));
+        let votes = self.statuses.values().filter_map(|status| status.standing.vote);
+        let mut wanted: BTreeSet<_> = votes.chain(self.vote).map(|vote| vote.digest).collect();
+        wanted.extend(self.proposal.as_ref().map(|proposal| proposal.digest));
+        self.drafts.retain(|digest, _| wanted.contains(digest));
         self.drafts.insert(draft.body.digest(), draft);
     }
 
@@ -153,15 +172,26 @@ impl Round {
         self.drafts.get(digest)
     }
 
-    /// The statuses with which somebody may propose in this attempt; `None` while too few have got
-    /// there. The first attempt needs none.
+    /// The statuses with which this authority may propose in this attempt: those that bind it least,
+    /// as few as will do; `None` while too few have got there. The first attempt needs none.
     pub(super) fn mandate(&self, authorities: &Authorities) -> Option<Vec<Status>> {
         if self.attempt == 0 {
             return Some(Vec::new());
         }
         let here = |status: &&Status| status.standing.attempt == self.attempt;
-        let statuses: Vec<_> = self.statuses.values().filter(here).copied().collect();
-        (statuses.len() >= authorities.threshold()).then_some(statuses)
+        let mut statuses: Vec<_> = self.statuses.values().filter(here).copied().collect();
+        statuses.sort_by_key(|status| status.standing.vote.map(|vote| vote.attempt));
+        statuses.truncate(authorities.threshold());
+        (statuses.len() == authorities.threshold()).then_some(statuses)
+    }
+
+    /// How many have voted in this attempt for what this authority proposes.
+    pub(super) fn supporters(&self) -> usize {
+        let Some(proposal) = &self.proposal else { return 0 };
+        let here = |((attempt, _), digest): &(&(u8, Identity), &DocumentDigest)| {
+            *attempt == self.attempt && **digest == proposal.digest
+        };
+        self.votes.iter().filter(here).count()
     }
 
     /// Whether enough authorities have voted, in one attempt, for what this one has voted for.
@@ -201,6 +231,14 @@ pub(super) fn bound_to(statuses: &[Status]) -> BTreeSet<DocumentDigest> {
     let votes = || statuses.iter().filter_map(|status| status.standing.vote);
     let latest = votes().map(|vote| vote.attempt).max();
     votes().filter(|vote| Some(vote.attempt) == latest).map(|vote| vote.digest).collect()
+}
+
+/// Whether somebody else has voted for this draft than who proposed it.
+pub(super) fn is_supported(statuses: &[Status], digest: &DocumentDigest, rules: &Rules) -> bool {
+    statuses.iter().any(|Status { from, standing, .. }| {
+        let vote = standing.vote.filter(|vote| vote.digest == *digest);
+        vote.is_some_and(|vote| rules.leader(standing.epoch, vote.attempt) != from)
+    })
 }
 
 /// Whether `statuses` are of enough authorities, each once, at this attempt of this epoch.
