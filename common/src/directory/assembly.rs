@@ -416,3 +416,337 @@ impl<'a> Claims<'a> {
         all
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::testing::{EPOCH_SECONDS, Person, authority_key, rules, sorted};
+    use super::super::{DESCRIPTOR_EPOCHS, Minimum};
+    use super::*;
+    use crate::keys::IdentityKey;
+    use crate::topology::sign;
+
+    const EPOCH: u64 = 1000;
+
+    /// Two of three authorities sign and endorse.
+    struct Fixture {
+        rules: Rules,
+        keys: [IdentityKey; 2],
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            Self { rules: rules(3, 2), keys: [authority_key(0), authority_key(1)] }
+        }
+
+        fn candidate(&self, person: Person, epoch: u64) -> Candidate {
+            let [first, second] = &self.keys;
+            person.candidate(epoch * EPOCH_SECONDS - 10, &[first, second])
+        }
+
+        fn candidates(&self, people: &[Person], epoch: u64) -> Vec<Candidate> {
+            sorted(people.iter().map(|person| self.candidate(*person, epoch)).collect())
+        }
+
+        fn make(
+            &self,
+            previous: Option<&SignedTopology>,
+            candidates: &[Candidate],
+            epoch: u64,
+        ) -> Result<SignedTopology, AssemblyError> {
+            let topology = assemble(&self.rules, previous, candidates, epoch)?;
+            let file = sign(&topology, &[&self.keys[0], &self.keys[1]]);
+            Ok(SignedTopology::read(file.as_bytes(), self.rules.authorities()).unwrap())
+        }
+
+        fn check(
+            &self,
+            previous: Option<&SignedTopology>,
+            body: &DocumentBody,
+            candidates: &[Candidate],
+        ) -> Result<(), CheckError> {
+            check(&self.rules, previous, EPOCH, body, candidates, &BTreeMap::new())
+        }
+    }
+
+    fn people() -> Vec<Person> {
+        let mut people: Vec<_> = (1..=4).map(Person::mix).collect();
+        people.extend([Person::gateway(11), Person::gateway(12), Person::provider(21, 11)]);
+        people
+    }
+
+    fn layer(document: &SignedTopology, person: Person) -> Option<u8> {
+        match document.topology().node(&person.key().identity())?.role {
+            Role::Mix { layer } => Some(layer),
+            Role::Gateway { .. } => panic!("it is a gateway"),
+        }
+    }
+
+    fn waits(document: &SignedTopology, person: Person) -> bool {
+        document.topology().waiting().contains(&person.key().identity())
+    }
+
+    #[test]
+    fn the_first_document_needs_the_minimum_and_places_at_once() {
+        let fixture = Fixture::new();
+        let Minimum { mixes, gateways, providers } = fixture.rules.minimum();
+        let first = fixture.make(None, &fixture.candidates(&people(), EPOCH), EPOCH).unwrap();
+        assert_eq!(first.topology().nodes().len(), 6);
+        assert_eq!(first.topology().waiting(), []);
+        assert_eq!(first.topology().providers().len(), 1);
+        for (what, left_out, needed) in [
+            ("mixes", vec![0, 1], mixes),
+            ("gateways", vec![5], gateways),
+            ("providers", vec![6], providers),
+        ] {
+            let mut few = people();
+            for at in left_out.into_iter().rev() {
+                few.remove(at);
+            }
+            let error = fixture.make(None, &fixture.candidates(&few, EPOCH), EPOCH).unwrap_err();
+            assert_eq!(error, AssemblyError::TooFew { what, count: needed - 1, needed });
+        }
+    }
+
+    #[test]
+    fn a_new_mix_waits_for_one_document_and_stays_where_it_was_put() {
+        let fixture = Fixture::new();
+        let newcomer = Person::mix(9);
+        let mut all = people();
+        let first = fixture.make(None, &fixture.candidates(&all, EPOCH), EPOCH).unwrap();
+        all.push(newcomer);
+        let second =
+            fixture.make(Some(&first), &fixture.candidates(&all, EPOCH + 1), EPOCH + 1).unwrap();
+        assert!(waits(&second, newcomer) && layer(&second, newcomer).is_none());
+        // Two epochs on: one may have failed.
+        let third =
+            fixture.make(Some(&second), &fixture.candidates(&all, EPOCH + 3), EPOCH + 3).unwrap();
+        assert!(!waits(&third, newcomer));
+        for person in people().into_iter().take(4) {
+            assert_eq!(layer(&third, person), layer(&first, person));
+        }
+        let place = layer(&third, newcomer);
+        assert!(place.is_some());
+        let fourth =
+            fixture.make(Some(&third), &fixture.candidates(&all, EPOCH + 4), EPOCH + 4).unwrap();
+        assert_eq!(layer(&fourth, newcomer), place);
+        // Who was gone for a document waits again.
+        let fifth =
+            fixture.make(Some(&fourth), &fixture.candidates(&people(), EPOCH + 5), EPOCH + 5);
+        let fifth = fifth.unwrap();
+        let sixth =
+            fixture.make(Some(&fifth), &fixture.candidates(&all, EPOCH + 6), EPOCH + 6).unwrap();
+        assert!(waits(&sixth, newcomer));
+    }
+
+    #[test]
+    fn newcomers_are_placed_at_once_when_a_layer_would_be_empty() {
+        let fixture = Fixture::new();
+        let mut all = people();
+        let first = fixture.make(None, &fixture.candidates(&all, EPOCH), EPOCH).unwrap();
+        all.drain(..2);
+        all.push(Person::mix(9));
+        let second =
+            fixture.make(Some(&first), &fixture.candidates(&all, EPOCH + 1), EPOCH + 1).unwrap();
+        assert!(layer(&second, Person::mix(9)).is_some());
+        all.pop();
+        let error = fixture.make(Some(&first), &fixture.candidates(&all, EPOCH + 1), EPOCH + 1);
+        assert!(matches!(error, Err(AssemblyError::Document(DocumentError::EmptyLayer(_)))));
+    }
+
+    #[test]
+    fn members_leave_with_their_keys_their_gateway_or_their_descriptor() {
+        let fixture = Fixture::new();
+        let all = people();
+        let first = fixture.make(None, &fixture.candidates(&all, EPOCH), EPOCH).unwrap();
+        // Keys of three key epochs were published, the last of which ends after nine epochs at most.
+        let late = EPOCH + 9;
+        let mut candidates = fixture.candidates(&all, late);
+        let position = |candidates: &[Candidate], person: Person| {
+            let identity = person.key().identity();
+            candidates.iter().position(|c| c.descriptor.identity() == identity).unwrap()
+        };
+        let stale = position(&candidates, all[0]);
+        candidates[stale] = fixture.candidate(all[0], EPOCH);
+        let second = fixture.make(Some(&first), &candidates, late).unwrap();
+        assert_eq!(layer(&second, all[0]), None);
+        let gateway = position(&candidates, Person::gateway(11));
+        candidates.remove(gateway);
+        let third = fixture.make(Some(&first), &candidates, late).unwrap();
+        assert_eq!(third.topology().providers(), []);
+    }
+
+    #[test]
+    fn the_keys_are_those_of_the_documents_key_epoch() {
+        let fixture = Fixture::new();
+        // Published in key epoch 333, for a document of 333 and one of 334.
+        for epoch in [1001, 1002] {
+            let candidates = fixture.candidates(&people(), 1001);
+            let document = fixture.make(None, &candidates, epoch).unwrap();
+            let node = document.topology().node(&Person::mix(1).key().identity()).unwrap();
+            let key_epoch = epoch / 3;
+            assert_eq!(node.sphinx_key, Person::mix(1).sphinx_key(key_epoch));
+            assert_eq!(node.next_sphinx_key, Some(Person::mix(1).sphinx_key(key_epoch + 1)));
+        }
+        let range = fixture.rules.validity(1000);
+        assert_eq!(range, UnixTime(1000 * EPOCH_SECONDS - 120)..UnixTime(1004 * EPOCH_SECONDS));
+        // Never longer than there are keys: up to the end of key epoch 334.
+        assert_eq!(fixture.rules.validity(1001).end, UnixTime(1005 * EPOCH_SECONDS));
+        assert_eq!(fixture.rules.validity(1000).end, UnixTime(1004 * EPOCH_SECONDS));
+    }
+
+    #[test]
+    fn what_one_member_has_nobody_takes_from_it() {
+        let fixture = Fixture::new();
+        let [key, other] = &fixture.keys;
+        let all = people();
+        let first = fixture.make(None, &fixture.candidates(&all, EPOCH), EPOCH).unwrap();
+        let published = (EPOCH + 1) * EPOCH_SECONDS - 10;
+        let honest = fixture.candidates(&all, EPOCH + 1);
+        type Theft = fn(&mut Hop, &Hop);
+        let thefts: [Theft; 2] = [
+            |thief, victim| thief.link_address = victim.link_address,
+            |thief, victim| thief.keys.clone_from(&victim.keys),
+        ];
+        for steal in thefts {
+            // Many thieves, so that by rank some would come first.
+            for number in 30..40 {
+                let thief = Person::mix(number);
+                let mut descriptor = thief.descriptor(published);
+                let Member::Mix(victim) = all[0].descriptor(published).member else {
+                    panic!("a mix")
+                };
+                let Member::Mix(hop) = &mut descriptor.member else { panic!("a mix") };
+                steal(hop, &victim);
+                let signed = descriptor.sign(&thief.key()).unwrap();
+                let mut candidates = honest.clone();
+                candidates.push(super::super::testing::endorsed(signed, &[key, other]));
+                let candidates = sorted(candidates);
+                let second = fixture.make(Some(&first), &candidates, EPOCH + 1).unwrap();
+                assert!(layer(&second, all[0]).is_some());
+                assert!(!waits(&second, thief));
+            }
+        }
+        let thief = Person::provider(22, 11);
+        let mut descriptor = thief.descriptor(published);
+        let Member::Provider(provider) = &mut descriptor.member else { panic!("a provider") };
+        provider.name = "exit-21".to_owned();
+        let signed = descriptor.sign(&thief.key()).unwrap();
+        let mut candidates = honest;
+        candidates.push(super::super::testing::endorsed(signed, &[key, other]));
+        let second = fixture.make(Some(&first), &sorted(candidates), EPOCH + 1).unwrap();
+        let owners: Vec<_> =
+            second.topology().providers().iter().map(|p| p.address.identity).collect();
+        assert_eq!(owners, [Person::provider(21, 11).key().identity()]);
+    }
+
+    #[test]
+    fn candidates_are_used_within_their_time_and_with_enough_endorsements() {
+        let fixture = Fixture::new();
+        let [key, other] = &fixture.keys;
+        let begin = EPOCH * EPOCH_SECONDS;
+        let at = |published: u64| Person::mix(1).candidate(published, &[key, other]);
+        let check = |candidate: &Candidate| candidate.check(&fixture.rules, EPOCH);
+        let oldest = begin - DESCRIPTOR_EPOCHS * EPOCH_SECONDS;
+        assert_eq!(check(&at(oldest)), Ok(()));
+        let old = Err(CandidateError::Descriptor(DescriptorError::Old { seconds: 9601 }));
+        assert_eq!(check(&at(oldest - 1)), old);
+        assert_eq!(check(&at(begin + EPOCH_SECONDS)), Ok(()));
+        let future = Err(CandidateError::Descriptor(DescriptorError::Future { seconds: 1 }));
+        assert_eq!(check(&at(begin + EPOCH_SECONDS + 1)), future);
+
+        let not_admitted = |valid| Err(CandidateError::NotAdmitted { valid, needed: 2 });
+        let stranger = authority_key(9);
+        let by = |keys: &[&IdentityKey]| check(&Person::mix(1).candidate(begin, keys));
+        assert_eq!(by(&[key]), not_admitted(1));
+        assert_eq!(by(&[key, &stranger]), not_admitted(1));
+        let mut twice = Person::mix(1).candidate(begin, &[key]);
+        twice.endorsements.push(twice.endorsements[0]);
+        assert_eq!(check(&twice), not_admitted(1));
+        let descriptor = Person::mix(1).descriptor(begin);
+        let mut expired = at(begin);
+        let last = [EPOCH, EPOCH - 1].map(|until| Endorsement::new(key, &descriptor, until));
+        let position = expired.endorsements.iter().position(|e| e.authority == key.identity());
+        expired.endorsements[position.unwrap()] = last[0];
+        assert_eq!(check(&expired), Ok(()));
+        expired.endorsements[position.unwrap()] = last[1];
+        assert_eq!(check(&expired), not_admitted(1));
+    }
+
+    #[test]
+    fn a_proposal_that_differs_anywhere_is_refused() {
+        let fixture = Fixture::new();
+        let candidates = fixture.candidates(&people(), EPOCH);
+        let body = assemble(&fixture.rules, None, &candidates, EPOCH).unwrap().body();
+        assert_eq!(fixture.check(None, &body, &candidates), Ok(()));
+        for (from, to) in [
+            ("layer = 1", "layer = 2"),
+            ("mean_delay_us = 15000", "mean_delay_us = 15001"),
+            ("epoch = 1000", "epoch = 1001"),
+            ("exit-21", "exit-22"),
+        ] {
+            let changed = body.as_str().replacen(from, to, 1);
+            assert_ne!(changed, body.as_str());
+            let changed = DocumentBody::from_text(changed);
+            assert_eq!(fixture.check(None, &changed, &candidates), Err(CheckError::Differs));
+        }
+        let mut unsorted = candidates.clone();
+        unsorted.swap(0, 1);
+        assert_eq!(fixture.check(None, &body, &unsorted), Err(CheckError::Order));
+        let mut double = candidates.clone();
+        double.insert(0, candidates[0].clone());
+        assert_eq!(fixture.check(None, &body, &double), Err(CheckError::Order));
+        let mut unendorsed = candidates;
+        unendorsed[3].endorsements.pop();
+        let result = fixture.check(None, &body, &unendorsed);
+        assert!(matches!(result, Err(CheckError::Candidate { .. })), "{result:?}");
+    }
+
+    #[test]
+    fn an_expected_member_must_be_there_with_a_descriptor_as_new() {
+        let fixture = Fixture::new();
+        let candidates = fixture.candidates(&people(), EPOCH);
+        let body = assemble(&fixture.rules, None, &candidates, EPOCH).unwrap().body();
+        let check = |identity, published| {
+            let expected = BTreeMap::from([(identity, UnixTime(published))]);
+            check(&fixture.rules, None, EPOCH, &body, &candidates, &expected)
+        };
+        let (mix, published) = (people()[0].key().identity(), EPOCH * EPOCH_SECONDS - 10);
+        assert_eq!(check(mix, published), Ok(()));
+        assert_eq!(check(mix, published + 1), Err(CheckError::Omitted(mix)));
+        let nobody = Person::mix(9).key().identity();
+        assert_eq!(check(nobody, 0), Err(CheckError::Omitted(nobody)));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+        /// Over several epochs in which members come and go: what is assembled passes the check, of
+        /// the order of descriptors nothing depends, layers are balanced, and mixes move only when
+        /// that is needed for it.
+        #[test]
+        fn assembled_documents_pass_the_check(
+            present in proptest::collection::vec(proptest::collection::vec(any::<bool>(), 9), 4),
+        ) {
+            let fixture = Fixture::new();
+            let mut previous: Option<SignedTopology> = None;
+            for (epoch, present) in (EPOCH..).zip(present) {
+                let mut some = people();
+                some.extend((30..39).zip(present).filter(|(_, here)| *here).map(|(n, _)| Person::mix(n)));
+                let candidates = fixture.candidates(&some, epoch);
+                let document = fixture.make(previous.as_ref(), &candidates, epoch).unwrap();
+                let body = document.topology().body();
+                let checked = check(
+                    &fixture.rules, previous.as_ref(), epoch, &body, &candidates, &BTreeMap::new(),
+                );
+                prop_assert_eq!(checked, Ok(()));
+                let sizes = [1, 2, 3].map(|layer| document.topology().mixes(layer).count());
+                prop_assert!(sizes.iter().max().unwrap() - sizes.iter().min().unwrap() <= 1);
+                let here = |person: &Person| layer(&document, *person).is_some() || waits(&document, *person);
+                let mixes = some.iter().filter(|p| p.kind() == super::super::MemberKind::Mix);
+                prop_assert!(mixes.clone().all(here));
+                previous = Some(document);
+            }
+        }
+    }
+}

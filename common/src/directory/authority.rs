@@ -792,3 +792,6 @@ fn read(file: &[u8], rules: &Rules) -> Result<SignedTopology, TopologyError> {
     }
     Ok(signed)
 }
+
+#[cfg(test)]
+mod tests;

@@ -482,3 +482,160 @@ impl From<&Descriptor> for RawDescriptor {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::Person;
+    use super::*;
+
+    fn signed_body(body: &str, key: &IdentityKey) -> Vec<u8> {
+        KIND.write(body, &[(key.identity(), KIND.sign(body, key))]).into_bytes()
+    }
+
+    #[test]
+    fn each_kind_round_trips() {
+        for person in [Person::mix(1), Person::gateway(2), Person::provider(3, 2)] {
+            let signed = person.signed(5000);
+            assert_eq!(SignedDescriptor::read(signed.text().as_bytes()), Ok(signed.clone()));
+            assert_eq!(*signed.descriptor(), person.descriptor(5000));
+            assert!(signed.text().len() < MAX_DESCRIPTOR_BYTES / 2, "{}", signed.text().len());
+        }
+    }
+
+    #[test]
+    fn a_changed_or_missing_byte_anywhere_is_refused() {
+        let text = Person::gateway(1).signed(0).text().as_bytes().to_vec();
+        for at in 0..text.len() {
+            let mut changed = text.clone();
+            changed[at] ^= 1;
+            assert!(SignedDescriptor::read(&changed).is_err(), "byte {at}");
+            assert!(SignedDescriptor::read(&text[..at]).is_err(), "cut at {at}");
+        }
+        let long = [text, vec![b' '; MAX_DESCRIPTOR_BYTES]].concat();
+        assert!(matches!(SignedDescriptor::read(&long), Err(DescriptorError::NotADescriptor(_))));
+    }
+
+    #[test]
+    fn only_the_identity_itself_signs_and_only_once() {
+        let (mix, other) = (Person::mix(1), Person::mix(2));
+        assert_eq!(mix.descriptor(0).sign(&other.key()), Err(DescriptorError::NotSigned));
+        let text = mix.signed(0).text().to_owned();
+        let body = text.split_once("\n\n").unwrap().1;
+        let foreign = signed_body(body, &other.key());
+        assert_eq!(SignedDescriptor::read(&foreign), Err(DescriptorError::NotSigned));
+        let unsigned = KIND.write(body, &[]);
+        assert_eq!(SignedDescriptor::read(unsigned.as_bytes()), Err(DescriptorError::NotSigned));
+        let signature = (mix.key().identity(), KIND.sign(body, &mix.key()));
+        let twice = KIND.write(body, &[signature, signature]);
+        let result = SignedDescriptor::read(twice.as_bytes());
+        assert!(matches!(result, Err(DescriptorError::NotADescriptor(_))));
+    }
+
+    #[test]
+    fn signed_texts_that_break_a_rule_are_refused_in_one_line() {
+        let gateway = Person::gateway(1);
+        let provider = Person::provider(3, 1);
+        let key = |person: &Person, epoch| format!("\"{}\"", person.sphinx_key(epoch));
+        let again = (key(&gateway, 1), key(&gateway, 0));
+        for (person, from, to, words) in [
+            (gateway, "published", "published_at", "unknown field `published_at`"),
+            (gateway, "\"test\"", "\"Test\"", "network name"),
+            (gateway, "client_address", "name = \"x\"\nclient_address", "of a gateway needs"),
+            (gateway, "role = \"gateway\"", "role = \"mix\"", "of a mix needs"),
+            (gateway, "role = \"gateway\"", "role = \"provider\"", "of a provider needs"),
+            (gateway, "key_epoch = 2", "key_epoch = 3", "do not follow each other"),
+            (gateway, "key_epoch = 2", "key_epoch = 1", "two Sphinx keys of one key epoch"),
+            (gateway, &again.0, &again.1, "one Sphinx key for two key epochs"),
+            (provider, "exit-3", "Exit", "must have a name"),
+            (provider, "everything", &"x".repeat(200), "more than 200 bytes"),
+            (provider, "requires_token = true\n", "", "of a provider needs"),
+        ] {
+            let text = person.signed(0).text().replace(from, to);
+            let body = text.split_once("\n\n").unwrap().1;
+            let error = SignedDescriptor::read(&signed_body(body, &person.key())).unwrap_err();
+            let line = error.to_string();
+            assert!(line.contains(words) && line.lines().count() == 1, "{words}: {line}");
+        }
+        let mut descriptor = provider.descriptor(0);
+        descriptor.identity = gateway.key().identity();
+        let error = descriptor.sign(&gateway.key()).unwrap_err();
+        assert!(error.to_string().contains("the address of somebody else"), "{error}");
+        let mut descriptor = provider.descriptor(0);
+        let Member::Provider(advert) = &mut descriptor.member else { panic!("a provider") };
+        advert.policy = "two\nlines".to_owned();
+        let error = descriptor.sign(&provider.key()).unwrap_err();
+        assert!(error.to_string().contains("control characters"), "{error}");
+        for keys in [0, MAX_KEYS as u64 + 1] {
+            let mut descriptor = Person::mix(1).descriptor(0);
+            let Member::Mix(hop) = &mut descriptor.member else { panic!("a mix") };
+            hop.keys = (0..keys).map(|epoch| (epoch, gateway.sphinx_key(epoch))).collect();
+            let error = descriptor.sign(&Person::mix(1).key()).unwrap_err();
+            assert!(error.to_string().contains("1 to 3 Sphinx keys"), "{error}");
+        }
+    }
+
+    #[test]
+    fn keys_outside_the_subgroup_are_refused() {
+        let mix = Person::mix(1);
+        let text = mix.signed(0).text().to_owned();
+        let body = text.split_once("\n\n").unwrap().1;
+        // u = 2 is a point of the twist, and u = 0 one of low order.
+        for u in [0, 2] {
+            let mut point = [0; 32];
+            point[0] = u;
+            let bad = bs58::encode(point).into_string();
+            let body = body.replace(&mix.sphinx_key(0).to_string(), &bad);
+            let result = SignedDescriptor::read(&signed_body(&body, &mix.key()));
+            assert!(matches!(result, Err(DescriptorError::Syntax { .. })), "{u}: {result:?}");
+        }
+    }
+
+    #[test]
+    fn addresses_that_nobody_or_not_everybody_can_dial() {
+        let check = |rule: AddressRule, address: &str| rule.check(address.parse().unwrap()).is_ok();
+        for never in ["0.0.0.0:1", "[::]:1", "224.0.0.1:1", "[ff02::1]:1", "255.255.255.255:1"] {
+            assert!(!check(AddressRule::Private, never), "{never}");
+        }
+        assert!(!check(AddressRule::Private, "192.0.2.1:0"));
+        for private in [
+            "127.0.0.1:1",
+            "10.0.0.1:1",
+            "172.16.0.1:1",
+            "192.168.1.1:1",
+            "169.254.1.1:1",
+            "100.64.0.1:1",
+            "198.18.0.1:1",
+            "192.0.2.1:1",
+            "0.1.2.3:1",
+            "240.0.0.1:1",
+            "[::1]:1",
+            "[fe80::1]:1",
+            "[fd00::1]:1",
+            "[2001:db8::1]:1",
+            "[::ffff:10.0.0.1]:1",
+        ] {
+            assert!(check(AddressRule::Private, private), "{private}");
+            assert!(!check(AddressRule::Public, private), "{private}");
+        }
+        for public in ["1.1.1.1:1", "172.32.0.1:65535", "[2606:4700::1111]:1", "[::ffff:1.1.1.1]:1"]
+        {
+            assert!(check(AddressRule::Public, public), "{public}");
+        }
+    }
+
+    #[test]
+    fn place_and_time_are_checked_exactly() {
+        let signed = Person::gateway(1).signed(1000);
+        let network = NetworkName::new("test").unwrap();
+        assert_eq!(signed.check_place(&network, AddressRule::Private), Ok(()));
+        let result = signed.check_place(&network, AddressRule::Public);
+        assert!(matches!(result, Err(DescriptorError::Address { .. })));
+        let other = NetworkName::new("other").unwrap();
+        let result = signed.check_place(&other, AddressRule::Private);
+        assert!(matches!(result, Err(DescriptorError::OtherNetwork { .. })));
+        let at = |now| signed.check_time(UnixTime(now), 500);
+        assert_eq!(at(879), Err(DescriptorError::Future { seconds: 121 }));
+        assert!([880, 1000, 1500].iter().all(|now| at(*now).is_ok()));
+        assert_eq!(at(1501), Err(DescriptorError::Old { seconds: 501 }));
+    }
+}

@@ -159,7 +159,11 @@ impl Follower {
         self.fetches % count
     }
 
-    fn accept(&mut self, file: &[u8], now: UnixTime) -> Result<News, Refused> {
+    /// The same for who fetches nothing by itself.
+    ///
+    /// # Errors
+    /// [`Refused`]; the document accepted before stays.
+    pub fn accept(&mut self, file: &[u8], now: UnixTime) -> Result<News, Refused> {
         let new = SignedTopology::read(file, &self.authorities)?;
         new.check_time(now)?;
         let Some(old) = &self.latest else {
@@ -201,5 +205,157 @@ impl Follower {
             .as_ref()
             .map_or(900, |latest| latest.topology().parameters.epochs.epoch_seconds);
         Duration::from_secs(seconds)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+    use rand::rngs::StdRng;
+
+    use super::super::assemble;
+    use super::super::testing::{EPOCH_SECONDS, Person, authority_key, rules, sorted};
+    use super::*;
+    use crate::keys::IdentityKey;
+    use crate::topology::sign;
+
+    const EPOCH: u64 = 1000;
+
+    struct Fixture {
+        keys: [IdentityKey; 3],
+        rng: StdRng,
+        follower: Follower,
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            let follower = Follower::new(rules(3, 2).authorities().clone(), None).unwrap();
+            let keys = [0, 1, 2].map(authority_key);
+            Self { keys, rng: StdRng::seed_from_u64(1), follower }
+        }
+
+        /// The document of an epoch with so many mixes, signed by some authorities.
+        fn file(&self, epoch: u64, mixes: u8, signers: &[usize]) -> String {
+            let mut people: Vec<_> = (1..=mixes).map(Person::mix).collect();
+            people.extend([Person::gateway(11), Person::gateway(12), Person::provider(21, 11)]);
+            let published = epoch * EPOCH_SECONDS;
+            let keys = [&self.keys[0], &self.keys[1]];
+            let candidates = people.iter().map(|person| person.candidate(published, &keys));
+            let candidates = sorted(candidates.collect());
+            let topology = assemble(&rules(3, 2), None, &candidates, epoch).unwrap();
+            let signers: Vec<_> = signers.iter().map(|at| &self.keys[*at]).collect();
+            sign(&topology, &signers)
+        }
+
+        fn handle(&mut self, file: &str, now: Duration) -> Result<News, Refused> {
+            self.follower.handle_file(file.as_bytes(), now, &mut self.rng)
+        }
+    }
+
+    fn seconds(epoch: u64) -> Duration {
+        Duration::from_secs(epoch * EPOCH_SECONDS)
+    }
+
+    #[test]
+    fn newer_documents_are_accepted_and_older_ones_refused() {
+        let mut fixture = Fixture::new();
+        let [first, second] = [EPOCH, EPOCH + 1].map(|epoch| fixture.file(epoch, 3, &[0, 1]));
+        let now = seconds(EPOCH + 1);
+        assert_eq!(fixture.handle(&first, now), Ok(News::New));
+        assert_eq!(fixture.handle(&second, now), Ok(News::New));
+        assert_eq!(fixture.handle(&second, now), Ok(News::Known));
+        let rollback = Refused::Rollback { new: EPOCH, old: EPOCH + 1 };
+        assert_eq!(fixture.handle(&first, now), Err(rollback));
+        assert_eq!(fixture.follower.latest().unwrap().topology().epoch, EPOCH + 1);
+        // So it is after a restart, too.
+        let stored = fixture.follower.latest().unwrap().file().to_owned();
+        let authorities = rules(3, 2).authorities().clone();
+        fixture.follower = Follower::new(authorities.clone(), Some(stored.as_bytes())).unwrap();
+        assert!(matches!(fixture.handle(&first, now), Err(Refused::Rollback { .. })));
+        assert!(Follower::new(authorities, Some(&stored.as_bytes()[1..])).is_err());
+    }
+
+    #[test]
+    fn the_same_document_with_other_signatures_is_the_same() {
+        let mut fixture = Fixture::new();
+        let now = seconds(EPOCH);
+        assert_eq!(fixture.handle(&fixture.file(EPOCH, 3, &[0, 1]), now), Ok(News::New));
+        assert_eq!(fixture.handle(&fixture.file(EPOCH, 3, &[1, 2]), now), Ok(News::Known));
+    }
+
+    #[test]
+    fn who_signed_two_documents_of_one_epoch_is_named() {
+        let mut fixture = Fixture::new();
+        let now = seconds(EPOCH);
+        assert_eq!(fixture.handle(&fixture.file(EPOCH, 3, &[0, 1]), now), Ok(News::New));
+        let refused = fixture.handle(&fixture.file(EPOCH, 4, &[1, 2]), now).unwrap_err();
+        let signers = vec![fixture.keys[1].identity()];
+        assert_eq!(refused, Refused::Equivocation { epoch: EPOCH, signers });
+        assert!(refused.to_string().contains(&fixture.keys[1].identity().to_string()));
+        assert_eq!(fixture.follower.latest().unwrap().topology().nodes().len(), 5);
+    }
+
+    #[test]
+    fn another_network_and_too_few_signatures_are_refused() {
+        let mut fixture = Fixture::new();
+        let now = seconds(EPOCH);
+        let one = fixture.file(EPOCH, 3, &[0]);
+        assert!(matches!(
+            fixture.handle(&one, now),
+            Err(Refused::Topology(TopologyError::TooFewSignatures { .. }))
+        ));
+        let good = fixture.file(EPOCH, 3, &[0, 1]);
+        assert_eq!(fixture.handle(&good, now), Ok(News::New));
+        let mut other = fixture.follower.latest().unwrap().topology().clone();
+        other.network = NetworkName::new("other").unwrap();
+        let other = sign(&other, &[&fixture.keys[0], &fixture.keys[1]]);
+        assert!(matches!(fixture.handle(&other, now), Err(Refused::OtherNetwork { .. })));
+    }
+
+    #[test]
+    fn a_document_is_in_force_until_its_end() {
+        let mut fixture = Fixture::new();
+        let file = fixture.file(EPOCH, 3, &[0, 1]);
+        let early = seconds(EPOCH) - Duration::from_secs(121);
+        assert!(matches!(
+            fixture.handle(&file, early),
+            Err(Refused::Topology(TopologyError::NotYetValid { seconds: 1 }))
+        ));
+        assert_eq!(fixture.handle(&file, seconds(EPOCH)), Ok(News::New));
+        let end = Duration::from_secs(fixture.follower.expires().unwrap().0);
+        assert_eq!(end, seconds(EPOCH + 4));
+        assert!(fixture.follower.in_force(end - Duration::from_secs(1)).is_some());
+        assert!(fixture.follower.in_force(end).is_none());
+        assert!(matches!(
+            fixture.handle(&file, end),
+            Err(Refused::Topology(TopologyError::Expired { .. }))
+        ));
+    }
+
+    #[test]
+    fn fetching_follows_epochs_and_backs_off_from_url_to_url() {
+        let mut fixture = Fixture::new();
+        let now = seconds(EPOCH);
+        assert_eq!(fixture.follower.poll_timeout(), Duration::ZERO);
+        let file = fixture.file(EPOCH, 3, &[0, 1]);
+        fixture.handle(&file, now).unwrap();
+        let next = seconds(EPOCH + 1);
+        let due = fixture.follower.poll_timeout();
+        assert!(due >= next && due <= next + Duration::from_secs(EPOCH_SECONDS / 8), "{due:?}");
+        assert_eq!(fixture.follower.url(3), 0);
+        // The next document is late: 50 s, 100 s, … and 800 s at most, less up to a half each.
+        let mut longest = 50;
+        for failure in 1..10 {
+            assert_eq!(fixture.handle(&file, next), Ok(News::Known));
+            let wait = fixture.follower.poll_timeout() - next;
+            let (least, most) = (longest / 2, longest);
+            let range = Duration::from_secs(least)..=Duration::from_secs(most);
+            assert!(range.contains(&wait), "{failure}: {wait:?}");
+            assert_eq!(fixture.follower.url(3), failure % 3);
+            longest = (longest * 2).min(EPOCH_SECONDS / 4);
+        }
+        let file = fixture.file(EPOCH + 1, 3, &[0, 1]);
+        assert_eq!(fixture.handle(&file, next), Ok(News::New));
+        assert!(fixture.follower.poll_timeout() >= seconds(EPOCH + 2));
     }
 }
