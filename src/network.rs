@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::topology::{
-    self, LAYERS, NetworkName, Node, Parameters, Role, Topology, UnixTime,
+    self, Epochs, LAYERS, NetworkName, Node, Parameters, Role, Topology, UnixTime,
 };
 use mixsocks_node::gateway::{Gateway, GatewayConfig};
 use mixsocks_node::mix::{Mix, MixConfig};
@@ -80,6 +80,7 @@ impl Network {
             name: PROVIDER_NAME.to_owned(),
             address: provider_keys.address,
             policy: policy(options.allow_private).to_owned(),
+            requires_token: false,
         };
         publish(dir, &authority, options.mean_delay, nodes, advert)?;
         let authorities = topology_file::only(authority.identity())?;
@@ -152,6 +153,7 @@ fn publish(
         payload_bytes: PAYLOAD_BYTES,
         mean_delay: mean_delay.unwrap_or(DEFAULT_MEAN_DELAY),
         max_delay: MAX_DELAY,
+        epochs: Epochs::STATIC,
     };
     let now = topology_file::now().0;
     let validity =
@@ -183,6 +185,7 @@ impl MixSeat {
         Ok(Node {
             identity: self.identity.identity(),
             sphinx_key: self.sphinx_key.public_key().into(),
+            next_sphinx_key: None,
             link_address: self.listener.local_addr()?,
             role: Role::Mix { layer },
         })
@@ -225,6 +228,7 @@ impl GatewaySeat {
         Ok(Node {
             identity: self.identity.identity(),
             sphinx_key: self.sphinx_key.public_key().into(),
+            next_sphinx_key: None,
             link_address: self.link_listener.local_addr()?,
             role: Role::Gateway { client_address: self.client_listener.local_addr()? },
         })

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use mixsocks_common::topology::{LAYERS, Node, Role, Topology, UnixTime};
+use mixsocks_common::topology::{LAYERS, Node, Provider, Role, Topology, UnixTime};
 
 use crate::cli::ShowArgs;
 use crate::client::source;
@@ -16,9 +16,10 @@ pub(crate) fn providers(args: &ShowArgs) -> Result<()> {
         crate::say("this network advertises no provider");
         return Ok(());
     }
-    let rows = topology.providers().iter().map(|provider| {
-        [provider.name.clone(), provider.policy.clone(), provider.address.to_string()]
-    });
+    let rows = topology
+        .providers()
+        .iter()
+        .map(|provider| [provider.name.clone(), policy(provider), provider.address.to_string()]);
     crate::say(&table(["PROVIDER", "POLICY", "ADDRESS"], rows.collect()));
     Ok(())
 }
@@ -56,13 +57,18 @@ fn describe(topology: &Topology, now: UnixTime) -> String {
     nodes.extend(topology.gateways().map(|node| row(node, "gateway".to_owned())));
     let providers = topology.providers().iter().map(|provider| {
         let gateway = provider.address.gateway.to_string();
-        [provider.name.clone(), provider.policy.clone(), gateway]
+        [provider.name.clone(), policy(provider), gateway]
     });
     format!(
         "{head}\n{}\n\n{}",
         table(["NODE", "IDENTITY", "ADDRESS"], nodes),
         table(["PROVIDER", "POLICY", "GATEWAY"], providers.collect())
     )
+}
+
+fn policy(provider: &Provider) -> String {
+    let policy = &provider.policy;
+    if provider.requires_token { format!("{policy}; asks for a token") } else { policy.clone() }
 }
 
 fn row(node: &Node, what: String) -> [String; 3] {

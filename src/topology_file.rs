@@ -6,9 +6,10 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
+use mixsocks_common::directory::{Follower, Refused};
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::topology::{
-    Authorities, MAX_DOCUMENT_BYTES, Topology, TopologyError, UnixTime, sign, verify,
+    Authorities, MAX_DOCUMENT_BYTES, Topology, UnixTime, sign, verify,
 };
 
 use crate::data_dir::DataDir;
@@ -52,35 +53,27 @@ pub(crate) fn accept(
     file: &VerifiedFile,
     authorities: &Authorities,
 ) -> Result<()> {
-    let topology = &file.topology;
-    if let Some(latest) = latest(dir, authorities)? {
-        if topology.network != latest.network {
-            bail!(
-                "the topology file {} is of network {:?}, but {} was used with network {:?} before; \
-                 choose another directory for another network with --data-dir",
-                path.display(),
-                topology.network.as_str(),
-                dir.path().display(),
-                latest.network.as_str()
-            );
+    let mut follower = follower(dir, authorities)?;
+    let path = path.display();
+    match follower.accept(&file.bytes, now()) {
+        Ok(_) => dir.write(FILE, &file.bytes),
+        Err(Refused::Topology(error)) => {
+            Err(error).with_context(|| format!("the topology file {path} cannot be used"))
         }
-        let (new, old) = (topology.epoch, latest.epoch);
-        if new < old {
-            bail!(
-                "the topology file {} is of epoch {new}, but one of epoch {old} was used before; \
-                 fetch the newest one",
-                path.display()
-            );
-        }
-        if new == old && *topology != latest {
-            bail!(
-                "the topology file {} differs from the one used before, though both are of epoch \
-                 {new}; an authority signed two, so ask its operator which one is right",
-                path.display()
-            );
-        }
+        Err(Refused::OtherNetwork { theirs, ours }) => bail!(
+            "the topology file {path} is of network {theirs:?}, but {} was used with network {ours:?} \
+             before; choose another directory for another network with --data-dir",
+            dir.path().display()
+        ),
+        Err(Refused::Rollback { new, old }) => bail!(
+            "the topology file {path} is of epoch {new}, but one of epoch {old} was used before; \
+             fetch the newest one"
+        ),
+        Err(Refused::Equivocation { epoch, .. }) => bail!(
+            "the topology file {path} differs from the one used before, though both are of epoch \
+             {epoch}; an authority signed two, so ask its operator which one is right"
+        ),
     }
-    dir.write(FILE, &file.bytes)
 }
 
 /// Signs a topology and writes it into the data directory.
@@ -91,23 +84,20 @@ pub(crate) fn write(dir: &DataDir, topology: &Topology, authority: &IdentityKey)
 /// The topology that the data directory holds, whether it is in force or not; `None` when there is
 /// none.
 pub(crate) fn latest(dir: &DataDir, authorities: &Authorities) -> Result<Option<Topology>> {
+    Ok(follower(dir, authorities)?.latest().map(|latest| latest.topology().clone()))
+}
+
+/// Whoever knows what the data directory holds.
+fn follower(dir: &DataDir, authorities: &Authorities) -> Result<Follower> {
     let path = dir.path().join(FILE);
-    if !path.exists() {
-        return Ok(None);
-    }
-    let file = read_bytes(&path)
-        .map_err(|error| anyhow!("cannot read {}: {error}; delete it", path.display()))?;
-    let now = now();
-    let topology = match verify(&file, authorities, now) {
-        Err(TopologyError::Expired { seconds_ago }) => {
-            verify(&file, authorities, UnixTime(now.0 - seconds_ago - 1))
-        }
-        Err(TopologyError::NotYetValid { seconds }) => {
-            verify(&file, authorities, UnixTime(now.0 + seconds))
-        }
-        other => other,
+    let stored = if path.exists() {
+        let bytes = read_bytes(&path)
+            .map_err(|error| anyhow!("cannot read {}: {error}; delete it", path.display()))?;
+        Some(bytes)
+    } else {
+        None
     };
-    topology.map(Some).with_context(|| {
+    Follower::new(authorities.clone(), stored.as_deref()).with_context(|| {
         format!(
             "the topology file {} of earlier starts cannot be used; if it is merely damaged, delete \
              it; for another network, choose another directory with --data-dir",
@@ -131,7 +121,7 @@ fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mixsocks_common::topology::{NetworkName, Node, Parameters, Role};
+    use mixsocks_common::topology::{Epochs, NetworkName, Node, Parameters, Role};
     use std::time::Duration;
 
     /// In force whatever the clock says.
@@ -160,6 +150,7 @@ mod tests {
             let nodes = (1..).zip(roles).map(|(n, role)| Node {
                 identity: dir.identity_key(&format!("{n}.id")).unwrap().identity(),
                 sphinx_key: dir.sphinx_key(&format!("{n}.key")).unwrap().public_key().into(),
+                next_sphinx_key: None,
                 link_address: address(n),
                 role,
             });
@@ -172,6 +163,7 @@ mod tests {
                 payload_bytes: 2048,
                 mean_delay: Duration::ZERO,
                 max_delay: Duration::from_secs(1),
+                epochs: Epochs::STATIC,
             };
             let network = NetworkName::new("test").unwrap();
             let validity = UnixTime(validity.start)..UnixTime(validity.end);

@@ -5,7 +5,7 @@ use std::time::Duration;
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::{EncryptionKey, Identity, IdentityKey};
 use mixsocks_common::topology::{
-    NetworkName, Node, Parameters, Provider, Role, Topology, UnixTime,
+    Epochs, NetworkName, Node, Parameters, Provider, Role, Topology, UnixTime,
 };
 use mixsocks_sphinx::SecretKey;
 
@@ -14,6 +14,7 @@ pub fn small_network() -> Topology {
     let node = |number: u8, role| Node {
         identity: identity(number),
         sphinx_key: encryption_key(number),
+        next_sphinx_key: None,
         link_address: ([192, 0, 2, number], 9000).into(),
         role,
     };
@@ -26,9 +27,11 @@ pub fn small_network() -> Topology {
         payload_bytes: 2048,
         mean_delay: Duration::from_millis(15),
         max_delay: Duration::from_secs(10),
+        epochs: Epochs::STATIC,
     };
     let network = NetworkName::new("test").expect("a good name");
-    let providers = vec![Provider { name: "exit".to_owned(), address, policy }];
+    let providers =
+        vec![Provider { name: "exit".to_owned(), address, policy, requires_token: false }];
     Topology::new(network, 7, UnixTime(100)..UnixTime(200), parameters, nodes, providers)
         .expect("a small network")
 }

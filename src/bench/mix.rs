@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use mixsocks_common::keys::{EncryptionKey, Identity, IdentityKey};
 use mixsocks_common::topology::{
-    NetworkName, Node, Parameters, Role, Topology, UnixTime, sign, verify,
+    Epochs, NetworkName, Node, Parameters, Role, Topology, UnixTime, sign, verify,
 };
 use mixsocks_node::counters::Counters;
 use mixsocks_node::link::{LinkContext, LinkListener, LinkPool};
@@ -144,6 +144,7 @@ impl Bench {
         let node = |key: &IdentityKey, sphinx_key: &SecretKey, link_address, role| Node {
             identity: key.identity(),
             sphinx_key: sphinx_key.public_key().into(),
+            next_sphinx_key: None,
             link_address,
             role,
         };
@@ -238,6 +239,7 @@ fn topology(nodes: Vec<Node>) -> Result<Topology> {
         payload_bytes: PAYLOAD_BYTES,
         mean_delay: Duration::ZERO,
         max_delay: Duration::ZERO,
+        epochs: Epochs::STATIC,
     };
     Ok(Topology::new(network, 1, validity, parameters, nodes, Vec::new())?)
 }
@@ -291,6 +293,7 @@ fn parse_node(line: &str) -> Option<Node> {
     Some(Node {
         identity: words.next()?.parse().ok()?,
         sphinx_key: words.next()?.parse().ok()?,
+        next_sphinx_key: None,
         link_address: words.next()?.parse().ok()?,
         role: Role::Mix { layer: 1 },
     })

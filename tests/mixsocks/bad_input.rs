@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::IdentityKey;
 use mixsocks_common::topology::{
-    NetworkName, Node, Parameters, Provider, Role, Topology, UnixTime, sign,
+    Epochs, NetworkName, Node, Parameters, Provider, Role, Topology, UnixTime, sign,
 };
 use mixsocks_sphinx::SecretKey;
 use tempfile::TempDir;
@@ -75,6 +75,7 @@ impl PaperNetwork {
             .map(|(port, role)| Node {
                 identity: key(),
                 sphinx_key: SecretKey::generate(&mut rng).public_key().into(),
+                next_sphinx_key: None,
                 link_address: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
                 role,
             })
@@ -97,9 +98,14 @@ impl PaperNetwork {
             payload_bytes: 2048,
             mean_delay: Duration::ZERO,
             max_delay: Duration::from_secs(1),
+            epochs: Epochs::STATIC,
         };
-        let provider =
-            Provider { name: "paper".to_owned(), address: self.provider, policy: String::new() };
+        let provider = Provider {
+            name: "paper".to_owned(),
+            address: self.provider,
+            policy: String::new(),
+            requires_token: false,
+        };
         let name = NetworkName::new(self.name).unwrap();
         let topology = Topology::new(
             name,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use mixsocks_common::keys::IdentityKey;
 use mixsocks_common::session::SessionId;
 use mixsocks_common::topology::{
-    LAYERS, NetworkName, Node, Parameters, Role, Topology, UnixTime, random_route,
+    Epochs, LAYERS, NetworkName, Node, Parameters, Role, Topology, UnixTime, random_route,
 };
 use mixsocks_sphinx::{Identifier, Packet, SecretKey};
 use rand::rngs::StdRng;
@@ -605,6 +605,7 @@ fn topology(
             Node {
                 identity: *identity,
                 sphinx_key: key.public_key().into(),
+                next_sphinx_key: None,
                 link_address: SocketAddr::from(([127, 0, 0, 1], port)),
                 role,
             }
@@ -614,6 +615,7 @@ fn topology(
         payload_bytes: PAYLOAD_BYTES,
         mean_delay: scenario.mean_delay,
         max_delay: Duration::from_secs(10),
+        epochs: Epochs::STATIC,
     };
     with_nodes(parameters, nodes)
 }

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{LAYERS, NetworkName, Node, Parameters, Provider, Role, Topology, UnixTime};
+use super::{Epochs, LAYERS, NetworkName, Node, Parameters, Provider, Role, Topology, UnixTime};
 use crate::address::Address;
 use crate::keys::{EncryptionKey, Identity};
+use crate::signed_text::toml_error;
 
 /// Most nodes in a document: a bound on memory and on the work of checking it.
 pub const MAX_NODES: usize = 10_000;
@@ -83,6 +84,8 @@ struct RawTopology {
     epoch: u64,
     valid_from: u64,
     valid_until: u64,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    waiting: Vec<Identity>,
     parameters: RawParameters,
     node: Vec<RawNode>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -95,6 +98,9 @@ struct RawParameters {
     payload_bytes: usize,
     mean_delay_us: u64,
     max_delay_us: u64,
+    epoch_seconds: u64,
+    key_epochs: u64,
+    overlap_seconds: u64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -105,6 +111,8 @@ struct RawNode {
     layer: Option<u8>,
     identity: Identity,
     sphinx_key: EncryptionKey,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next_sphinx_key: Option<EncryptionKey>,
     link_address: SocketAddr,
     #[serde(skip_serializing_if = "Option::is_none")]
     client_address: Option<SocketAddr>,
@@ -123,10 +131,12 @@ struct RawProvider {
     name: String,
     address: Address,
     policy: String,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    requires_token: bool,
 }
 
 impl Topology {
-    /// Puts a topology together.
+    /// Puts a topology together, in which nobody waits.
     ///
     /// # Errors
     /// [`DocumentError`] says which rule the parts break.
@@ -145,8 +155,19 @@ impl Topology {
             valid_until: validity.end,
             parameters,
             nodes,
+            waiting: Vec::new(),
             providers,
         };
+        topology.check()?;
+        Ok(topology)
+    }
+
+    /// The same with these mixes waiting for a layer.
+    ///
+    /// # Errors
+    /// [`DocumentError`] when one of them is there already, or when they are too many.
+    pub fn with_waiting(self, waiting: Vec<Identity>) -> Result<Self, DocumentError> {
+        let topology = Self { waiting, ..self };
         topology.check()?;
         Ok(topology)
     }
@@ -154,23 +175,36 @@ impl Topology {
     /// Reads the text of a document whose signatures have been checked; it begins at `first_line` of
     /// its file.
     pub(super) fn from_toml(text: &str, first_line: usize) -> Result<Self, DocumentError> {
-        let raw: RawTopology =
-            toml::from_str(text).map_err(|error| syntax_error(&error, text, first_line))?;
+        let raw: RawTopology = toml::from_str(text).map_err(|error| {
+            let (line, problem) = toml_error(&error, text, first_line);
+            DocumentError::Syntax { line, problem }
+        })?;
         let network = NetworkName::new(&raw.network)
             .ok_or_else(|| DocumentError::NetworkName(raw.network.clone()))?;
         let parameters = Parameters {
             payload_bytes: raw.parameters.payload_bytes,
             mean_delay: Duration::from_micros(raw.parameters.mean_delay_us),
             max_delay: Duration::from_micros(raw.parameters.max_delay_us),
+            epochs: Epochs {
+                epoch_seconds: raw.parameters.epoch_seconds,
+                key_epochs: raw.parameters.key_epochs,
+                overlap_seconds: raw.parameters.overlap_seconds,
+            },
         };
         let nodes = raw.node.into_iter().map(RawNode::check).collect::<Result<_, _>>()?;
         let providers = raw
             .provider
             .into_iter()
-            .map(|RawProvider { name, address, policy }| Provider { name, address, policy })
+            .map(|RawProvider { name, address, policy, requires_token }| Provider {
+                name,
+                address,
+                policy,
+                requires_token,
+            })
             .collect();
         let validity = UnixTime(raw.valid_from)..UnixTime(raw.valid_until);
-        Self::new(network, raw.epoch, validity, parameters, nodes, providers)
+        Self::new(network, raw.epoch, validity, parameters, nodes, providers)?
+            .with_waiting(raw.waiting)
     }
 
     /// Writes the text of the document.
@@ -184,17 +218,26 @@ impl Topology {
             epoch: self.epoch,
             valid_from: self.valid_from.0,
             valid_until: self.valid_until.0,
+            waiting: self.waiting.clone(),
             parameters: RawParameters {
                 payload_bytes: self.parameters.payload_bytes,
                 mean_delay_us: micros(self.parameters.mean_delay),
                 max_delay_us: micros(self.parameters.max_delay),
+                epoch_seconds: self.parameters.epochs.epoch_seconds,
+                key_epochs: self.parameters.epochs.key_epochs,
+                overlap_seconds: self.parameters.epochs.overlap_seconds,
             },
             node: self.nodes.iter().map(RawNode::from).collect(),
             provider: self
                 .providers
                 .iter()
                 .cloned()
-                .map(|Provider { name, address, policy }| RawProvider { name, address, policy })
+                .map(|Provider { name, address, policy, requires_token }| RawProvider {
+                    name,
+                    address,
+                    policy,
+                    requires_token,
+                })
                 .collect(),
         };
         toml::to_string(&raw).expect("a topology has only TOML values")
@@ -203,7 +246,7 @@ impl Topology {
     fn check(&self) -> Result<(), DocumentError> {
         self.parameters.check()?;
         for (what, count, max) in [
-            ("nodes", self.nodes.len(), MAX_NODES),
+            ("nodes", self.nodes.len().saturating_add(self.waiting.len()), MAX_NODES),
             ("providers", self.providers.len(), MAX_PROVIDERS),
         ] {
             if count > max {
@@ -228,6 +271,9 @@ impl Topology {
                 }
             }
         }
+        for identity in &self.waiting {
+            distinct.add_waiting(*identity)?;
+        }
         if let Some(empty) = mixes.iter().position(|count| *count == 0) {
             return Err(DocumentError::EmptyLayer(empty + 1));
         }
@@ -247,14 +293,6 @@ impl Topology {
     }
 }
 
-/// What the library says in several lines, with the text quoted, in one line.
-fn syntax_error(error: &toml::de::Error, text: &str, first_line: usize) -> DocumentError {
-    let before = error.span().map_or(0, |span| span.start);
-    let line = first_line + text.bytes().take(before).filter(|byte| *byte == b'\n').count();
-    let problem = error.message().lines().collect::<Vec<_>>().join(" ");
-    DocumentError::Syntax { line, problem }
-}
-
 /// What nodes must not have in common: a machine that is listed as two nodes would see two hops of
 /// a route.
 #[derive(Default)]
@@ -266,11 +304,12 @@ struct DistinctNodes {
 
 impl DistinctNodes {
     fn add(&mut self, node: &Node) -> Result<(), DocumentError> {
-        let Node { identity, sphinx_key, link_address, .. } = node;
+        let Node { identity, sphinx_key, next_sphinx_key, link_address, .. } = node;
+        let mut keys = std::iter::once(sphinx_key).chain(next_sphinx_key);
         let twice = if !self.identities.insert(*identity) {
             format!("node {identity}")
-        } else if !self.sphinx_keys.insert(*sphinx_key) {
-            format!("sphinx_key {sphinx_key}")
+        } else if let Some(key) = keys.find(|key| !self.sphinx_keys.insert(**key)) {
+            format!("sphinx_key {key}")
         } else if !self.link_addresses.insert(*link_address) {
             format!("link_address {link_address}")
         } else {
@@ -278,10 +317,18 @@ impl DistinctNodes {
         };
         Err(DocumentError::Duplicate(twice))
     }
+
+    fn add_waiting(&mut self, identity: Identity) -> Result<(), DocumentError> {
+        if self.identities.insert(identity) {
+            return Ok(());
+        }
+        Err(DocumentError::Duplicate(format!("node {identity}")))
+    }
 }
 
 impl Parameters {
-    fn check(&self) -> Result<(), DocumentError> {
+    /// Checks the ranges.
+    pub(crate) fn check(&self) -> Result<(), DocumentError> {
         let out_of_range =
             |name, value, range| Err(DocumentError::OutOfRange { name, value, range });
         let micros = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
@@ -293,6 +340,15 @@ impl Parameters {
         }
         if self.mean_delay > self.max_delay {
             return out_of_range("mean_delay_us", micros(self.mean_delay), "at most max_delay_us");
+        }
+        let Epochs { epoch_seconds, key_epochs, overlap_seconds } = self.epochs;
+        for (name, value) in [("epoch_seconds", epoch_seconds), ("key_epochs", key_epochs)] {
+            if !(1..=Epochs::MAX).contains(&value) {
+                return out_of_range(name, value, "1 to 4294967295");
+            }
+        }
+        if overlap_seconds > epoch_seconds * key_epochs / 2 {
+            return out_of_range("overlap_seconds", overlap_seconds, "at most half a key epoch");
         }
         Ok(())
     }
@@ -313,6 +369,7 @@ impl RawNode {
         Ok(Node {
             identity: self.identity,
             sphinx_key: self.sphinx_key,
+            next_sphinx_key: self.next_sphinx_key,
             link_address: self.link_address,
             role,
         })
@@ -330,6 +387,7 @@ impl From<&Node> for RawNode {
             layer,
             identity: node.identity,
             sphinx_key: node.sphinx_key,
+            next_sphinx_key: node.next_sphinx_key,
             link_address: node.link_address,
             client_address,
         }

@@ -3,6 +3,7 @@
 //! [`sign`] and [`verify`] make and read its file, [`random_route`] chooses a way through it.
 
 mod document;
+mod epochs;
 mod route;
 mod signed;
 
@@ -10,8 +11,12 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 pub use document::{DocumentError, MAX_NODES, MAX_PROVIDERS};
+pub use epochs::Epochs;
 pub use route::{NoRoute, delay_quantile, random_route};
-pub use signed::{Authorities, AuthoritiesError, MAX_DOCUMENT_BYTES, TopologyError, sign, verify};
+pub use signed::{
+    Authorities, AuthoritiesError, DocumentBody, DocumentDigest, MAX_DOCUMENT_BYTES,
+    SignedTopology, TopologyError, sign, verify,
+};
 
 use crate::address::Address;
 use crate::keys::{EncryptionKey, Identity};
@@ -56,6 +61,8 @@ pub struct Parameters {
     pub mean_delay: Duration,
     /// A mix holds no packet longer, whatever its sender chose.
     pub max_delay: Duration,
+    /// How documents and Sphinx keys follow each other.
+    pub epochs: Epochs,
 }
 
 /// A mix or gateway.
@@ -63,8 +70,10 @@ pub struct Parameters {
 pub struct Node {
     /// Its name, in packets too.
     pub identity: Identity,
-    /// Key of its layer of a packet.
+    /// Key of its layer of a packet, in the key epoch of the document.
     pub sphinx_key: EncryptionKey,
+    /// The same for the key epoch after that, if the node has told it.
+    pub next_sphinx_key: Option<EncryptionKey>,
     /// Where other nodes reach it.
     pub link_address: SocketAddr,
     /// What it does.
@@ -95,6 +104,8 @@ pub struct Provider {
     pub address: Address,
     /// What it lets through, in words.
     pub policy: String,
+    /// It serves only those who have a token of its operator.
+    pub requires_token: bool,
 }
 
 /// A topology whose signatures and contents have been checked.
@@ -111,6 +122,7 @@ pub struct Topology {
     /// What all agree on.
     pub parameters: Parameters,
     nodes: Vec<Node>,
+    waiting: Vec<Identity>,
     providers: Vec<Provider>,
 }
 
@@ -123,6 +135,28 @@ impl Topology {
     /// All nodes, in the document's order.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
+    }
+
+    /// Mixes that are known but not in a layer yet, in the document's order: the next document
+    /// places them.
+    pub fn waiting(&self) -> &[Identity] {
+        &self.waiting
+    }
+
+    /// The key epoch of [`Node::sphinx_key`].
+    pub fn key_epoch(&self) -> u64 {
+        self.parameters.epochs.key_epoch(self.epoch)
+    }
+
+    /// The key with which packets are made for `node` at `now`; `None` when the document is too old
+    /// to tell. Who has the document a little before its epoch uses its key already.
+    pub fn sphinx_key(&self, node: &Node, now: UnixTime) -> Option<EncryptionKey> {
+        let key_epoch = self.parameters.epochs.key_epoch_at(now);
+        match key_epoch.saturating_sub(self.key_epoch()) {
+            0 => Some(node.sphinx_key),
+            1 => node.next_sphinx_key,
+            _ => None,
+        }
     }
 
     /// All advertised providers, in the document's order.

@@ -96,7 +96,7 @@ mod tests {
     use rand::SeedableRng;
     use rand::rngs::StdRng;
 
-    use super::super::{NetworkName, Parameters, Role, UnixTime};
+    use super::super::{Epochs, NetworkName, Parameters, Role, UnixTime};
     use super::*;
     use crate::keys::{Identity, IdentityKey};
 
@@ -146,7 +146,7 @@ mod tests {
                 .map(|(port, role)| {
                     let (identity, sphinx_key) = draw();
                     let link_address = SocketAddr::from(([192, 0, 2, 2], port));
-                    Node { identity, sphinx_key, link_address, role }
+                    Node { identity, sphinx_key, next_sphinx_key: None, link_address, role }
                 })
                 .collect();
             let (identity, encryption) = draw();
@@ -156,6 +156,7 @@ mod tests {
                 payload_bytes: PAYLOAD_BYTES,
                 mean_delay: Duration::from_millis(15),
                 max_delay: MAX_DELAY,
+                epochs: Epochs::STATIC,
             };
             let network = NetworkName::new("test").unwrap();
             let validity = UnixTime(0)..UnixTime(1);

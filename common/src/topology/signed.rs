@@ -8,22 +8,30 @@
 //! …
 //! ```
 //!
-//! A signature is made over `"mixsocks topology v1\0"` followed by every byte after the empty line,
-//! so that there is nothing to normalise and nothing unsigned to parse.
+//! A signature is made over `"mixsocks topology v1\0"` followed by every byte after the empty line.
 
 use std::collections::BTreeSet;
+use std::fmt;
+
+use sha2::{Digest, Sha256};
 
 use super::{DocumentError, Topology, UnixTime};
 use crate::keys::{Identity, IdentityKey, KeyError, Signature};
-
-const FIRST_LINE: &str = "mixsocks-topology 1";
-const CONTEXT: &[u8] = b"mixsocks topology v1\0";
+use crate::signed_text::{Kind, SignedTextError};
 
 /// Longest topology file in bytes: a network of [`super::MAX_NODES`] nodes fits.
 pub const MAX_DOCUMENT_BYTES: usize = 8 * 1024 * 1024;
 
-/// Most signature lines that are looked at: nobody has more authorities.
-const MAX_SIGNATURES: usize = 64;
+const KIND: Kind = Kind {
+    first_line: "mixsocks-topology 1",
+    context: b"mixsocks topology v1\0",
+    max_bytes: MAX_DOCUMENT_BYTES,
+    // Nobody has more authorities.
+    max_signatures: 64,
+    too_long: "it is larger than 8 MiB",
+    other_first_line: "its first line is not \"mixsocks-topology 1\"",
+    too_many_signatures: "it has more than 64 signatures",
+};
 
 /// The keys that a network's documents must be signed with, and by how many of them.
 #[derive(Clone, Debug)]
@@ -107,28 +115,199 @@ impl Authorities {
         Ok(Self { keys, threshold })
     }
 
-    /// The pinned keys.
+    /// The pinned keys, in ascending order.
     pub fn keys(&self) -> impl Iterator<Item = &Identity> {
         self.keys.iter()
+    }
+
+    /// Whether this is one of the pinned keys.
+    pub fn contains(&self, identity: &Identity) -> bool {
+        self.keys.contains(identity)
+    }
+
+    /// How many keys there are.
+    pub fn count(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// How many of them must have signed.
+    pub fn threshold(&self) -> usize {
+        self.threshold
+    }
+}
+
+/// SHA-256 of the bytes that a document's signatures cover.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DocumentDigest([u8; Self::LEN]);
+
+impl DocumentDigest {
+    /// Bytes of a digest.
+    pub const LEN: usize = 32;
+
+    /// Takes the 32 bytes of a digest.
+    pub fn from_bytes(bytes: [u8; Self::LEN]) -> Self {
+        Self(bytes)
+    }
+
+    /// The 32 bytes.
+    pub fn as_bytes(&self) -> &[u8; Self::LEN] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for DocumentDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DocumentDigest({})", bs58::encode(self.0).into_string())
+    }
+}
+
+/// The text of a document, without signatures; whether it keeps the rules is another matter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DocumentBody(String);
+
+impl DocumentBody {
+    /// Takes a text.
+    pub fn from_text(text: String) -> Self {
+        Self(text)
+    }
+
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// What names the document.
+    pub fn digest(&self) -> DocumentDigest {
+        DocumentDigest(Sha256::digest(KIND.signed_bytes(&self.0)).into())
+    }
+
+    /// Signs it.
+    pub fn sign(&self, key: &IdentityKey) -> Signature {
+        KIND.sign(&self.0, key)
+    }
+
+    /// Whether `authority` has signed it.
+    pub fn is_signed_by(&self, authority: &Identity, signature: &Signature) -> bool {
+        authority.verify(&KIND.signed_bytes(&self.0), signature).is_ok()
+    }
+
+    /// The file: signatures and text.
+    pub fn to_file(&self, signatures: &[(Identity, Signature)]) -> String {
+        KIND.write(&self.0, signatures)
+    }
+}
+
+impl Topology {
+    /// The text of the document: the same for equal topologies.
+    pub fn body(&self) -> DocumentBody {
+        DocumentBody(self.to_toml())
+    }
+}
+
+/// A topology that enough authorities have signed, with its file. It need not be in force.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SignedTopology {
+    topology: Topology,
+    file: String,
+    digest: DocumentDigest,
+    signers: BTreeSet<Identity>,
+}
+
+impl SignedTopology {
+    /// Reads a file and checks its signatures and its contents, but not the time.
+    ///
+    /// Nothing of the contents is looked at before the signatures are right.
+    ///
+    /// # Errors
+    /// [`TopologyError`], but neither `Expired` nor `NotYetValid`.
+    pub fn read(file: &[u8], authorities: &Authorities) -> Result<Self, TopologyError> {
+        let text = KIND.parse(file)?;
+        let message = KIND.signed_bytes(text.body);
+        let mut signers = BTreeSet::new();
+        let mut changed = None;
+        for (authority, signature) in &text.signatures {
+            if authorities.keys.contains(authority) {
+                match authority.verify(&message, signature) {
+                    Ok(()) => {
+                        signers.insert(*authority);
+                    }
+                    Err(_) => changed = changed.or(Some(*authority)),
+                }
+            }
+        }
+        if signers.len() < authorities.threshold {
+            return Err(match (changed, signers.len()) {
+                (Some(authority), _) => TopologyError::Changed { authority },
+                (None, 0) => TopologyError::OtherAuthorities,
+                (None, valid) => {
+                    TopologyError::TooFewSignatures { valid, needed: authorities.threshold }
+                }
+            });
+        }
+        let topology = Topology::from_toml(text.body, text.body_line)?;
+        let file = KIND.write(text.body, &text.signatures);
+        let digest = DocumentDigest(Sha256::digest(&message).into());
+        Ok(Self { topology, file, digest, signers })
+    }
+
+    /// What it says.
+    pub fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    /// What it says, without its file.
+    pub fn into_topology(self) -> Topology {
+        self.topology
+    }
+
+    /// The file, for storage and for others.
+    pub fn file(&self) -> &str {
+        &self.file
+    }
+
+    /// What names the document, whoever signed it.
+    pub fn digest(&self) -> DocumentDigest {
+        self.digest
+    }
+
+    /// The pinned authorities that signed it.
+    pub fn signers(&self) -> &BTreeSet<Identity> {
+        &self.signers
+    }
+
+    /// Checks that it is in force.
+    ///
+    /// # Errors
+    /// [`TopologyError::NotYetValid`], [`TopologyError::Expired`].
+    pub fn check_time(&self, now: UnixTime) -> Result<(), TopologyError> {
+        let Topology { valid_from, valid_until, .. } = self.topology;
+        if now < valid_from {
+            return Err(TopologyError::NotYetValid { seconds: valid_from.0 - now.0 });
+        }
+        if now >= valid_until {
+            return Err(TopologyError::Expired { seconds_ago: now.0 - valid_until.0 });
+        }
+        Ok(())
+    }
+}
+
+impl From<SignedTextError> for TopologyError {
+    fn from(error: SignedTextError) -> Self {
+        match error {
+            SignedTextError::Form(what) => Self::NotATopology(what),
+            SignedTextError::Key(error) => Self::SignatureLine(error),
+        }
     }
 }
 
 /// Writes the file of a topology, signed with each of `keys`.
 pub fn sign(topology: &Topology, keys: &[&IdentityKey]) -> String {
-    let body = topology.to_toml();
-    let message = signed_bytes(&body);
-    let mut file = format!("{FIRST_LINE}\n");
-    for key in keys {
-        file.push_str(&format!("signature {} {}\n", key.identity(), key.sign(&message)));
-    }
-    file.push('\n');
-    file.push_str(&body);
-    file
+    let body = topology.body();
+    let signatures: Vec<_> = keys.iter().map(|key| (key.identity(), body.sign(key))).collect();
+    body.to_file(&signatures)
 }
 
 /// Reads a file, checks its signatures, its contents and that it is in force at `now`.
-///
-/// Nothing of the contents is looked at before the signatures are right.
 ///
 /// # Errors
 /// [`TopologyError`] says what to do about it.
@@ -137,72 +316,15 @@ pub fn verify(
     authorities: &Authorities,
     now: UnixTime,
 ) -> Result<Topology, TopologyError> {
-    if file.len() > MAX_DOCUMENT_BYTES {
-        return Err(TopologyError::NotATopology("it is larger than 8 MiB"));
-    }
-    let file =
-        std::str::from_utf8(file).map_err(|_| TopologyError::NotATopology("it is not text"))?;
-    let text = file
-        .strip_prefix(FIRST_LINE)
-        .and_then(|rest| rest.strip_prefix('\n'))
-        .ok_or(TopologyError::NotATopology("its first line is not \"mixsocks-topology 1\""))?;
-    let (signatures, body) = if let Some(body) = text.strip_prefix('\n') {
-        ("", body)
-    } else {
-        text.split_once("\n\n")
-            .ok_or(TopologyError::NotATopology("no empty line follows the signatures"))?
-    };
-    let message = signed_bytes(body);
-    let mut signers = BTreeSet::new();
-    let mut changed = None;
-    for (index, line) in signatures.lines().enumerate() {
-        if index == MAX_SIGNATURES {
-            return Err(TopologyError::NotATopology("it has more than 64 signatures"));
-        }
-        let (authority, signature) = line
-            .strip_prefix("signature ")
-            .and_then(|rest| rest.split_once(' '))
-            .ok_or(TopologyError::NotATopology("a line before the empty one is no signature"))?;
-        let authority: Identity = authority.parse()?;
-        let signature: Signature = signature.parse()?;
-        if authorities.keys.contains(&authority) {
-            match authority.verify(&message, &signature) {
-                Ok(()) => {
-                    signers.insert(authority);
-                }
-                Err(_) => changed = changed.or(Some(authority)),
-            }
-        }
-    }
-    if signers.len() < authorities.threshold {
-        return Err(match (changed, signers.len()) {
-            (Some(authority), _) => TopologyError::Changed { authority },
-            (None, 0) => TopologyError::OtherAuthorities,
-            (None, valid) => {
-                TopologyError::TooFewSignatures { valid, needed: authorities.threshold }
-            }
-        });
-    }
-    let lines_before =
-        file[..file.len() - body.len()].bytes().filter(|byte| *byte == b'\n').count();
-    let topology = Topology::from_toml(body, lines_before + 1)?;
-    if now < topology.valid_from {
-        return Err(TopologyError::NotYetValid { seconds: topology.valid_from.0 - now.0 });
-    }
-    if now >= topology.valid_until {
-        return Err(TopologyError::Expired { seconds_ago: now.0 - topology.valid_until.0 });
-    }
-    Ok(topology)
-}
-
-fn signed_bytes(body: &str) -> Vec<u8> {
-    [CONTEXT, body.as_bytes()].concat()
+    let signed = SignedTopology::read(file, authorities)?;
+    signed.check_time(now)?;
+    Ok(signed.into_topology())
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::{
-        LAYERS, MAX_NODES, MAX_PROVIDERS, NetworkName, Node, Parameters, Provider, Role,
+        Epochs, LAYERS, MAX_NODES, MAX_PROVIDERS, NetworkName, Node, Parameters, Provider, Role,
     };
     use super::*;
     use crate::address::Address;
@@ -217,6 +339,7 @@ mod tests {
         Node {
             identity: IdentityKey::generate(&mut rng).identity(),
             sphinx_key: SecretKey::generate(&mut rng).public_key().into(),
+            next_sphinx_key: None,
             link_address: SocketAddr::from(([127, 0, 0, 1], PORTS.fetch_add(1, Relaxed))),
             role,
         }
@@ -234,6 +357,7 @@ mod tests {
             payload_bytes: 2048,
             mean_delay: Duration::from_millis(15),
             max_delay: Duration::from_secs(10),
+            epochs: Epochs { epoch_seconds: 100, key_epochs: 4, overlap_seconds: 200 },
         };
         let network = NetworkName::new("test").unwrap();
         Topology::new(network, 7, UnixTime(100)..UnixTime(200), parameters, nodes, providers)
@@ -249,8 +373,10 @@ mod tests {
                 gateway: nodes[4].identity,
             },
             policy: "everything but \"port 25\"\nand more".to_owned(),
+            requires_token: true,
         };
-        topology_of(nodes, vec![provider]).unwrap()
+        let newcomer = IdentityKey::generate(&mut rand::rng()).identity();
+        topology_of(nodes, vec![provider]).unwrap().with_waiting(vec![newcomer]).unwrap()
     }
 
     fn authorities(keys: &[&IdentityKey], threshold: usize) -> Authorities {
@@ -314,8 +440,7 @@ mod tests {
     /// Signs any text, and reads it.
     fn read_signed(body: &str) -> Result<Topology, TopologyError> {
         let key = IdentityKey::generate(&mut rand::rng());
-        let signature = key.sign(&signed_bytes(body));
-        let file = format!("{FIRST_LINE}\nsignature {} {signature}\n\n{body}", key.identity());
+        let file = KIND.write(body, &[(key.identity(), KIND.sign(body, &key))]);
         verify(file.as_bytes(), &authorities(&[&key], 1), UnixTime(150))
     }
 
@@ -348,6 +473,11 @@ mod tests {
             ("payload_bytes = 2048", "payload_bytes = 32769", &["is 32769", "1024 to 32768"]),
             ("max_delay_us = 10000000", "max_delay_us = 60000001", &["at most 60000000"]),
             ("mean_delay_us = 15000", "mean_delay_us = 10000001", &["at most max_delay_us"]),
+            ("epoch_seconds = 100", "epoch_seconds = 0", &["is 0", "1 to 4294967295"]),
+            ("key_epochs = 4", "key_epochs = 4294967296", &["is 4294967296", "1 to 4294967295"]),
+            ("overlap_seconds = 200", "overlap_seconds = 201", &["at most half a key epoch"]),
+            ("requires_token = true", "requires_token = 1", &["boolean"]),
+            ("waiting = [", "waiting = [3, ", &["string"]),
         ] {
             let changed = good.replacen(from, to, 1);
             assert_ne!(changed, good, "{from}");
@@ -430,12 +560,27 @@ mod tests {
         };
         refused(like(|double, node| double.identity = node.identity), vec![], "node");
         refused(like(|double, node| double.sphinx_key = node.sphinx_key), vec![], "sphinx_key");
+        let next = |double: &mut Node, node: &Node| double.next_sphinx_key = Some(node.sphinx_key);
+        refused(like(next), vec![], "sphinx_key");
+        refused(
+            like(|double, _| double.next_sphinx_key = Some(double.sphinx_key)),
+            vec![],
+            "sphinx_key",
+        );
         refused(
             like(|double, node| double.link_address = node.link_address),
             vec![],
             "link_address",
         );
         assert!(topology_of(like(|_, _| {}), vec![]).is_ok());
+
+        let waiting = |waiting: Vec<Identity>| topology_of(nodes(), vec![])?.with_waiting(waiting);
+        let newcomer = IdentityKey::generate(&mut rand::rng()).identity();
+        assert!(waiting(vec![newcomer]).is_ok());
+        assert!(matches!(waiting(vec![newcomer; 2]), Err(DocumentError::Duplicate(_))));
+        let placed = topology_of(nodes(), vec![]).unwrap();
+        let twice = placed.nodes()[1].identity;
+        assert!(matches!(placed.with_waiting(vec![twice]), Err(DocumentError::Duplicate(_))));
 
         let nodes = nodes();
         let provider = |name: &str, gateway: &Node| Provider {
@@ -446,6 +591,7 @@ mod tests {
                 gateway: gateway.identity,
             },
             policy: String::new(),
+            requires_token: false,
         };
         let twice = vec![provider("exit", &nodes[3]), provider("exit", &nodes[4])];
         refused(nodes.clone(), twice, "provider \"exit\"");
@@ -464,6 +610,22 @@ mod tests {
         too_many("nodes", topology_of(vec![nodes()[0].clone(); MAX_NODES + 1], vec![]));
         let provider = topology().providers()[0].clone();
         too_many("providers", topology_of(nodes(), vec![provider; MAX_PROVIDERS + 1]));
+    }
+
+    #[test]
+    fn senders_use_the_key_of_the_key_epoch_that_the_clock_tells() {
+        let mut nodes = nodes();
+        let next = SecretKey::generate(&mut rand::rng()).public_key().into();
+        nodes[0].next_sphinx_key = Some(next);
+        // Of epoch 7, the last of key epoch 1, which ends at 800.
+        let topology = topology_of(nodes, vec![]).unwrap();
+        let [first, second, ..] = topology.nodes() else { panic!("five nodes") };
+        let key = |node, now| topology.sphinx_key(node, UnixTime(now));
+        assert_eq!(topology.key_epoch(), 1);
+        assert_eq!([0, 799].map(|now| key(first, now)), [Some(first.sphinx_key); 2]);
+        assert_eq!([800, 1199].map(|now| key(first, now)), [Some(next); 2]);
+        assert_eq!(key(first, 1200), None);
+        assert_eq!((key(second, 799), key(second, 800)), (Some(second.sphinx_key), None));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mixsocks_common::keys::{Identity, IdentityKey};
-use mixsocks_common::topology::{NetworkName, Node, Parameters, Role, Topology, UnixTime};
+use mixsocks_common::topology::{Epochs, NetworkName, Node, Parameters, Role, Topology, UnixTime};
 use mixsocks_sphinx::{Hop, Packet, Route, SecretKey, build_packets};
 use tokio::net::TcpListener;
 
@@ -47,6 +47,7 @@ impl TestNet {
             nodes.push(Node {
                 identity: key.identity(),
                 sphinx_key: sphinx_key.public_key().into(),
+                next_sphinx_key: None,
                 link_address,
                 role,
             });
@@ -113,8 +114,12 @@ pub(crate) fn topology(network: &str, nodes: Vec<Node>) -> Topology {
 }
 
 fn topology_with(network: &str, nodes: Vec<Node>, payload_bytes: usize) -> Topology {
-    let parameters =
-        Parameters { payload_bytes, mean_delay: Duration::from_millis(1), max_delay: MAX_DELAY };
+    let parameters = Parameters {
+        payload_bytes,
+        mean_delay: Duration::from_millis(1),
+        max_delay: MAX_DELAY,
+        epochs: Epochs::STATIC,
+    };
     let network = NetworkName::new(network).unwrap();
     let validity = UnixTime(0)..UnixTime(u64::MAX);
     Topology::new(network, 1, validity, parameters, nodes, Vec::new()).unwrap()

@@ -1,0 +1,262 @@
+//! A round: how one document of an epoch is agreed on.
+//!
+//! Voting is Paxos over attempts: who leads an attempt after the first must show where enough
+//! authorities stand, and propose what the latest vote among them was for, if there is one. So once
+//! enough have voted for a document in one attempt, no other can be voted for any more; and only
+//! then is it signed. A signature is never taken back, a vote may move on.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::Rules;
+use super::message::{Draft, Malformed, Reader, Standing, Status, Vote};
+use super::rules::MAX_ATTEMPTS;
+use crate::keys::{Identity, Signature};
+use crate::topology::{Authorities, DocumentDigest, UnixTime};
+
+/// What an authority has proposed.
+pub(super) struct Proposed {
+    pub(super) digest: DocumentDigest,
+    pub(super) message: Bytes,
+}
+
+/// The making of one document.
+pub(super) struct Round {
+    pub(super) epoch: u64,
+    pub(super) attempt: u8,
+    /// When the attempt is over.
+    pub(super) deadline: Duration,
+    /// Whose descriptors the document must have, and of what age.
+    pub(super) expected: BTreeMap<Identity, UnixTime>,
+    /// What this authority proposes in this attempt.
+    pub(super) proposal: Option<Proposed>,
+    /// Whether it may propose in this attempt: not if it may have done so before a restart, as there
+    /// must be one proposal only.
+    pub(super) may_propose: bool,
+    /// Whether it has told this attempt's leader whom its proposal leaves out.
+    pub(super) shared: bool,
+    /// Its latest vote, and its signature.
+    pub(super) vote: Option<Vote>,
+    pub(super) signed: Option<Signature>,
+    statuses: BTreeMap<Identity, Status>,
+    votes: BTreeMap<(u8, Identity), DocumentDigest>,
+    signatures: BTreeMap<Identity, (DocumentDigest, Signature)>,
+    drafts: BTreeMap<DocumentDigest, Draft>,
+}
+
+impl Round {
+    pub(super) fn new(
+        epoch: u64,
+        deadline: Duration,
+        expected: BTreeMap<Identity, UnixTime>,
+    ) -> Self {
+        Self {
+            epoch,
+            attempt: 0,
+            deadline,
+            expected,
+            proposal: None,
+            may_propose: true,
+            shared: false,
+            vote: None,
+            signed: None,
+            statuses: BTreeMap::new(),
+            votes: BTreeMap::new(),
+            signatures: BTreeMap::new(),
+            drafts: BTreeMap::new(),
+        }
+    }
+
+    /// What must be on the disk before anything of it is sent: standing (123 − 8 bytes, as in a
+    /// status), and the draft that was voted for.
+    pub(super) fn record(&self) -> Vec<u8> {
+        let mut bytes = self.standing(0).to_bytes().to_vec();
+        if let Some(draft) = self.voted_draft() {
+            draft.encode(&mut bytes);
+        }
+        bytes
+    }
+
+    /// Takes up a round where its record left it.
+    pub(super) fn restore(record: &[u8], deadline: Duration) -> Result<Self, Malformed> {
+        let mut reader = Reader(record);
+        let standing = reader.standing()?;
+        let mut round = Self::new(standing.epoch, deadline, BTreeMap::new());
+        round.may_propose = false;
+        (round.attempt, round.vote, round.signed) =
+            (standing.attempt, standing.vote, standing.signed);
+        if let Some(vote) = standing.vote {
+            let draft = reader.draft()?;
+            if draft.body.digest() != vote.digest {
+                return Err(Malformed);
+            }
+            round.drafts.insert(vote.digest, draft);
+        }
+        reader.end()?;
+        Ok(round)
+    }
+
+    pub(super) fn standing(&self, latest: u64) -> Standing {
+        let Self { epoch, attempt, vote, signed, .. } = *self;
+        Standing { latest, epoch, attempt, vote, signed }
+    }
+
+    /// Goes on to a later attempt; `false` if it is none.
+    pub(super) fn advance(&mut self, attempt: u8, deadline: Duration) -> bool {
+        if attempt <= self.attempt || attempt >= MAX_ATTEMPTS {
+            return false;
+        }
+        (self.attempt, self.deadline) = (attempt, deadline);
+        (self.proposal, self.may_propose, self.shared) = (None, true, false);
+        true
+    }
+
+    /// The attempt to go on to because enough others have: one of them at least is honest if so many
+    /// lie that the rest could still sign.
+    pub(super) fn attempt_of_others(&self, authorities: &Authorities) -> u8 {
+        let mut attempts: Vec<_> = self.statuses.values().map(|s| s.standing.attempt).collect();
+        attempts.sort_unstable_by(|a, b| b.cmp(a));
+        let enough = authorities.count() - authorities.threshold() + 1;
+        attempts.get(enough - 1).copied().unwrap_or(0)
+    }
+
+    /// Learns where an authority stands; `false` if it contradicts what it said before.
+    pub(super) fn learn(&mut self, status: &Status) -> bool {
+        let Standing { attempt, vote, signed, .. } = status.standing;
+        let progress = |s: &Status| {
+            (
+                s.standing.attempt,
+                s.standing.vote.map(|vote| vote.attempt),
+                s.standing.signed.is_some(),
+            )
+        };
+        let known = self.statuses.get(&status.from);
+        if known.is_none_or(|known| progress(known) <= progress(status)) {
+            self.statuses.insert(status.from, *status);
+        }
+        let Some(vote) = vote.filter(|vote| vote.attempt <= attempt) else { return true };
+        let mut honest = true;
+        let first = *self.votes.entry((vote.attempt, status.from)).or_insert(vote.digest);
+        honest &= first == vote.digest;
+        if let Some(signature) = signed {
+            let (first, _) =
+                *self.signatures.entry(status.from).or_insert((vote.digest, signature));
+            honest &= first == vote.digest;
+        }
+        honest
+    }
+
+    /// Whether this authority needs the draft: somebody has voted for it.
+    pub(super) fn wants(&self, digest: &DocumentDigest) -> bool {
+        let voted = |s: &Status| s.standing.vote.is_some_and(|vote| vote.digest == *digest);
+        !self.drafts.contains_key(digest) && self.statuses.values().any(voted)
+    }
+
+    /// Keeps a draft. Those that nobody's latest vote is for go: so there are never more than
+    /// authorities, and one.
+    pub(super) fn keep(&mut self, draft: Draft) {
+        let votes = self.statuses.values().filter_map(|status| status.standing.vote);
+        let mut wanted: BTreeSet<_> = votes.chain(self.vote).map(|vote| vote.digest).collect();
+        wanted.extend(self.proposal.as_ref().map(|proposal| proposal.digest));
+        self.drafts.retain(|digest, _| wanted.contains(digest));
+        self.drafts.insert(draft.body.digest(), draft);
+    }
+
+    pub(super) fn voted_draft(&self) -> Option<&Draft> {
+        self.drafts.get(&self.vote?.digest)
+    }
+
+    pub(super) fn draft(&self, digest: &DocumentDigest) -> Option<&Draft> {
+        self.drafts.get(digest)
+    }
+
+    /// The statuses with which this authority may propose in this attempt: those that bind it least,
+    /// as few as will do; `None` while too few have got there. The first attempt needs none.
+    pub(super) fn mandate(&self, authorities: &Authorities) -> Option<Vec<Status>> {
+        if self.attempt == 0 {
+            return Some(Vec::new());
+        }
+        let here = |status: &&Status| status.standing.attempt == self.attempt;
+        let mut statuses: Vec<_> = self.statuses.values().filter(here).copied().collect();
+        statuses.sort_by_key(|status| status.standing.vote.map(|vote| vote.attempt));
+        statuses.truncate(authorities.threshold());
+        (statuses.len() == authorities.threshold()).then_some(statuses)
+    }
+
+    /// How many have voted in this attempt for what this authority proposes.
+    pub(super) fn supporters(&self) -> usize {
+        let Some(proposal) = &self.proposal else { return 0 };
+        let here = |((attempt, _), digest): &(&(u8, Identity), &DocumentDigest)| {
+            *attempt == self.attempt && **digest == proposal.digest
+        };
+        self.votes.iter().filter(here).count()
+    }
+
+    /// Whether enough authorities have voted, in one attempt, for what this one has voted for.
+    pub(super) fn is_decided(&self, authorities: &Authorities) -> bool {
+        let Some(own) = self.vote else { return false };
+        let mut counts: BTreeMap<u8, usize> = BTreeMap::new();
+        for ((attempt, _), digest) in &self.votes {
+            *counts.entry(*attempt).or_default() += usize::from(*digest == own.digest);
+        }
+        counts.values().any(|count| *count >= authorities.threshold())
+    }
+
+    /// The file of the document that enough authorities have signed.
+    pub(super) fn file(&self, authorities: &Authorities) -> Option<String> {
+        self.drafts.iter().find_map(|(digest, draft)| {
+            let signatures: Vec<_> = self
+                .signatures
+                .iter()
+                .filter(|(_, (signed, _))| signed == digest)
+                .filter(|(authority, (_, s))| draft.body.is_signed_by(authority, s))
+                .map(|(authority, (_, signature))| (*authority, *signature))
+                .collect();
+            (signatures.len() >= authorities.threshold()).then(|| draft.body.to_file(&signatures))
+        })
+    }
+
+    /// Whether an authority is known to have voted in this attempt.
+    pub(super) fn has_voted(&self, authority: &Identity) -> bool {
+        let vote = self.statuses.get(authority).and_then(|status| status.standing.vote);
+        vote.is_some_and(|vote| vote.attempt >= self.attempt)
+    }
+}
+
+/// The digests of which one must be proposed by who shows these statuses: those of the latest votes.
+/// Any may be when there are none.
+pub(super) fn bound_to(statuses: &[Status]) -> BTreeSet<DocumentDigest> {
+    let votes = || statuses.iter().filter_map(|status| status.standing.vote);
+    let latest = votes().map(|vote| vote.attempt).max();
+    votes().filter(|vote| Some(vote.attempt) == latest).map(|vote| vote.digest).collect()
+}
+
+/// Whether somebody else has voted for this draft than who proposed it.
+pub(super) fn is_supported(statuses: &[Status], digest: &DocumentDigest, rules: &Rules) -> bool {
+    statuses.iter().any(|Status { from, standing, .. }| {
+        let vote = standing.vote.filter(|vote| vote.digest == *digest);
+        vote.is_some_and(|vote| rules.leader(standing.epoch, vote.attempt) != from)
+    })
+}
+
+/// Whether `statuses` are of enough authorities, each once, at this attempt of this epoch.
+pub(super) fn is_mandate(
+    statuses: &[Status],
+    epoch: u64,
+    attempt: u8,
+    authorities: &Authorities,
+) -> bool {
+    let here = |s: &Status| {
+        let Standing { vote, .. } = s.standing;
+        s.standing.epoch == epoch
+            && s.standing.attempt == attempt
+            && vote.is_none_or(|vote| vote.attempt < attempt)
+    };
+    let distinct: BTreeSet<_> = statuses.iter().map(|status| status.from).collect();
+    attempt == 0
+        || (statuses.iter().all(here)
+            && distinct.len() == statuses.len()
+            && distinct.len() >= authorities.threshold())
+}
