@@ -199,20 +199,20 @@ mod tests {
     #[test]
     fn a_client_never_goes_back() {
         let fixture = Fixture::new();
-        fixture.accept(fixture.topology(7, 0..100)).unwrap();
-        fixture.accept(fixture.topology(7, 0..100)).unwrap();
-        let error = fixture.accept(fixture.topology(7, 0..101)).unwrap_err().to_string();
+        fixture.accept(fixture.topology(7, FOR_EVER)).unwrap();
+        fixture.accept(fixture.topology(7, FOR_EVER)).unwrap();
+        let error = fixture.accept(fixture.topology(7, 1..FOR_EVER.end)).unwrap_err().to_string();
         assert!(error.contains("signed two"), "{error}");
-        fixture.accept(fixture.topology(8, 0..101)).unwrap();
-        let error = fixture.accept(fixture.topology(7, 0..100)).unwrap_err().to_string();
+        fixture.accept(fixture.topology(8, 1..FOR_EVER.end)).unwrap();
+        let error = fixture.accept(fixture.topology(7, FOR_EVER)).unwrap_err().to_string();
         assert!(error.contains("fetch the newest"), "{error}");
     }
 
     #[test]
     fn a_client_stays_with_its_network() {
         let fixture = Fixture::new();
-        fixture.accept(fixture.topology(7, 0..100)).unwrap();
-        let mut other = fixture.topology(8, 0..100);
+        fixture.accept(fixture.topology(7, FOR_EVER)).unwrap();
+        let mut other = fixture.topology(8, FOR_EVER);
         other.network = NetworkName::new("other").unwrap();
         let error = fixture.accept(other).unwrap_err().to_string();
         assert!(error.contains("network \"other\"") && error.contains("--data-dir"), "{error}");

@@ -406,3 +406,88 @@ impl<'a> Reader<'a> {
         Ok(Candidate { descriptor, endorsements })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{Person, authority_key, rules, sorted};
+    use super::*;
+
+    fn draft() -> Draft {
+        let key = authority_key(0);
+        let candidates = [Person::mix(1), Person::gateway(2)].map(|p| p.candidate(5000, &[&key]));
+        let body = DocumentBody::from_text("network = \"…\"\n".to_owned());
+        Draft { body, candidates: sorted(candidates.to_vec()) }
+    }
+
+    fn standing() -> Standing {
+        let vote = Vote { attempt: 3, digest: draft().body.digest() };
+        let signed = Some(Signature::from_bytes([5; SIGNATURE_LEN]));
+        Standing { latest: 7, epoch: 8, attempt: 4, vote: Some(vote), signed }
+    }
+
+    #[test]
+    fn each_message_round_trips_and_no_part_of_one_is_one() {
+        let (key, rules) = (authority_key(0), rules(3, 2));
+        let sender = Sender { key: &key, network: rules.network() };
+        let status = sender.status(Duration::from_millis(1234), standing());
+        assert_eq!(status.message().len(), 220);
+        let proposal = Proposal { epoch: 8, attempt: 4, statuses: vec![status; 2], draft: draft() };
+        let messages = [
+            status.message(),
+            sender.proposal(&proposal),
+            sender.draft(&draft()),
+            sender.candidates(&draft().candidates),
+        ];
+        for message in &messages {
+            for end in 0..message.len() {
+                assert_eq!(Message::parse(&message[..end], &rules).unwrap_err(), Malformed);
+            }
+            let longer = [&message[..], &[0]].concat();
+            assert_eq!(Message::parse(&longer, &rules).unwrap_err(), Malformed);
+        }
+        let parse = |at: usize| {
+            let (from, message) = Message::parse(&messages[at], &rules).unwrap();
+            assert_eq!(from, key.identity());
+            message
+        };
+        assert!(matches!(parse(0), Message::Status(read) if read == status));
+        assert!(matches!(parse(1), Message::Proposal(read) if read == proposal));
+        assert!(matches!(parse(2), Message::Draft(read) if read == draft()));
+        assert!(matches!(parse(3), Message::Candidates(read) if read == draft().candidates));
+        let document = sender.document("text");
+        let parsed = Message::parse(&document, &rules).unwrap().1;
+        assert!(matches!(parsed, Message::Document(file) if file == b"text"));
+    }
+
+    /// Contents that an authority signed whatever they say.
+    #[test]
+    fn signed_contents_that_break_a_rule_are_refused() {
+        let (key, rules) = (authority_key(0), rules(3, 2));
+        let sender = Sender { key: &key, network: rules.network() };
+        let good = sender.status(Duration::ZERO, standing()).message();
+        let resign = |kind: u8, contents: &[u8]| {
+            let mut bytes = sender.begin(kind);
+            bytes.extend_from_slice(contents);
+            Message::parse(&sender.end(bytes), &rules).map(|_| ())
+        };
+        let contents = &good[33..156];
+        assert_eq!(resign(STATUS, contents), Ok(()));
+        for kind in [0, 6, 255] {
+            assert_eq!(resign(kind, contents), Err(Malformed));
+        }
+        // Attempt, stage, attempt of the vote; a signature without its stage.
+        for (at, value) in [(24, MAX_ATTEMPTS), (25, 3), (26, MAX_ATTEMPTS), (25, 1), (25, 0)] {
+            let mut contents = contents.to_vec();
+            contents[at] = value;
+            assert_eq!(resign(STATUS, &contents), Err(Malformed), "{at}");
+        }
+        let too_many = u32::try_from(MAX_SHARED + 1).unwrap().to_be_bytes();
+        assert_eq!(resign(CANDIDATES, &too_many), Err(Malformed));
+        assert_eq!(resign(CANDIDATES, &[0; 4]), Ok(()));
+        let long = u32::try_from(MAX_DOCUMENT_BYTES + 1).unwrap().to_be_bytes();
+        assert_eq!(
+            resign(DRAFT, &[&long[..], &vec![b'x'; MAX_DOCUMENT_BYTES + 5]].concat()),
+            Err(Malformed)
+        );
+    }
+}

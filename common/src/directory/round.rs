@@ -260,3 +260,82 @@ pub(super) fn is_mandate(
             && distinct.len() == statuses.len()
             && distinct.len() >= authorities.threshold())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::message::Sender;
+    use super::super::testing::{authority_key, rules};
+    use super::*;
+
+    fn digest(number: u8) -> DocumentDigest {
+        DocumentDigest::from_bytes([number; 32])
+    }
+
+    /// The status of an authority in attempt 3 of epoch 9, with its vote.
+    fn status(number: u8, vote: Option<(u8, u8)>) -> Status {
+        let (key, rules) = (authority_key(number), rules(3, 2));
+        let vote = vote.map(|(attempt, number)| Vote { attempt, digest: digest(number) });
+        let standing = Standing { latest: 0, epoch: 9, attempt: 3, vote, signed: None };
+        Sender { key: &key, network: rules.network() }.status(Duration::ZERO, standing)
+    }
+
+    #[test]
+    fn the_latest_votes_bind_a_leader() {
+        assert_eq!(bound_to(&[status(0, None), status(1, None)]), BTreeSet::new());
+        let statuses = [status(0, Some((1, 7))), status(1, None), status(2, Some((0, 8)))];
+        assert_eq!(bound_to(&statuses), BTreeSet::from([digest(7)]));
+        let equal = [status(0, Some((1, 7))), status(1, Some((1, 8)))];
+        assert_eq!(bound_to(&equal), BTreeSet::from([digest(7), digest(8)]));
+    }
+
+    #[test]
+    fn a_mandate_is_of_enough_different_authorities_at_this_attempt() {
+        let rules = rules(3, 2);
+        let is_mandate =
+            |statuses: &[Status], attempt| is_mandate(statuses, 9, attempt, rules.authorities());
+        let (first, second) = (status(0, None), status(1, Some((2, 7))));
+        assert!(is_mandate(&[first, second], 3));
+        assert!(is_mandate(&[], 0));
+        for attempt in [2, 4] {
+            assert!(!is_mandate(&[first, second], attempt));
+        }
+        assert!(!is_mandate(&[first], 3));
+        assert!(!is_mandate(&[first, first], 3));
+        // Who has voted in this attempt has had its proposal already.
+        assert!(!is_mandate(&[first, status(1, Some((3, 7)))], 3));
+        assert!(!super::is_mandate(&[first, second], 8, 3, rules.authorities()));
+    }
+
+    #[test]
+    fn a_leader_shows_the_statuses_that_bind_it_least() {
+        let rules = rules(3, 2);
+        let mut round = Round::new(9, Duration::ZERO, BTreeMap::new());
+        assert_eq!(round.mandate(rules.authorities()), Some(Vec::new()));
+        round.advance(3, Duration::ZERO);
+        assert!(round.learn(&status(2, Some((2, 7)))));
+        assert_eq!(round.mandate(rules.authorities()), None);
+        assert!(round.learn(&status(0, None)) && round.learn(&status(1, None)));
+        let mandate = round.mandate(rules.authorities()).unwrap();
+        assert_eq!(bound_to(&mandate), BTreeSet::new());
+    }
+
+    #[test]
+    fn attempts_are_followed_when_an_honest_one_is_there_for_certain() {
+        let rules = rules(3, 2);
+        let mut round = Round::new(9, Duration::ZERO, BTreeMap::new());
+        round.learn(&status(1, None));
+        assert_eq!(round.attempt_of_others(rules.authorities()), 0);
+        round.learn(&status(2, None));
+        assert_eq!(round.attempt_of_others(rules.authorities()), 3);
+        assert!(round.advance(3, Duration::ZERO) && !round.advance(3, Duration::ZERO));
+        assert!(!round.advance(MAX_ATTEMPTS, Duration::ZERO));
+    }
+
+    #[test]
+    fn another_vote_of_one_attempt_or_another_signature_is_a_lie() {
+        let mut round = Round::new(9, Duration::ZERO, BTreeMap::new());
+        assert!(round.learn(&status(1, Some((1, 7)))));
+        assert!(round.learn(&status(1, Some((2, 8)))));
+        assert!(!round.learn(&status(1, Some((1, 8)))));
+    }
+}

@@ -31,7 +31,7 @@ fn start(number: u8, count: u8, threshold: usize, memory: Memory<'_>, now: Durat
     Authority::new(authority_key(number), rules, admission(), None, memory, now).unwrap()
 }
 
-/// All authorities but those that are `late` hold the descriptors of all.
+/// Gives all authorities the descriptors of all, with the endorsements of all.
 fn fill(authorities: &mut [Authority], now: Duration) {
     for person in people() {
         let descriptor = person.signed(now.as_secs());
