@@ -138,7 +138,7 @@ impl Candidate {
 ///   placed now, by a rank whose seed is the digest of that document. Only if fewer than three mixes
 ///   could be placed, those that are new are placed at once.
 /// - Mixes keep their layers; only as many move as must for the layers' sizes to differ by at most
-///   one ([`deal`]).
+///   one.
 /// - The first document, which has no previous one, needs the minimum of members, and places all
 ///   mixes; its seed is the SHA-256 of all descriptors.
 ///
