@@ -161,7 +161,7 @@ fn a_restart_before_the_signature_left_never_leads_to_another_document() {
     let published = talk_from(&mut again, begin());
     let [(_, file)] = &published[..] else { panic!("one document: {published:?}") };
     assert_eq!(read(file.as_bytes(), &rules).unwrap().digest(), first.digest());
-    for end in 0..record.len() {
+    for end in (0..record.len()).step_by(61) {
         let memory = Memory::Record(&record[..end]);
         let result =
             Authority::new(authority_key(0), rules.clone(), admission(), None, memory, begin());
@@ -205,6 +205,54 @@ fn a_leader_that_lacks_a_descriptor_gets_it_and_the_next_attempt_has_it() {
     }
     assert_eq!(published.len(), 2, "{:?}", two[number].status(now));
     assert_eq!(two[0].latest().unwrap().topology().nodes().len(), 5);
+}
+
+/// What a leader shows to one authority and not to the other would, if votes could not move on, cost
+/// the epoch.
+#[test]
+fn a_leader_with_two_faces_costs_an_attempt_but_not_the_epoch() {
+    let rules = rules(3, 2);
+    let keys = || (0..3).map(authority_key);
+    let leader = *rules.leader(EPOCH, 0);
+    let liar = keys().find(|key| key.identity() == leader).unwrap();
+    let honest: Vec<u8> = (0..3).filter(|n| authority_key(*n).identity() != leader).collect();
+    let mut two: Vec<_> = honest.iter().map(|n| start(*n, 3, 2, Memory::New, before())).collect();
+    fill(&mut two, before());
+    let sender = Sender { key: &liar, network: rules.network() };
+    let mut digests = Vec::new();
+    for authority in &mut two {
+        authority.handle_timeout(begin());
+        // Another version of the provider for each.
+        let mut candidates = authority.members.current(&rules, EPOCH);
+        let provider = Person::provider(21, 11);
+        let mut descriptor = provider.descriptor(before().as_secs() + 1);
+        let super::super::Member::Provider(advert) = &mut descriptor.member else {
+            panic!("a provider")
+        };
+        advert.policy = format!("face {}", digests.len());
+        let changed = descriptor.sign(&provider.key()).unwrap();
+        let identity = changed.identity();
+        let at = candidates.iter().position(|c| c.descriptor.identity() == identity).unwrap();
+        candidates[at].descriptor = changed;
+        let body = assemble(&rules, None, &candidates, EPOCH).unwrap().body();
+        digests.push(body.digest());
+        let draft = Draft { body, candidates };
+        let proposal = Proposal { epoch: EPOCH, attempt: 0, statuses: Vec::new(), draft };
+        assert_eq!(authority.handle_message(&sender.proposal(&proposal), begin()), Ok(()));
+        let voted = authority.round.as_ref().unwrap().vote.unwrap().digest;
+        assert_eq!(Some(&voted), digests.last());
+    }
+    assert_ne!(digests[0], digests[1]);
+    assert_eq!(talk(&mut two, begin()), []);
+    let mut now = begin();
+    let mut published = Vec::new();
+    while published.len() < 2 {
+        now = two.iter().map(Authority::poll_timeout).min().unwrap().max(now);
+        assert!(now < begin() + 3 * rules.attempt_time());
+        published.extend(talk_from(&mut two, now));
+    }
+    let [first, second] = [0, 1].map(|at: usize| two[at].latest().unwrap().digest());
+    assert!(first == second && digests.contains(&first));
 }
 
 #[test]
@@ -345,7 +393,7 @@ fn members_survive_a_restart_unless_they_have_become_too_old() {
     let mut late_one = start(0, 1, 1, Memory::New, late);
     late_one.restore_members(&held, late).unwrap();
     assert_eq!(late_one.members(), [0; 4]);
-    for end in 0..held.len() {
+    for end in (0..held.len()).step_by(61) {
         let result = again.restore_members(&held[..end], begin());
         assert_eq!(result, Err(MessageError::Malformed), "cut at {end}");
     }
