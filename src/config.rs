@@ -53,7 +53,7 @@ impl ConfigFile {
         match found {
             Some(found) if found == role => {}
             Some(found) => bail!(
-                "{} is the file of a {found}, not of a {role}; give another one with --config",
+                "{} is for {found:?}, not for {role:?}; give another one with --config",
                 path.display()
             ),
             None => bail!("{}: it lacks the line `{ROLE} = {role:?}`", path.display()),
@@ -93,7 +93,8 @@ impl ConfigFile {
         let known = self.values.iter().filter(|(id, _)| ids.iter().any(|own| own == id.as_str()));
         known.fold(command, |command, (id, values)| {
             command.mut_arg(id, |argument| {
-                argument.required(false).default_values(values).hide_default_value(true)
+                let hidden = argument.get_action().takes_values();
+                argument.required(false).default_values(values).hide_default_value(hidden)
             })
         })
     }
@@ -355,6 +356,26 @@ mod tests {
     }
 
     #[test]
+    fn a_flag_may_stand_in_the_file() {
+        let file = file("role = \"up\"\nallow_private = true\nmean_delay = \"0\"\n");
+        match parse(&["mixsocks", "up"], file.path()).unwrap().command {
+            CliCommand::Up(args) => {
+                assert!(args.allow_private);
+                assert_eq!(args.traffic.mean_delay, Some(std::time::Duration::ZERO));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_list_gives_several_values_and_an_option_replaces_them() {
+        let text = "role = \"client\"\nprovider = [\"one\", \"two\"]\nsignatures = 2\n";
+        let args = client(&[], text);
+        assert_eq!((args.provider.len(), args.network.signatures), (2, Some(2)));
+        assert_eq!(client(&["--provider", "three"], text).provider.len(), 1);
+    }
+
+    #[test]
     fn each_mistake_names_the_line_and_what_is_right() {
         for (text, expected) in [
             (
@@ -379,7 +400,7 @@ mod tests {
                 "line 3: duplicate key",
             ),
             ("role = \"client\"\nsocks", "line 2: "),
-            ("role = \"up\"", "is the file of a up, not of a client"),
+            ("role = \"up\"", "is for \"up\", not for \"client\""),
             ("role = [\"client\", \"up\"]\n", "line 1: role takes one value"),
             ("socks = \"[::1]:1\"", "lacks the line `role = \"client\"`"),
         ] {
