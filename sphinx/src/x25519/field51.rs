@@ -79,17 +79,15 @@ impl<L: Multiply52<N>, const N: usize> Field<N> for Field51<L> {
     #[inline(always)]
     fn add_small_multiple(&mut self, a: &Self, factor: u64, b: &Self) {
         let factor = L::splat(factor);
-        let mut sums = [L::splat(0); 2 * LIMBS];
-        for i in 0..LIMBS {
-            sums[i + 1] = sums[i + 1].add_product_high(b.0[i], factor);
+        let mut sums = a.0;
+        // The high half of the last limb counts 2 · 19 times in the first, as a number of 17 bits.
+        let top = L::splat(0).add_product_high(b.0[LIMBS - 1], factor);
+        sums[0] = sums[0].add_product_low(top, L::splat(2 * 19)).add_product_low(b.0[0], factor);
+        for i in 1..LIMBS {
+            let high = L::splat(0).add_product_high(b.0[i - 1], factor);
+            sums[i] = sums[i].add(double(high)).add_product_low(b.0[i], factor);
         }
-        for i in 1..=LIMBS {
-            sums[i] = sums[i].add(sums[i]);
-        }
-        for i in 0..LIMBS {
-            sums[i] = sums[i].add(a.0[i]).add_product_low(b.0[i], factor);
-        }
-        self.0 = fold(sums);
+        self.0 = carry(sums);
     }
 
     #[inline(always)]
@@ -106,22 +104,42 @@ pub(super) fn multiply<L: Multiply52<N>, const N: usize>(
     a: &Limbs51<L>,
     b: &Limbs51<L>,
 ) {
-    // A high half is worth 2^52: double in the limb after that of the low half.
-    let mut sums = [L::splat(0); 2 * LIMBS];
+    // The limbs from 2^255 on first, because each counts 19 times in one of those below. A high half
+    // is worth 2^52: double in the limb after that of its low half.
+    let (mut high, mut low) = ([L::splat(0); LIMBS], [L::splat(0); LIMBS]);
     for i in 0..LIMBS {
-        for j in 0..LIMBS {
-            sums[i + j + 1] = sums[i + j + 1].add_product_high(a[i], b[j]);
+        for j in LIMBS - 1 - i..LIMBS {
+            let place = i + j + 1 - LIMBS;
+            high[place] = high[place].add_product_high(a[i], b[j]);
         }
     }
-    for sum in &mut sums {
-        *sum = sum.add(*sum);
+    for place in 0..LIMBS {
+        high[place] = double(high[place]);
     }
     for i in 0..LIMBS {
-        for j in 0..LIMBS {
-            sums[i + j] = sums[i + j].add_product_low(a[i], b[j]);
+        for j in LIMBS - i..LIMBS {
+            let place = i + j - LIMBS;
+            high[place] = high[place].add_product_low(a[i], b[j]);
         }
     }
-    *product = fold(sums);
+    for place in 0..LIMBS {
+        // 19 is 2 · (8 + 1) + 1, and what is doubled below is doubled together.
+        low[place] = high[place].add(high[place].shift_left(3));
+    }
+    for i in 0..LIMBS - 1 {
+        for j in 0..LIMBS - 1 - i {
+            low[i + j + 1] = low[i + j + 1].add_product_high(a[i], b[j]);
+        }
+    }
+    for place in 0..LIMBS {
+        low[place] = double(low[place]).add(high[place]);
+    }
+    for i in 0..LIMBS {
+        for j in 0..LIMBS - i {
+            low[i + j] = low[i + j].add_product_low(a[i], b[j]);
+        }
+    }
+    *product = carry(low);
 }
 
 #[inline(always)]
@@ -134,7 +152,7 @@ pub(super) fn square<L: Multiply52<N>, const N: usize>(square: &mut Limbs51<L>, 
         }
     }
     for sum in &mut sums {
-        *sum = sum.add(*sum);
+        *sum = double(*sum);
     }
     for i in 0..LIMBS {
         sums[2 * i + 1] = sums[2 * i + 1].add_product_high(a[i], a[i]);
@@ -143,22 +161,17 @@ pub(super) fn square<L: Multiply52<N>, const N: usize>(square: &mut Limbs51<L>, 
         }
     }
     for sum in &mut sums {
-        *sum = sum.add(*sum);
+        *sum = double(*sum);
     }
     for i in 0..LIMBS {
         sums[2 * i] = sums[2 * i].add_product_low(a[i], a[i]);
     }
-    *square = fold(sums);
-}
-
-/// Adds the upper half 19 times to the lower one, because 2^255 is 19, and carries.
-#[inline(always)]
-fn fold<L: Multiply52<N>, const N: usize>(sums: [L; 2 * LIMBS]) -> Limbs51<L> {
     let mut limbs = [L::splat(0); LIMBS];
     for i in 0..LIMBS {
-        limbs[i] = sums[i].add(times_19(sums[i + LIMBS]));
+        let high = sums[i + LIMBS];
+        limbs[i] = sums[i].add(high).add(double(high)).add(high.shift_left(4));
     }
-    carry(limbs)
+    *square = carry(limbs);
 }
 
 /// Keeps 51 bits of each limb and adds the rest to the next one.
@@ -172,13 +185,13 @@ fn carry<L: Multiply52<N>, const N: usize>(limbs: Limbs51<L>) -> Limbs51<L> {
     for i in 0..LIMBS - 1 {
         carried[i + 1] = carried[i + 1].add(limbs[i].shift_right(51));
     }
-    carried[0] = carried[0].add(times_19(limbs[LIMBS - 1].shift_right(51)));
+    carried[0] = carried[0].add_product_low(limbs[LIMBS - 1].shift_right(51), L::splat(19));
     carried
 }
 
 #[inline(always)]
-fn times_19<L: Multiply52<N>, const N: usize>(number: L) -> L {
-    number.add(number.shift_left(1)).add(number.shift_left(4))
+fn double<L: Multiply52<N>, const N: usize>(number: L) -> L {
+    number.add(number)
 }
 
 #[cfg(test)]
