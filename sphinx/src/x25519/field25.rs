@@ -98,8 +98,18 @@ impl<L: Multiply32<N>, const N: usize> Field<N> for Field25<L> {
     }
 
     #[inline(always)]
-    fn square(&mut self, a: &Self) {
-        L::square_element(&mut self.0, &a.0);
+    fn multiply_pairs(results: [&mut Self; 2], [a, b]: [&Self; 2], [c, d]: [&Self; 2]) {
+        let [sum, difference] = results;
+        let (mut ab, mut cd) = (*a, *c);
+        ab.multiply(a, b);
+        cd.multiply(c, d);
+        sum.add(&ab, &cd);
+        difference.subtract(&ab, &cd);
+    }
+
+    #[inline(always)]
+    fn square(&mut self, a: &Self, times: usize) {
+        L::square_element(&mut self.0, &a.0, times);
     }
 
     #[inline(always)]
@@ -145,7 +155,20 @@ pub(super) fn multiply<L: Multiply32<N>, const N: usize>(
 }
 
 #[inline(always)]
-pub(super) fn square<L: Multiply32<N>, const N: usize>(square: &mut Limbs25<L>, a: &Limbs25<L>) {
+pub(super) fn square<L: Multiply32<N>, const N: usize>(
+    square: &mut Limbs25<L>,
+    a: &Limbs25<L>,
+    times: usize,
+) {
+    let mut power = *a;
+    for _ in 0..times {
+        power = square_once(&power);
+    }
+    *square = power;
+}
+
+#[inline(always)]
+fn square_once<L: Multiply32<N>, const N: usize>(a: &Limbs25<L>) -> Limbs25<L> {
     let mut a19 = [L::splat(0); LIMBS];
     each_limb!(I => {
         a19[I] = a[I].multiply(L::splat(19)).pin();
@@ -167,7 +190,7 @@ pub(super) fn square<L: Multiply32<N>, const N: usize>(square: &mut Limbs25<L>, 
             }
         });
     });
-    *square = reduce(sums);
+    reduce(sums)
 }
 
 /// Carries from limb to limb, in two chains that a CPU runs side by side.

@@ -4,8 +4,9 @@
 //! returns is less than 2^51 + 2^15, and fits the 52 bits that a product takes of it.
 //!
 //! A sum of products in front of the carry is less than 2^56 in the low half and, as that of the high
-//! half counts 19 times, less than 20 · 2^56 < 2^61 in all; so a carry is less than 2^10, or 19 · 2^10 < 2^15
-//! into the lowest limb.
+//! half counts 19 times, less than 20 · 2^56 < 2^61 in all; so a carry is less than 2^10, or
+//! 19 · 2^10 < 2^15 into the lowest limb. Where the sum or difference of two such sums is carried, it
+//! is less than 20 · 2^56 + 2^61 < 1.7 · 2^61, and its carry into the lowest limb less than 2^15, too.
 
 #![expect(clippy::needless_range_loop, reason = "limbs of several elements go together")]
 
@@ -72,8 +73,18 @@ impl<L: Multiply52<N>, const N: usize> Field<N> for Field51<L> {
     }
 
     #[inline(always)]
-    fn square(&mut self, a: &Self) {
-        L::square_element(&mut self.0, &a.0);
+    fn multiply_pairs(results: [&mut Self; 2], first: [&Self; 2], second: [&Self; 2]) {
+        let [sum, difference] = results;
+        L::multiply_pairs(
+            [&mut sum.0, &mut difference.0],
+            first.map(|a| &a.0),
+            second.map(|a| &a.0),
+        );
+    }
+
+    #[inline(always)]
+    fn square(&mut self, a: &Self, times: usize) {
+        L::square_element(&mut self.0, &a.0, times);
     }
 
     #[inline(always)]
@@ -104,6 +115,30 @@ pub(super) fn multiply<L: Multiply52<N>, const N: usize>(
     a: &Limbs51<L>,
     b: &Limbs51<L>,
 ) {
+    *product = carry(raw_product(a, b));
+}
+
+/// The sum and the difference of the products of two pairs, which share their carries.
+#[inline(always)]
+pub(super) fn multiply_pairs<L: Multiply52<N>, const N: usize>(
+    [sum, difference]: [&mut Limbs51<L>; 2],
+    [a, b]: [&Limbs51<L>; 2],
+    [c, d]: [&Limbs51<L>; 2],
+) {
+    let (ab, cd) = (raw_product(a, b), raw_product(c, d));
+    let (mut sums, mut differences) = (ab, ab);
+    for i in 0..LIMBS {
+        sums[i] = sums[i].add(cd[i]);
+        // A multiple of p whose limbs are more than those of a product.
+        differences[i] = differences[i].add(L::splat(double_p(i) << 9)).sub(cd[i]);
+    }
+    *sum = carry(sums);
+    *difference = carry(differences);
+}
+
+/// A product before the carry.
+#[inline(always)]
+fn raw_product<L: Multiply52<N>, const N: usize>(a: &Limbs51<L>, b: &Limbs51<L>) -> Limbs51<L> {
     // The limbs from 2^255 on first, because each counts 19 times in one of those below. A high half
     // is worth 2^52: double in the limb after that of its low half.
     let (mut high, mut low) = ([L::splat(0); LIMBS], [L::splat(0); LIMBS]);
@@ -124,7 +159,7 @@ pub(super) fn multiply<L: Multiply52<N>, const N: usize>(
     }
     for place in 0..LIMBS {
         // 19 is 2 · (8 + 1) + 1, and what is doubled below is doubled together.
-        low[place] = high[place].add(high[place].shift_left(3));
+        low[place] = high[place].add(high[place].shift_left(3).pin());
     }
     for i in 0..LIMBS - 1 {
         for j in 0..LIMBS - 1 - i {
@@ -139,11 +174,24 @@ pub(super) fn multiply<L: Multiply52<N>, const N: usize>(
             low[i + j] = low[i + j].add_product_low(a[i], b[j]);
         }
     }
-    *product = carry(low);
+    low
 }
 
 #[inline(always)]
-pub(super) fn square<L: Multiply52<N>, const N: usize>(square: &mut Limbs51<L>, a: &Limbs51<L>) {
+pub(super) fn square<L: Multiply52<N>, const N: usize>(
+    square: &mut Limbs51<L>,
+    a: &Limbs51<L>,
+    times: usize,
+) {
+    let mut power = *a;
+    for _ in 0..times {
+        power = square_once(&power);
+    }
+    *square = power;
+}
+
+#[inline(always)]
+fn square_once<L: Multiply52<N>, const N: usize>(a: &Limbs51<L>) -> Limbs51<L> {
     // Different limbs meet twice, and high halves count twice once more.
     let mut sums = [L::splat(0); 2 * LIMBS];
     for i in 0..LIMBS {
@@ -160,18 +208,22 @@ pub(super) fn square<L: Multiply52<N>, const N: usize>(square: &mut Limbs51<L>, 
             sums[i + j] = sums[i + j].add_product_low(a[i], a[j]);
         }
     }
-    for sum in &mut sums {
-        *sum = double(*sum);
-    }
-    for i in 0..LIMBS {
-        sums[2 * i] = sums[2 * i].add_product_low(a[i], a[i]);
+    for i in LIMBS..2 * LIMBS {
+        sums[i] = double(sums[i]);
+        if i % 2 == 0 {
+            sums[i] = sums[i].add_product_low(a[i / 2], a[i / 2]);
+        }
     }
     let mut limbs = [L::splat(0); LIMBS];
     for i in 0..LIMBS {
         let high = sums[i + LIMBS];
-        limbs[i] = sums[i].add(high).add(double(high)).add(high.shift_left(4));
+        // 19 is 2 · (8 + 1) + 1, and what is doubled here is doubled together.
+        limbs[i] = double(sums[i].add(high).add(high.shift_left(3).pin())).add(high);
+        if i % 2 == 0 {
+            limbs[i] = limbs[i].add_product_low(a[i / 2], a[i / 2]);
+        }
     }
-    *square = carry(limbs);
+    carry(limbs)
 }
 
 /// Keeps 51 bits of each limb and adds the rest to the next one.

@@ -27,7 +27,10 @@ pub(super) trait Field<const N: usize>: Copy {
     fn add(&mut self, a: &Self, b: &Self);
     fn subtract(&mut self, a: &Self, b: &Self);
     fn multiply(&mut self, a: &Self, b: &Self);
-    fn square(&mut self, a: &Self);
+    /// The sum and the difference of the products of the first and of the second pair.
+    fn multiply_pairs(results: [&mut Self; 2], first: [&Self; 2], second: [&Self; 2]);
+    /// Squares `a` `times` times, at least once.
+    fn square(&mut self, a: &Self, times: usize);
     /// `a`, reduced, plus `factor`, less than 2^17, times `b`.
     fn add_small_multiple(&mut self, a: &Self, factor: u64, b: &Self);
     /// `b` in the lanes where `mask` is all ones, `a` where it is zero.
@@ -81,7 +84,7 @@ pub(super) fn ladder<F: Field<N>, const N: usize>(
 #[inline(always)]
 fn step<F: Field<N>, const N: usize>(state: &mut State<F, F::Lanes>, x1: &F, word: usize) {
     let State { scalars, swapped, x2, z2, x3, z3, scratch } = state;
-    let [a, b, c, d, da, cb, aa, bb, e, t, ..] = scratch;
+    let [a, b, c, d, sum, difference, aa, bb, e, t, ..] = scratch;
     let bit = scalars[word].shift_right(63).negate();
     scalars[word] = scalars[word].shift_left(1);
     let swap = bit.xor(*swapped);
@@ -93,16 +96,13 @@ fn step<F: Field<N>, const N: usize>(state: &mut State<F, F::Lanes>, x1: &F, wor
     d.subtract(x3, z3);
     // A swap exchanges DA and CB, which changes nothing of their sum and no more than the sign of
     // their difference. So all that depends on it is which of the two points is doubled.
-    da.multiply(d, a);
-    cb.multiply(c, b);
+    F::multiply_pairs([sum, difference], [d, a], [c, b]);
     t.select(swap, a, c);
-    aa.square(t);
+    aa.square(t, 1);
     t.select(swap, b, d);
-    bb.square(t);
-    t.add(da, cb);
-    x3.square(t);
-    t.subtract(da, cb);
-    e.square(t);
+    bb.square(t, 1);
+    x3.square(sum, 1);
+    e.square(difference, 1);
     z3.multiply(e, x1);
     x2.multiply(aa, bb);
     e.subtract(aa, bb);
@@ -149,14 +149,11 @@ fn quotient<F: Field<N>, const N: usize>(state: &mut State<F, F::Lanes>) -> F {
     let State { swapped, x2, z2, x3, z3, scratch: powers, .. } = state;
     powers[0].select(*swapped, z2, z3);
     let z = powers[0];
-    powers[1].square(&z);
+    powers[1].square(&z, 1);
     for (i, (base, squarings, factor)) in CHAIN.into_iter().enumerate() {
-        let mut power = powers[base];
-        for _ in 0..squarings {
-            let base = power;
-            power.square(&base);
-        }
-        let factor = powers[factor];
+        let (base, factor) = (powers[base], powers[factor]);
+        let mut power = base;
+        power.square(&base, squarings);
         powers[i + 2].multiply(&power, &factor);
     }
     z2.select(*swapped, x2, x3);

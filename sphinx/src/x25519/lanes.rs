@@ -49,8 +49,8 @@ pub(super) trait Multiply32<const N: usize>: Lanes<N> {
 
     /// See [`field25::square`] and above.
     #[inline(always)]
-    fn square_element(square: &mut Limbs25<Self>, a: &Limbs25<Self>) {
-        field25::square(square, a);
+    fn square_element(square: &mut Limbs25<Self>, a: &Limbs25<Self>, times: usize) {
+        field25::square(square, a, times);
     }
 }
 
@@ -61,16 +61,33 @@ pub(super) trait Multiply52<const N: usize>: Lanes<N> {
     /// `self` plus the high 52 bits of the product of the low 52 bits of `a` and `b`.
     fn add_product_high(self, a: Self, b: Self) -> Self;
 
+    /// The same number, of which the compiler knows nothing: it does not turn shifts and sums into the
+    /// product that they make, for which the CPU has no instruction as fast.
+    #[inline(always)]
+    fn pin(self) -> Self {
+        self
+    }
+
     /// See [`field51::multiply`], and why it is here at [`Multiply32::multiply_elements`].
     #[inline(always)]
     fn multiply_elements(product: &mut Limbs51<Self>, a: &Limbs51<Self>, b: &Limbs51<Self>) {
         field51::multiply(product, a, b);
     }
 
+    /// See [`field51::multiply_pairs`] and above.
+    #[inline(always)]
+    fn multiply_pairs(
+        results: [&mut Limbs51<Self>; 2],
+        first: [&Limbs51<Self>; 2],
+        second: [&Limbs51<Self>; 2],
+    ) {
+        field51::multiply_pairs(results, first, second);
+    }
+
     /// See [`field51::square`] and above.
     #[inline(always)]
-    fn square_element(square: &mut Limbs51<Self>, a: &Limbs51<Self>) {
-        field51::square(square, a);
+    fn square_element(square: &mut Limbs51<Self>, a: &Limbs51<Self>, times: usize) {
+        field51::square(square, a, times);
     }
 }
 
@@ -151,8 +168,8 @@ impl<const N: usize> Multiply32<N> for Emulated<N> {
     }
 
     #[inline(never)]
-    fn square_element(square: &mut Limbs25<Self>, a: &Limbs25<Self>) {
-        field25::square(square, a);
+    fn square_element(square: &mut Limbs25<Self>, a: &Limbs25<Self>, times: usize) {
+        field25::square(square, a, times);
     }
 }
 
@@ -177,7 +194,16 @@ impl<const N: usize> Multiply52<N> for Emulated<N> {
     }
 
     #[inline(never)]
-    fn square_element(square: &mut Limbs51<Self>, a: &Limbs51<Self>) {
-        field51::square(square, a);
+    fn multiply_pairs(
+        results: [&mut Limbs51<Self>; 2],
+        first: [&Limbs51<Self>; 2],
+        second: [&Limbs51<Self>; 2],
+    ) {
+        field51::multiply_pairs(results, first, second);
+    }
+
+    #[inline(never)]
+    fn square_element(square: &mut Limbs51<Self>, a: &Limbs51<Self>, times: usize) {
+        field51::square(square, a, times);
     }
 }

@@ -183,7 +183,7 @@ fn check_bounds<F: Field<4>>(largest: F, one: F) {
     difference.subtract(&largest, &F::small(0));
     least.subtract(&F::small(0), &largest);
     for a in [sum, difference, least] {
-        product.square(&a);
+        product.square(&a, 1);
         let square = product.encode();
         product.multiply(&a, &a);
         assert_eq!(product.encode(), square);
@@ -195,6 +195,11 @@ fn check_bounds<F: Field<4>>(largest: F, one: F) {
             reduced_b.multiply(&b, &one);
             product.multiply(&reduced_a, &reduced_b);
             assert_eq!(product.encode(), direct);
+            let [mut both, mut twice, mut nothing] = [one; 3];
+            F::multiply_pairs([&mut both, &mut nothing], [&a, &b], [&b, &a]);
+            twice.add(&product, &product);
+            assert_eq!(both.encode(), twice.encode());
+            assert_eq!(nothing.encode(), [[0; 32]; 4]);
         }
         product.add_small_multiple(&largest, (1 << 17) - 1, &a);
         let direct = product.encode();

@@ -119,9 +119,9 @@ impl Multiply32<4> for Avx2 {
     }
 
     #[inline(always)]
-    fn square_element(square: &mut Limbs25<Self>, a: &Limbs25<Self>) {
+    fn square_element(square: &mut Limbs25<Self>, a: &Limbs25<Self>, times: usize) {
         // SAFETY: the CPU has AVX2, as the module's documentation says.
-        unsafe { square_avx2(square, a) };
+        unsafe { square_avx2(square, a, times) };
     }
 }
 
@@ -141,8 +141,8 @@ fn multiply_avx2(product: &mut Limbs25<Avx2>, a: &Limbs25<Avx2>, b: &Limbs25<Avx
 
 #[inline(never)]
 #[target_feature(enable = "avx2")]
-fn square_avx2(square: &mut Limbs25<Avx2>, a: &Limbs25<Avx2>) {
-    field25::square(square, a);
+fn square_avx2(square: &mut Limbs25<Avx2>, a: &Limbs25<Avx2>, times: usize) {
+    field25::square(square, a, times);
 }
 
 impl Lanes<8> for Avx512 {
@@ -220,16 +220,42 @@ impl Multiply52<8> for Avx512 {
     }
 
     #[inline(always)]
+    fn pin(self) -> Self {
+        // SAFETY: the CPU has AVX-512F, as the module's documentation says.
+        Self(unsafe { pin_avx512(self.0) })
+    }
+
+    #[inline(always)]
     fn multiply_elements(product: &mut Limbs51<Self>, a: &Limbs51<Self>, b: &Limbs51<Self>) {
         // SAFETY: the CPU has AVX-512 IFMA, as the module's documentation says.
         unsafe { multiply_avx512(product, a, b) };
     }
 
     #[inline(always)]
-    fn square_element(square: &mut Limbs51<Self>, a: &Limbs51<Self>) {
+    fn multiply_pairs(
+        results: [&mut Limbs51<Self>; 2],
+        first: [&Limbs51<Self>; 2],
+        second: [&Limbs51<Self>; 2],
+    ) {
         // SAFETY: the CPU has AVX-512 IFMA, as the module's documentation says.
-        unsafe { square_avx512(square, a) };
+        unsafe { multiply_pairs_avx512(results, first, second) };
     }
+
+    #[inline(always)]
+    fn square_element(square: &mut Limbs51<Self>, a: &Limbs51<Self>, times: usize) {
+        // SAFETY: the CPU has AVX-512 IFMA, as the module's documentation says.
+        unsafe { square_avx512(square, a, times) };
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn pin_avx512(mut number: __m512i) -> __m512i {
+    // SAFETY: there is no instruction, and the register keeps what is in it.
+    unsafe {
+        asm!("/* {0} */", inout(zmm_reg) number, options(pure, nomem, nostack, preserves_flags))
+    };
+    number
 }
 
 #[inline(never)]
@@ -240,6 +266,16 @@ fn multiply_avx512(product: &mut Limbs51<Avx512>, a: &Limbs51<Avx512>, b: &Limbs
 
 #[inline(never)]
 #[target_feature(enable = "avx512f,avx512ifma")]
-fn square_avx512(square: &mut Limbs51<Avx512>, a: &Limbs51<Avx512>) {
-    field51::square(square, a);
+fn multiply_pairs_avx512(
+    results: [&mut Limbs51<Avx512>; 2],
+    first: [&Limbs51<Avx512>; 2],
+    second: [&Limbs51<Avx512>; 2],
+) {
+    field51::multiply_pairs(results, first, second);
+}
+
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512ifma")]
+fn square_avx512(square: &mut Limbs51<Avx512>, a: &Limbs51<Avx512>, times: usize) {
+    field51::square(square, a, times);
 }
