@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail};
-use mixsocks_common::directory::{Follower, Refused};
+use mixsocks_common::directory::{Follower, Pace, Refused};
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::topology::{
     Authorities, MAX_DOCUMENT_BYTES, Topology, UnixTime, sign, verify,
@@ -97,7 +97,7 @@ fn follower(dir: &DataDir, authorities: &Authorities) -> Result<Follower> {
     } else {
         None
     };
-    Follower::new(authorities.clone(), stored.as_deref()).with_context(|| {
+    Follower::new(authorities.clone(), stored.as_deref(), Pace::Client).with_context(|| {
         format!(
             "the topology file {} of earlier starts cannot be used; if it is merely damaged, delete \
              it; for another network, choose another directory with --data-dir",

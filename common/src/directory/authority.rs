@@ -286,6 +286,10 @@ impl Authority {
         let mut good = self.good_endorsements(&descriptor, offered);
         good.push(endorsement);
         self.members.put(descriptor, &good, &self.rules, now);
+        // A network that has no document yet gets one as soon as it has enough members.
+        if self.latest.is_none() {
+            self.settle(now);
+        }
         Ok(Published { endorsement, admitted })
     }
 
@@ -344,7 +348,7 @@ impl Authority {
 
     /// Does what is due.
     pub fn handle_timeout(&mut self, now: Duration) {
-        let epoch = self.rules.round_at(now);
+        let epoch = self.due_epoch(now);
         if epoch >= self.next_epoch() {
             self.begin(epoch, now);
         }
@@ -365,7 +369,13 @@ impl Authority {
 
     /// When [`Authority::handle_timeout`] is due.
     pub fn poll_timeout(&self) -> Duration {
-        let begin = self.rules.round_start(self.next_epoch().max(self.first_epoch));
+        let begin = match self.latest {
+            Some(_) => self.rules.round_start(self.next_epoch()),
+            None => {
+                let start = self.rules.parameters().epochs.start(self.next_epoch());
+                Duration::from_secs(start.0)
+            }
+        };
         let deadline = self.round.as_ref().map_or(Duration::MAX, |round| round.deadline);
         begin.min(deadline).min(self.next_send)
     }
@@ -431,6 +441,15 @@ impl Authority {
 
     fn has_document_of(&self, epoch: u64) -> bool {
         self.latest.as_ref().is_some_and(|latest| latest.topology().epoch >= epoch)
+    }
+
+    /// The epoch whose document is to be made: the next one from a quarter of an epoch ahead. The first
+    /// document of a network is one of the running epoch, so that nobody waits for the next.
+    fn due_epoch(&self, now: Duration) -> u64 {
+        match self.latest {
+            Some(_) => self.rules.round_at(now),
+            None => self.rules.parameters().epochs.at(UnixTime(now.as_secs())),
+        }
     }
 
     /// The first epoch for which a round may begin.

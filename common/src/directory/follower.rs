@@ -14,8 +14,21 @@ use crate::topology::{
 const MAX_WAIT: Duration = Duration::from_secs(6 * 3600);
 /// The shortest wait after a failure.
 const MIN_WAIT: Duration = Duration::from_secs(1);
+/// The longest wait of who has no document yet: a network that is being set up gets its first one
+/// within minutes.
+const MAX_FIRST_WAIT: Duration = Duration::from_secs(20);
 /// Failures that count for the back-off.
 const MAX_DOUBLINGS: u32 = 16;
+
+/// When a follower fetches the document of an epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pace {
+    /// As soon as it may be in force, and before anybody sends packets by it: spread over half the
+    /// time by which clocks may differ.
+    Node,
+    /// From the beginning of its epoch on, spread over an eighth of it.
+    Client,
+}
 
 /// The latest document that was accepted, and when to fetch the next one.
 ///
@@ -26,6 +39,7 @@ const MAX_DOUBLINGS: u32 = 16;
 #[derive(Debug, Clone)]
 pub struct Follower {
     authorities: Authorities,
+    pace: Pace,
     latest: Option<SignedTopology>,
     next_fetch: Duration,
     fetches: usize,
@@ -85,10 +99,14 @@ impl Follower {
     ///
     /// # Errors
     /// [`TopologyError`] when the file is damaged or other authorities signed it.
-    pub fn new(authorities: Authorities, stored: Option<&[u8]>) -> Result<Self, TopologyError> {
+    pub fn new(
+        authorities: Authorities,
+        stored: Option<&[u8]>,
+        pace: Pace,
+    ) -> Result<Self, TopologyError> {
         let latest = stored.map(|file| SignedTopology::read(file, &authorities)).transpose()?;
         let next_fetch = Duration::ZERO;
-        Ok(Self { authorities, latest, next_fetch, fetches: 0, failures: 0 })
+        Ok(Self { authorities, pace, latest, next_fetch, fetches: 0, failures: 0 })
     }
 
     /// The document that was accepted last, in force or not.
@@ -112,9 +130,8 @@ impl Follower {
         self.latest.as_ref().map(|latest| &latest.topology().network)
     }
 
-    /// Accepts a file, or says why not. Then it is fetched anew: with [`News::New`] after the next
-    /// epoch has begun, spread over an eighth of it, so that not all come at once; else as after a
-    /// failure.
+    /// Accepts a file, or says why not. Then it is fetched anew: when the next one is to be there, as
+    /// [`Pace`] says; if that time has come already, as after a failure.
     ///
     /// # Errors
     /// [`Refused`]; the document accepted before stays.
@@ -125,8 +142,8 @@ impl Follower {
         rng: &mut impl Rng,
     ) -> Result<News, Refused> {
         let result = self.accept(file, UnixTime(now.as_secs()));
-        if let (Ok(_), Some(next)) = (&result, self.next_epoch().filter(|next| *next > now)) {
-            let spread = self.epoch_time() / 8;
+        let next = self.next_time();
+        if let (Ok(_), Some((next, spread))) = (&result, next.filter(|(next, _)| *next > now)) {
             self.failures = 0;
             self.next_fetch = (next + spread.mul_f64(rng.random())).min(now + MAX_WAIT);
         } else {
@@ -136,11 +153,14 @@ impl Follower {
     }
 
     /// Fetching failed. The next URL's turn comes after a jittered wait: a sixty-fourth of an epoch,
-    /// twice as long after each further failure, up to a quarter of an epoch.
+    /// twice as long after each further failure, up to a quarter of an epoch; without a document 1 s,
+    /// up to 20 s.
     pub fn handle_failure(&mut self, now: Duration, rng: &mut impl Rng) {
-        let epoch = self.epoch_time();
-        let longest = (epoch / 4).clamp(MIN_WAIT, MAX_WAIT);
-        let wait = (epoch / 64).saturating_mul(1 << self.failures).clamp(MIN_WAIT, longest);
+        let (shortest, longest) = match self.epoch_time() {
+            Some(epoch) => (epoch / 64, (epoch / 4).clamp(MIN_WAIT, MAX_WAIT)),
+            None => (MIN_WAIT, MAX_FIRST_WAIT),
+        };
+        let wait = shortest.saturating_mul(1 << self.failures).clamp(MIN_WAIT, longest);
         self.failures = (self.failures + 1).min(MAX_DOUBLINGS);
         self.fetches = self.fetches.wrapping_add(1);
         self.next_fetch = now + wait.mul_f64(0.5 + rng.random::<f64>() / 2.0);
@@ -191,20 +211,23 @@ impl Follower {
         Err(Refused::Equivocation { epoch: topology.epoch, signers })
     }
 
-    /// When the epoch after that of the document begins.
-    fn next_epoch(&self) -> Option<Duration> {
+    /// From when on to fetch the document after this one, and over which time to spread that.
+    fn next_time(&self) -> Option<(Duration, Duration)> {
         let topology = self.latest.as_ref()?.topology();
-        let begin = topology.parameters.epochs.start(topology.epoch.saturating_add(1));
-        Some(Duration::from_secs(begin.0))
+        let epochs = &topology.parameters.epochs;
+        let begin = Duration::from_secs(epochs.start(topology.epoch.saturating_add(1)).0);
+        Some(match self.pace {
+            Pace::Node => {
+                let early = Duration::from_secs(epochs.skew_seconds());
+                (begin.saturating_sub(early), early / 2)
+            }
+            Pace::Client => (begin, Duration::from_secs(epochs.epoch_seconds) / 8),
+        })
     }
 
-    /// A quarter of an hour without a document: as if epochs were that long.
-    fn epoch_time(&self) -> Duration {
-        let seconds = self
-            .latest
-            .as_ref()
-            .map_or(900, |latest| latest.topology().parameters.epochs.epoch_seconds);
-        Duration::from_secs(seconds)
+    fn epoch_time(&self) -> Option<Duration> {
+        let topology = self.latest.as_ref()?.topology();
+        Some(Duration::from_secs(topology.parameters.epochs.epoch_seconds))
     }
 }
 
@@ -229,7 +252,8 @@ mod tests {
 
     impl Fixture {
         fn new() -> Self {
-            let follower = Follower::new(rules(3, 2).authorities().clone(), None).unwrap();
+            let follower =
+                Follower::new(rules(3, 2).authorities().clone(), None, Pace::Client).unwrap();
             let keys = [0, 1, 2].map(authority_key);
             Self { keys, rng: StdRng::seed_from_u64(1), follower }
         }
@@ -270,9 +294,10 @@ mod tests {
         // So it is after a restart, too.
         let stored = fixture.follower.latest().unwrap().file().to_owned();
         let authorities = rules(3, 2).authorities().clone();
-        fixture.follower = Follower::new(authorities.clone(), Some(stored.as_bytes())).unwrap();
+        fixture.follower =
+            Follower::new(authorities.clone(), Some(stored.as_bytes()), Pace::Client).unwrap();
         assert!(matches!(fixture.handle(&first, now), Err(Refused::Rollback { .. })));
-        assert!(Follower::new(authorities, Some(&stored.as_bytes()[1..])).is_err());
+        assert!(Follower::new(authorities, Some(&stored.as_bytes()[1..]), Pace::Client).is_err());
     }
 
     #[test]
@@ -330,6 +355,31 @@ mod tests {
             fixture.handle(&file, end),
             Err(Refused::Topology(TopologyError::Expired { .. }))
         ));
+    }
+
+    #[test]
+    fn who_has_no_document_asks_again_within_seconds() {
+        let mut fixture = Fixture::new();
+        let now = seconds(EPOCH);
+        for failure in 0..10 {
+            fixture.follower.handle_failure(now, &mut fixture.rng);
+            let wait = fixture.follower.poll_timeout() - now;
+            let most = Duration::from_secs(20.min(1 << failure));
+            assert!((most / 2..=most).contains(&wait), "{failure}: {wait:?}");
+        }
+    }
+
+    #[test]
+    fn nodes_fetch_before_anybody_sends_by_a_document() {
+        let mut fixture = Fixture::new();
+        fixture.follower.pace = Pace::Node;
+        let file = fixture.file(EPOCH, 3, &[0, 1]);
+        fixture.handle(&file, seconds(EPOCH)).unwrap();
+        let early = seconds(EPOCH + 1) - Duration::from_secs(120);
+        let due = fixture.follower.poll_timeout();
+        assert!((early..=early + Duration::from_secs(60)).contains(&due), "{due:?}");
+        let file = fixture.file(EPOCH + 1, 3, &[0, 1]);
+        assert_eq!(fixture.handle(&file, early), Ok(News::New));
     }
 
     #[test]

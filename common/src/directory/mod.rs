@@ -18,10 +18,12 @@ mod members;
 mod message;
 mod round;
 mod rules;
+mod signed_rules;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]
 mod testing;
+mod upload;
 
 use std::time::Duration;
 
@@ -38,11 +40,14 @@ pub use descriptor::{
     AddressRule, Descriptor, DescriptorError, Hop, MAX_DESCRIPTOR_BYTES, MAX_KEYS,
     MAX_POLICY_BYTES, Member, MemberKind, SignedDescriptor,
 };
-pub use follower::{Follower, News, Refused};
+pub use follower::{Follower, News, Pace, Refused};
 pub use message::MAX_MESSAGE_BYTES;
 pub use rules::{
     DESCRIPTOR_EPOCHS, ENDORSED_EPOCHS, MAX_AUTHORITIES, Minimum, Rules, RulesError, Settings,
 };
+
+pub use signed_rules::{SignedRules, SignedRulesError};
+pub use upload::{BadUpload, MAX_UPLOAD_BYTES, Upload};
 
 /// How far clocks may differ.
 pub const CLOCK_SKEW: Duration = Duration::from_secs(120);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{AddressRule, CLOCK_SKEW};
+use super::AddressRule;
 use crate::keys::Identity;
 use crate::topology::{Authorities, DocumentError, LAYERS, NetworkName, Parameters, UnixTime};
 
@@ -137,9 +137,9 @@ impl Rules {
         self.settings.minimum
     }
 
-    /// How far clocks may differ: [`CLOCK_SKEW`], or an eighth of an epoch if that is less.
+    /// How far clocks may differ: see [`Epochs::skew_seconds`](crate::topology::Epochs::skew_seconds).
     pub fn skew_seconds(&self) -> u64 {
-        CLOCK_SKEW.as_secs().min(self.parameters().epochs.epoch_seconds / 8)
+        self.parameters().epochs.skew_seconds()
     }
 
     /// When the document of an epoch is in force, if none follows it.

@@ -94,13 +94,43 @@ struct RawTopology {
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct RawParameters {
+pub(crate) struct RawParameters {
     payload_bytes: usize,
     mean_delay_us: u64,
     max_delay_us: u64,
     epoch_seconds: u64,
     key_epochs: u64,
     overlap_seconds: u64,
+}
+
+impl From<RawParameters> for Parameters {
+    fn from(raw: RawParameters) -> Self {
+        Self {
+            payload_bytes: raw.payload_bytes,
+            mean_delay: Duration::from_micros(raw.mean_delay_us),
+            max_delay: Duration::from_micros(raw.max_delay_us),
+            epochs: Epochs {
+                epoch_seconds: raw.epoch_seconds,
+                key_epochs: raw.key_epochs,
+                overlap_seconds: raw.overlap_seconds,
+            },
+        }
+    }
+}
+
+impl From<&Parameters> for RawParameters {
+    fn from(parameters: &Parameters) -> Self {
+        let micros = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+        let Epochs { epoch_seconds, key_epochs, overlap_seconds } = parameters.epochs;
+        Self {
+            payload_bytes: parameters.payload_bytes,
+            mean_delay_us: micros(parameters.mean_delay),
+            max_delay_us: micros(parameters.max_delay),
+            epoch_seconds,
+            key_epochs,
+            overlap_seconds,
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -181,16 +211,7 @@ impl Topology {
         })?;
         let network = NetworkName::new(&raw.network)
             .ok_or_else(|| DocumentError::NetworkName(raw.network.clone()))?;
-        let parameters = Parameters {
-            payload_bytes: raw.parameters.payload_bytes,
-            mean_delay: Duration::from_micros(raw.parameters.mean_delay_us),
-            max_delay: Duration::from_micros(raw.parameters.max_delay_us),
-            epochs: Epochs {
-                epoch_seconds: raw.parameters.epoch_seconds,
-                key_epochs: raw.parameters.key_epochs,
-                overlap_seconds: raw.parameters.overlap_seconds,
-            },
-        };
+        let parameters = raw.parameters.into();
         let nodes = raw.node.into_iter().map(RawNode::check).collect::<Result<_, _>>()?;
         let providers = raw
             .provider
@@ -212,21 +233,13 @@ impl Topology {
     /// # Panics
     /// Never: every value has a TOML form.
     pub(super) fn to_toml(&self) -> String {
-        let micros = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
         let raw = RawTopology {
             network: self.network.as_str().to_owned(),
             epoch: self.epoch,
             valid_from: self.valid_from.0,
             valid_until: self.valid_until.0,
             waiting: self.waiting.clone(),
-            parameters: RawParameters {
-                payload_bytes: self.parameters.payload_bytes,
-                mean_delay_us: micros(self.parameters.mean_delay),
-                max_delay_us: micros(self.parameters.max_delay),
-                epoch_seconds: self.parameters.epochs.epoch_seconds,
-                key_epochs: self.parameters.epochs.key_epochs,
-                overlap_seconds: self.parameters.epochs.overlap_seconds,
-            },
+            parameters: RawParameters::from(&self.parameters),
             node: self.nodes.iter().map(RawNode::from).collect(),
             provider: self
                 .providers

@@ -1,6 +1,7 @@
 //! Epochs: when documents and Sphinx keys follow each other.
 
 use super::UnixTime;
+use crate::directory::CLOCK_SKEW;
 
 /// How documents and Sphinx keys follow each other.
 ///
@@ -26,6 +27,11 @@ impl Epochs {
     /// The greatest length, of an epoch in seconds and of a key epoch in epochs: products of both
     /// stay far below 2^64.
     pub(super) const MAX: u64 = u32::MAX as u64;
+
+    /// How far clocks may differ: two minutes, or an eighth of an epoch if that is less.
+    pub fn skew_seconds(&self) -> u64 {
+        CLOCK_SKEW.as_secs().min(self.epoch_seconds / 8)
+    }
 
     /// The epoch at `now`.
     ///

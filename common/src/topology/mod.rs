@@ -10,6 +10,7 @@ mod signed;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+pub(crate) use document::RawParameters;
 pub use document::{DocumentError, MAX_NODES, MAX_PROVIDERS};
 pub use epochs::Epochs;
 pub use route::{NoRoute, delay_quantile, random_route};

@@ -1,5 +1,5 @@
 use super::super::message::Standing;
-use super::super::testing::{EPOCH_SECONDS, Person, authority_key, rules};
+use super::super::testing::{EPOCH_SECONDS, Person, authority_key, endorsed, rules, sorted};
 use super::super::{Invitation, MemberKind};
 use super::*;
 use crate::topology::sign;
@@ -28,7 +28,43 @@ fn before() -> Duration {
 
 fn start(number: u8, count: u8, threshold: usize, memory: Memory<'_>, now: Duration) -> Authority {
     let rules = rules(count, threshold);
-    Authority::new(authority_key(number), rules, admission(), None, memory, now).unwrap()
+    let latest = document_before(count, &rules);
+    let latest = Some(latest.as_bytes());
+    Authority::new(authority_key(number), rules, admission(), latest, memory, now).unwrap()
+}
+
+/// The document of the epoch before [`EPOCH`], signed by all authorities.
+fn document_before(count: u8, rules: &Rules) -> String {
+    let keys: Vec<_> = (0..count).map(authority_key).collect();
+    let keys: Vec<_> = keys.iter().collect();
+    let published = (EPOCH - 1) * EPOCH_SECONDS;
+    let candidates = people()
+        .iter()
+        .map(|person| endorsed(person.signed(published), &keys[..rules.authorities().threshold()]))
+        .collect();
+    sign(&assemble(rules, None, &sorted(candidates), EPOCH - 1).unwrap(), &keys)
+}
+
+#[test]
+fn the_first_document_is_made_as_soon_as_there_are_members() {
+    for into_the_epoch in [0, 1, EPOCH_SECONDS - 1] {
+        let now = Duration::from_secs(EPOCH * EPOCH_SECONDS + into_the_epoch);
+        let first = |n| {
+            let rules = rules(3, 2);
+            Authority::new(authority_key(n), rules, admission(), None, Memory::New, now).unwrap()
+        };
+        let mut three = [0, 1, 2].map(first);
+        for authority in &mut three {
+            authority.handle_timeout(now);
+            assert!(authority.poll_timeout() > now, "it would spin");
+        }
+        assert!(talk(&mut three, now).is_empty());
+        fill(&mut three, now);
+        assert_eq!(talk(&mut three, now).len(), 3);
+        let latest = three[0].latest().unwrap();
+        assert_eq!(latest.topology().epoch, EPOCH);
+        assert_eq!(latest.check_time(UnixTime(now.as_secs())), Ok(()));
+    }
 }
 
 /// Gives all authorities the descriptors of all, with the endorsements of all.
@@ -234,7 +270,8 @@ fn a_leader_with_two_faces_costs_an_attempt_but_not_the_epoch() {
         let identity = changed.identity();
         let at = candidates.iter().position(|c| c.descriptor.identity() == identity).unwrap();
         candidates[at].descriptor = changed;
-        let body = assemble(&rules, None, &candidates, EPOCH).unwrap().body();
+        let latest = authority.latest.as_ref();
+        let body = assemble(&rules, latest, &candidates, EPOCH).unwrap().body();
         digests.push(body.digest());
         let draft = Draft { body, candidates };
         let proposal = Proposal { epoch: EPOCH, attempt: 0, statuses: Vec::new(), draft };
