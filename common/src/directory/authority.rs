@@ -301,6 +301,12 @@ impl Authority {
         bytes
     }
 
+    /// The texts of all descriptors held, by identity.
+    pub fn descriptors(&self) -> Vec<String> {
+        let all = self.members.all();
+        all.iter().map(|candidate| candidate.descriptor.text().to_owned()).collect()
+    }
+
     /// Takes back what [`Authority::members`] gave; what has become too old is left out.
     ///
     /// # Errors

@@ -1,0 +1,271 @@
+//! What a member of a network asks of its authorities: the rules, and a place in the documents.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use mixsocks_common::directory::{
+    Descriptor, Endorsement, Invitation, MAX_DESCRIPTOR_BYTES, MAX_HELD, Member, SignedDescriptor,
+    SignedRules, Upload,
+};
+use mixsocks_common::keys::{Identity, IdentityKey};
+use mixsocks_common::topology::{Authorities, UnixTime};
+use rand::RngExt;
+use tokio::task::JoinHandle;
+use tokio::time::sleep;
+use tracing::{debug, info, warn};
+
+use crate::clock::{now, sleep_towards, unix_time};
+use crate::http::{Fetched, Http};
+use crate::url::Url;
+
+/// More than rules have.
+const MAX_RULES_BYTES: usize = 2048;
+/// All descriptors that an authority can hold, as JSON.
+const MAX_LIST_BYTES: usize = MAX_HELD * (2 * MAX_DESCRIPTOR_BYTES);
+/// The first wait after a failure; the last is an eighth of an epoch or as long as this, whatever is
+/// longer.
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+
+/// Asks the authorities at `urls` in turn for the rules of their network, until one tells them.
+///
+/// # Errors
+/// What went wrong at each of them, in one line.
+pub async fn learn_rules(
+    http: &Http,
+    urls: &[Url],
+    authorities: &Authorities,
+) -> Result<SignedRules, String> {
+    let mut problems = Vec::new();
+    for url in urls {
+        match rules_of(http, url, authorities).await {
+            Ok(rules) => return Ok(rules),
+            Err(problem) => problems.push(format!("{url}: {problem}")),
+        }
+    }
+    Err(problems.join("; "))
+}
+
+async fn rules_of(
+    http: &Http,
+    url: &Url,
+    authorities: &Authorities,
+) -> Result<SignedRules, String> {
+    let answer = http.get(url.join("/rules"), None, MAX_RULES_BYTES).await;
+    let text = match answer.map_err(|error| error.to_string())? {
+        Fetched::New { body, .. } => body,
+        Fetched::NotModified => return Err("it answers what was not asked".to_owned()),
+    };
+    let rules = SignedRules::read(&text).map_err(|error| error.to_string())?;
+    if !authorities.contains(&rules.authority) {
+        return Err(format!("{} is none of the authorities given", rules.authority));
+    }
+    Ok(rules)
+}
+
+/// Asks the authorities at `urls` in turn for the descriptors that they hold: what there is before
+/// the first document. Only those whose signatures are right are returned.
+///
+/// # Errors
+/// What went wrong at each of them, in one line.
+pub async fn learn_descriptors(http: &Http, urls: &[Url]) -> Result<Vec<Descriptor>, String> {
+    let mut problems = Vec::new();
+    for url in urls {
+        let body = match http.get(url.join("/descriptors"), None, MAX_LIST_BYTES).await {
+            Ok(Fetched::New { body, .. }) => body,
+            Ok(Fetched::NotModified) => Bytes::new(),
+            Err(error) => {
+                problems.push(format!("{url}: {error}"));
+                continue;
+            }
+        };
+        match serde_json::from_slice::<Vec<String>>(&body) {
+            Ok(texts) => {
+                let read = texts.iter().take(MAX_HELD).filter_map(|text| {
+                    Some(SignedDescriptor::read(text.as_bytes()).ok()?.descriptor().clone())
+                });
+                return Ok(read.collect());
+            }
+            Err(error) => problems.push(format!("{url}: {error}")),
+        }
+    }
+    Err(problems.join("; "))
+}
+
+/// What publishing needs.
+pub struct PublishConfig {
+    /// Who publishes.
+    pub identity: Arc<IdentityKey>,
+    /// Where the authorities are: all of them.
+    pub urls: Vec<Url>,
+    /// Which keys they have.
+    pub authorities: Authorities,
+    /// What the authorities have told.
+    pub rules: SignedRules,
+    /// What lets a stranger in.
+    pub invitation: Option<Invitation>,
+    /// What the member says of itself at a time.
+    pub member: Box<dyn Fn(UnixTime) -> Member + Send + Sync>,
+    /// Requests.
+    pub http: Http,
+}
+
+/// Publishes a member's descriptor in every epoch, and whenever it has changed; it ends with this.
+#[derive(Debug)]
+pub struct Publisher(JoinHandle<()>);
+
+impl Drop for Publisher {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Publisher {
+    /// Starts to publish.
+    ///
+    /// # Panics
+    /// Outside of a Tokio runtime.
+    pub fn start(config: PublishConfig) -> Self {
+        let publishing = Publishing {
+            config,
+            endorsements: BTreeMap::new(),
+            last: UnixTime(0),
+            said: None,
+            invited: BTreeMap::new(),
+        };
+        Self(tokio::spawn(publishing.run()))
+    }
+}
+
+struct Publishing {
+    config: PublishConfig,
+    endorsements: BTreeMap<Identity, Endorsement>,
+    /// When the last descriptor was made: the next one must be newer.
+    last: UnixTime,
+    /// The problem that the operator was told.
+    said: Option<String>,
+    /// Which authority is at which URL.
+    invited: BTreeMap<usize, Identity>,
+}
+
+impl Publishing {
+    async fn run(mut self) {
+        let epoch_time = Duration::from_secs(self.config.rules.parameters.epochs.epoch_seconds);
+        let longest = (epoch_time / 8).max(FIRST_WAIT);
+        let mut wait = FIRST_WAIT;
+        let mut published: Option<(u64, Member)> = None;
+        loop {
+            let epoch = self.config.rules.parameters.epochs.at(unix_time());
+            let member = (self.config.member)(unix_time());
+            if published.as_ref() == Some(&(epoch, member.clone())) {
+                self.wait_for_change(epoch, &member).await;
+                continue;
+            }
+            match self.publish(member.clone()).await {
+                Ok(()) => {
+                    if self.said.take().is_some() || published.is_none() {
+                        info!("the descriptor is published");
+                    }
+                    published = Some((epoch, member));
+                    wait = FIRST_WAIT;
+                }
+                Err(problem) => {
+                    let line = format!("the descriptor is not published: {problem}");
+                    if self.said.as_ref() == Some(&line) {
+                        debug!("{line}");
+                    } else {
+                        warn!("{line}");
+                    }
+                    self.said = Some(line);
+                    let jitter = 0.5 + rand::rng().random::<f64>() / 2.0;
+                    sleep(wait.mul_f64(jitter)).await;
+                    wait = (wait * 2).min(longest);
+                }
+            }
+        }
+    }
+
+    /// Waits until another epoch runs, up to an eighth of it into it, so that not all come at once, or
+    /// until the member has something else to say.
+    async fn wait_for_change(&self, epoch: u64, member: &Member) {
+        let epochs = &self.config.rules.parameters.epochs;
+        let spread = Duration::from_secs(epochs.epoch_seconds) / 8;
+        let spread = spread.mul_f64(rand::rng().random());
+        let next = Duration::from_secs(epochs.start(epoch.saturating_add(1)).0) + spread;
+        while now() < next && (self.config.member)(unix_time()) == *member {
+            // Members change when keys or addresses do: a second is soon enough.
+            sleep_towards(next.min(now() + Duration::from_secs(1))).await;
+        }
+    }
+
+    /// Brings a new descriptor to every authority, and once more with the endorsements that it got.
+    /// It is published when as many took it as must sign.
+    async fn publish(&mut self, member: Member) -> Result<(), String> {
+        let published = UnixTime(unix_time().0.max(self.last.0 + 1));
+        self.last = published;
+        let descriptor = Descriptor {
+            network: self.config.rules.network.clone(),
+            identity: self.config.identity.identity(),
+            published,
+            member,
+        };
+        let signed = descriptor.sign(&self.config.identity).map_err(|error| error.to_string())?;
+        let known = self.endorsements.len();
+        let first = self.upload(&signed).await;
+        if self.endorsements.len() > known && self.config.authorities.count() > 1 {
+            return self.upload(&signed).await;
+        }
+        first
+    }
+
+    async fn upload(&mut self, descriptor: &SignedDescriptor) -> Result<(), String> {
+        let (mut taken, mut problems) = (0, Vec::new());
+        for at in 0..self.config.urls.len() {
+            match self.upload_to(at, descriptor).await {
+                Ok(endorsement) => {
+                    self.endorsements.insert(endorsement.authority, endorsement);
+                    taken += 1;
+                }
+                Err(problem) => problems.push(format!("{}: {problem}", self.config.urls[at])),
+            }
+        }
+        if taken >= self.config.authorities.threshold() {
+            return Ok(());
+        }
+        Err(problems.join("; "))
+    }
+
+    async fn upload_to(
+        &mut self,
+        at: usize,
+        descriptor: &SignedDescriptor,
+    ) -> Result<Endorsement, String> {
+        let PublishConfig { identity, urls, authorities, invitation, http, .. } = &self.config;
+        let url = &urls[at];
+        let invitation = match invitation {
+            Some(invitation) => {
+                let authority = match self.invited.get(&at) {
+                    Some(authority) => *authority,
+                    None => rules_of(http, url, authorities).await?.authority,
+                };
+                self.invited.insert(at, authority);
+                Some(invitation.present(&authority, &identity.identity()))
+            }
+            None => None,
+        };
+        let upload = Upload {
+            descriptor: descriptor.text().as_bytes(),
+            endorsements: self.endorsements.values().copied().collect(),
+            invitation,
+        };
+        let answer = http.post(url.join("/descriptors"), upload.to_bytes(), Endorsement::LEN).await;
+        let answer = answer.map_err(|error| error.to_string())?;
+        let endorsement = answer[..].try_into().ok().and_then(Endorsement::from_bytes);
+        endorsement
+            .filter(|e| authorities.contains(&e.authority) && e.is_of(descriptor.descriptor()))
+            .ok_or_else(|| {
+                "its answer is no endorsement of one of the authorities given".to_owned()
+            })
+    }
+}

@@ -1,0 +1,214 @@
+//! What an authority answers over HTTP.
+//!
+//! | request | answer |
+//! |---|---|
+//! | `GET /topology` | the newest document, with an ETag; any cache may keep and pass it on |
+//! | `GET /rules` | the rules, signed |
+//! | `GET /descriptors` | the texts of all descriptors that it holds, a JSON array |
+//! | `GET /status` | how making documents goes, JSON |
+//! | `POST /descriptors` | takes an upload of a member; its endorsement, 104 bytes |
+//! | `POST /authority` | takes a message of another authority |
+//!
+//! What is refused is explained in a line of text.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, Request as HttpRequest, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use bytes::Bytes;
+use http_body_util::{BodyExt, Limited};
+use mixsocks_common::directory::{AuthorityStatus, MAX_MESSAGE_BYTES, MAX_UPLOAD_BYTES};
+use mixsocks_common::topology::SignedTopology;
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::time::timeout;
+use tracing::warn;
+
+use crate::service::{Refusal, Request};
+
+/// Messages that are larger than [`SMALL_MESSAGE_BYTES`] and being received at a time: each may take
+/// 48 MiB.
+pub const MAX_LARGE_MESSAGES: usize = 4;
+/// A message that fits waits for nobody: a status has 220 bytes.
+const SMALL_MESSAGE_BYTES: usize = 4096;
+/// Bodies that are being received at a time, of any size.
+const MAX_BODIES: usize = 256;
+/// How long a body may take to come.
+const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A document as it is served.
+#[derive(Clone, Debug)]
+pub(crate) struct Published {
+    file: Bytes,
+    etag: HeaderValue,
+}
+
+impl Published {
+    pub(crate) fn of(signed: &SignedTopology) -> Self {
+        let digest: String =
+            signed.digest().as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+        let etag = HeaderValue::from_str(&format!("\"{digest}\"")).expect("digits are a header");
+        Self { file: Bytes::copy_from_slice(signed.file().as_bytes()), etag }
+    }
+}
+
+/// What all requests need.
+pub(crate) struct Shared {
+    requests: mpsc::Sender<Request>,
+    newest: watch::Receiver<Option<Published>>,
+    rules: Bytes,
+    bodies: Semaphore,
+    large: Semaphore,
+}
+
+impl Shared {
+    pub(crate) fn new(
+        requests: mpsc::Sender<Request>,
+        newest: watch::Receiver<Option<Published>>,
+        rules: Bytes,
+    ) -> Arc<Self> {
+        let (bodies, large) = (Semaphore::new(MAX_BODIES), Semaphore::new(MAX_LARGE_MESSAGES));
+        Arc::new(Self { requests, newest, rules, bodies, large })
+    }
+
+    /// Asks the authority.
+    async fn ask<T>(
+        &self,
+        request: impl FnOnce(oneshot::Sender<T>) -> Request,
+    ) -> Result<T, Refusal> {
+        let (answer, answered) = oneshot::channel();
+        let gone = |_| Refusal {
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            explanation: "this authority stops".to_owned(),
+        };
+        self.requests.send(request(answer)).await.map_err(|_| gone(()))?;
+        answered.await.map_err(|_| gone(()))
+    }
+
+    /// Receives a body of at most `max` bytes.
+    async fn body(&self, request: HttpRequest, max: usize) -> Result<Bytes, Refusal> {
+        let _place = self.bodies.try_acquire().map_err(|_| busy())?;
+        let small = request
+            .headers()
+            .get(header::CONTENT_LENGTH)
+            .and_then(|length| length.to_str().ok()?.parse().ok())
+            .is_some_and(|length: usize| length <= SMALL_MESSAGE_BYTES);
+        let _large = match small {
+            true => None,
+            false => Some(self.large.try_acquire().map_err(|_| busy())?),
+        };
+        let body = Limited::new(request.into_body(), max).collect();
+        match timeout(BODY_TIMEOUT, body).await {
+            Ok(Ok(body)) => Ok(body.to_bytes()),
+            Ok(Err(_)) => Err(Refusal {
+                status: StatusCode::PAYLOAD_TOO_LARGE,
+                explanation: format!("more than {max} bytes, or the connection broke"),
+            }),
+            Err(_) => Err(Refusal {
+                status: StatusCode::REQUEST_TIMEOUT,
+                explanation: format!("it did not come within {} s", BODY_TIMEOUT.as_secs()),
+            }),
+        }
+    }
+}
+
+fn busy() -> Refusal {
+    Refusal {
+        status: StatusCode::SERVICE_UNAVAILABLE,
+        explanation: "this authority is busy; try again".to_owned(),
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        (self.status, format!("{}\n", self.explanation)).into_response()
+    }
+}
+
+type Answer = Result<Response, Refusal>;
+
+pub(crate) fn router(shared: Arc<Shared>) -> Router {
+    Router::new()
+        .route("/topology", get(topology))
+        .route("/rules", get(rules))
+        .route("/status", get(status))
+        .route("/descriptors", get(descriptors).post(upload))
+        .route("/authority", axum::routing::post(message))
+        // Bodies have bounds of their own.
+        .layer(DefaultBodyLimit::disable())
+        .with_state(shared)
+}
+
+/// Serves until it is dropped.
+pub(crate) async fn serve(listener: TcpListener, router: Router) {
+    if let Err(error) = axum::serve(listener, router).await {
+        warn!("the server has stopped: {error}");
+    }
+}
+
+async fn topology(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Response {
+    let Some(Published { file, etag }) = shared.newest.borrow().clone() else {
+        return (StatusCode::NOT_FOUND, "there is no document yet\n").into_response();
+    };
+    let known = headers.get_all(header::IF_NONE_MATCH).iter().any(|known| *known == etag);
+    let head = [(header::ETAG, etag), (header::CONTENT_TYPE, TEXT)];
+    match known {
+        true => (StatusCode::NOT_MODIFIED, head).into_response(),
+        false => (head, file).into_response(),
+    }
+}
+
+const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
+
+async fn rules(State(shared): State<Arc<Shared>>) -> Response {
+    ([(header::CONTENT_TYPE, TEXT)], shared.rules.clone()).into_response()
+}
+
+async fn status(State(shared): State<Arc<Shared>>) -> Answer {
+    let status = shared.ask(|answer| Request::Status { answer }).await?;
+    Ok(as_json(&status_json(&status)))
+}
+
+fn status_json(status: &AuthorityStatus) -> serde_json::Value {
+    let name = |identity: &mixsocks_common::keys::Identity| identity.to_string();
+    json!({
+        "epoch": status.epoch,
+        "in_force": status.in_force.map(|(epoch, until)| json!({"epoch": epoch, "until": until.0})),
+        "making": status.making.map(|(epoch, attempt)| json!({"epoch": epoch, "attempt": attempt})),
+        "problem": status.problem.as_ref().map(ToString::to_string),
+        "last_heard": status.last_heard.iter()
+            .map(|(id, heard)| json!({"authority": name(id), "at": heard.map(|at| at.as_secs())}))
+            .collect::<Vec<_>>(),
+        "signed_twice": status.signed_twice.iter()
+            .map(|(id, epoch)| json!({"authority": name(id), "epoch": epoch}))
+            .collect::<Vec<_>>(),
+    })
+}
+
+async fn descriptors(State(shared): State<Arc<Shared>>) -> Answer {
+    let texts = shared.ask(|answer| Request::Descriptors { answer }).await?;
+    Ok(as_json(&json!(texts)))
+}
+
+fn as_json(value: &serde_json::Value) -> Response {
+    let head = [(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))];
+    (head, format!("{value}\n")).into_response()
+}
+
+async fn upload(State(shared): State<Arc<Shared>>, request: HttpRequest) -> Answer {
+    let body = shared.body(request, MAX_UPLOAD_BYTES).await?;
+    let endorsement = shared.ask(|answer| Request::Upload { body, answer }).await??;
+    Ok(Body::from(endorsement.to_bytes().to_vec()).into_response())
+}
+
+async fn message(State(shared): State<Arc<Shared>>, request: HttpRequest) -> Answer {
+    let body = shared.body(request, MAX_MESSAGE_BYTES).await?;
+    shared.ask(|answer| Request::Message { body, answer }).await??;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
