@@ -5,14 +5,15 @@
 //! authority.key             up: signs the topology
 //! authority.pub             up: its public key, for `mixsocks client --authority`
 //! topology                  up: the signed file, new at each start; client: the latest one used
-//! mix-1 … mix-3/            up: identity.key, sphinx.key
-//! gateway-1, gateway-2/     up: identity.key, sphinx.key, and the registrations
+//! mix-1 … mix-3/            up: identity.key; sphinx-<key epoch>.key and replay-<key epoch>.log
+//! gateway-1, gateway-2/     up: the same, and the registrations
 //! provider/                 up: identity.key, encryption.key, token
 //! client/                   identity.key, encryption.key, token, gateway (the one that was chosen)
 //! ```
 //!
 //! A `.key` file is a 32-byte secret in base58 that only its owner may read. Files are replaced
-//! whole (temporary file, sync, rename), so that none is ever half written.
+//! whole (temporary file, sync, rename), so that none is ever half written. A replay log holds the
+//! tags of the packets that came under the key beside it: delete neither without the other.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Read, Write};

@@ -1,22 +1,24 @@
 //! A whole mixnet in this process: three mixes, two gateways and a provider, over real sockets on
 //! the loopback interface, with the very code that separate processes run.
 
-use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use mixsocks_common::address::Address;
-use mixsocks_common::keys::{Identity, IdentityKey};
+use mixsocks_common::keys::{EncryptionKey, Identity, IdentityKey};
 use mixsocks_common::topology::{
     self, Epochs, LAYERS, NetworkName, Node, Parameters, Role, Topology, UnixTime,
 };
 use mixsocks_node::gateway::{Gateway, GatewayConfig};
+use mixsocks_node::keys::SphinxKeys;
 use mixsocks_node::mix::{Mix, MixConfig};
 use mixsocks_provider::{Provider, ProviderConfig};
 use mixsocks_sphinx::SecretKey;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 
 use crate::cli::MAX_DELAY;
 use crate::data_dir::DataDir;
@@ -167,24 +169,27 @@ fn publish(
 struct MixSeat {
     name: String,
     identity: Arc<IdentityKey>,
-    sphinx_key: SecretKey,
+    keys: Arc<SphinxKeys>,
     listener: TcpListener,
+    data_dir: PathBuf,
 }
 
 impl MixSeat {
     async fn take(dir: &DataDir, name: &str) -> Result<Self> {
+        let data_dir = dir.folder(name)?;
         Ok(Self {
             name: name.to_owned(),
             identity: Arc::new(dir.identity_key(&format!("{name}/identity.key"))?),
-            sphinx_key: dir.sphinx_key(&format!("{name}/sphinx.key"))?,
+            keys: sphinx_keys(&data_dir)?,
             listener: loopback_listener().await?,
+            data_dir,
         })
     }
 
-    fn node(&self, layer: u8) -> io::Result<Node> {
+    fn node(&self, layer: u8) -> Result<Node> {
         Ok(Node {
             identity: self.identity.identity(),
-            sphinx_key: self.sphinx_key.public_key().into(),
+            sphinx_key: present_key(&self.keys)?,
             next_sphinx_key: None,
             link_address: self.listener.local_addr()?,
             role: Role::Mix { layer },
@@ -194,9 +199,10 @@ impl MixSeat {
     fn start(self, topology: &Arc<Topology>) -> Result<Mix> {
         let config = MixConfig {
             identity: self.identity,
-            sphinx_key: self.sphinx_key,
-            topology: topology.clone(),
+            keys: self.keys,
+            topology: watch::channel(topology.clone()).1,
             listener: self.listener,
+            data_dir: self.data_dir,
         };
         Mix::start(config).with_context(|| format!("{} does not start", self.name))
     }
@@ -206,28 +212,29 @@ impl MixSeat {
 struct GatewaySeat {
     name: String,
     identity: Arc<IdentityKey>,
-    sphinx_key: SecretKey,
+    keys: Arc<SphinxKeys>,
     link_listener: TcpListener,
     client_listener: TcpListener,
-    data_dir: std::path::PathBuf,
+    data_dir: PathBuf,
 }
 
 impl GatewaySeat {
     async fn take(dir: &DataDir, name: &str) -> Result<Self> {
+        let data_dir = dir.folder(name)?;
         Ok(Self {
             name: name.to_owned(),
             identity: Arc::new(dir.identity_key(&format!("{name}/identity.key"))?),
-            sphinx_key: dir.sphinx_key(&format!("{name}/sphinx.key"))?,
+            keys: sphinx_keys(&data_dir)?,
             link_listener: loopback_listener().await?,
             client_listener: loopback_listener().await?,
-            data_dir: dir.folder(name)?,
+            data_dir,
         })
     }
 
-    fn node(&self) -> io::Result<Node> {
+    fn node(&self) -> Result<Node> {
         Ok(Node {
             identity: self.identity.identity(),
-            sphinx_key: self.sphinx_key.public_key().into(),
+            sphinx_key: present_key(&self.keys)?,
             next_sphinx_key: None,
             link_address: self.link_listener.local_addr()?,
             role: Role::Gateway { client_address: self.client_listener.local_addr()? },
@@ -237,8 +244,8 @@ impl GatewaySeat {
     fn start(self, topology: &Arc<Topology>) -> Result<Gateway> {
         let config = GatewayConfig {
             identity: self.identity,
-            sphinx_key: self.sphinx_key,
-            topology: topology.clone(),
+            keys: self.keys,
+            topology: watch::channel(topology.clone()).1,
             link_listener: self.link_listener,
             client_listener: self.client_listener,
             data_dir: self.data_dir,
@@ -286,6 +293,17 @@ impl ProviderKeys {
         };
         Provider::start(config).await.context("the provider does not start")
     }
+}
+
+/// The keys of a node, which stay what they are: the topology does not change while it runs.
+fn sphinx_keys(dir: &Path) -> Result<Arc<SphinxKeys>> {
+    Ok(Arc::new(SphinxKeys::open(dir, Epochs::STATIC, topology_file::now())?))
+}
+
+/// The key that the topology names.
+fn present_key(keys: &SphinxKeys) -> Result<EncryptionKey> {
+    let key = keys.public_keys().get(&keys.key_epoch()).copied();
+    key.context("a node has no Sphinx key for the present")
 }
 
 /// Bound before the topology is signed, so that it can name the port.

@@ -24,6 +24,8 @@ pub enum DropReason {
     Replayed,
     /// The replay filter holds as many tags as it may: a new packet cannot be told from an old one.
     ReplayFilterFull,
+    /// The packet's replay tag could not be stored, so that its replay would pass too.
+    ReplayLogFailed,
     /// The next hop is nobody that this node knows.
     UnknownNextHop,
     /// The next hop is a node, but none that this node may send to.
@@ -46,7 +48,7 @@ pub enum DropReason {
 
 impl DropReason {
     /// All reasons, in the order of their declaration.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::MalformedFrame,
         Self::BadMac,
         Self::LowOrder,
@@ -54,6 +56,7 @@ impl DropReason {
         Self::BadRouting,
         Self::Replayed,
         Self::ReplayFilterFull,
+        Self::ReplayLogFailed,
         Self::UnknownNextHop,
         Self::WrongLayer,
         Self::FinalHopHere,
@@ -75,6 +78,7 @@ impl DropReason {
             Self::BadRouting => "bad routing information",
             Self::Replayed => "replayed",
             Self::ReplayFilterFull => "replay filter full",
+            Self::ReplayLogFailed => "replay log failed",
             Self::UnknownNextHop => "unknown next hop",
             Self::WrongLayer => "next hop in a wrong layer",
             Self::FinalHopHere => "final hop here",

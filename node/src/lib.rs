@@ -3,9 +3,13 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
 
 mod accept;
+mod clock;
 pub mod counters;
 pub mod gateway;
+pub mod keys;
 pub mod link;
 pub mod mix;
 pub mod peel;
+pub mod replay_log;
 mod sources;
+mod upkeep;

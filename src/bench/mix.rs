@@ -18,6 +18,7 @@ use mixsocks_common::topology::{
     Epochs, NetworkName, Node, Parameters, Role, Topology, UnixTime, sign, verify,
 };
 use mixsocks_node::counters::Counters;
+use mixsocks_node::keys::SphinxKeys;
 use mixsocks_node::link::{LinkContext, LinkListener, LinkPool};
 use mixsocks_node::mix::{Mix, MixConfig};
 use mixsocks_sphinx::{
@@ -27,7 +28,7 @@ use serde::Serialize;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
 use tokio::process::{Child, ChildStdin};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
 use super::child;
@@ -159,7 +160,8 @@ impl Bench {
         for mix in &mut mixes {
             mix.join(&topology).await?;
         }
-        let context = |key| LinkContext::new(key, topology.clone(), Arc::<Counters>::default());
+        let fixed = watch::channel(topology).1;
+        let context = |key| LinkContext::new(key, fixed.clone(), Arc::<Counters>::default());
         let (sender, arrivals) = mpsc::channel(WINDOW);
         let sink_hop = hop(sink_identity.identity(), sink_key.public_key().into());
         Ok(Self {
@@ -253,12 +255,15 @@ struct MixProcess {
     child: Child,
     stdin: ChildStdin,
     node: Node,
+    /// Where it keeps its key and its replay tags; the last field, so that the process goes first.
+    _dir: tempfile::TempDir,
 }
 
 impl MixProcess {
     async fn start(backend: Backend) -> Result<Self> {
+        let dir = tempfile::tempdir().context("there is no room for the replay tags of a mix")?;
         let mut command = child::command()?;
-        command.args(["bench", "mix-process"]);
+        command.args(["bench", "mix-process"]).current_dir(dir.path());
         command.env(Backend::VARIABLE, backend.to_string());
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().context("cannot start a mix")?;
@@ -269,7 +274,7 @@ impl MixProcess {
             .await
             .context("the mix does not start")??;
         let node = parse_node(&line).context("the mix does not start")?;
-        Ok(Self { child, stdin, node })
+        Ok(Self { child, stdin, node, _dir: dir })
     }
 
     /// Tells the mix what network it is in: one that this process makes up.
@@ -302,13 +307,16 @@ fn parse_node(line: &str) -> Option<Node> {
 /// The process of a mix: says who it is, reads its topology, and runs until its input ends.
 pub(super) async fn run_process() -> Result<()> {
     let identity = Arc::new(IdentityKey::generate(&mut rand::rng()));
-    let sphinx_key = SecretKey::generate(&mut rand::rng());
+    // Where its parent has started it.
+    let data_dir = std::env::current_dir()?;
+    let keys = Arc::new(SphinxKeys::open(&data_dir, Epochs::STATIC, topology_file::now())?);
+    let key = keys.public_keys().into_values().next().context("the mix has no key")?;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
     let address: SocketAddr = listener.local_addr()?;
-    let key = EncryptionKey::from(sphinx_key.public_key());
     crate::say(&format!("{} {key} {address}", identity.identity()));
     let topology = Arc::new(tokio::task::spawn_blocking(read_topology).await??);
-    let mix = Mix::start(MixConfig { identity, sphinx_key, topology, listener })?;
+    let topology = watch::channel(topology).1;
+    let mix = Mix::start(MixConfig { identity, keys, topology, listener, data_dir })?;
     let end = || std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
     tokio::task::spawn_blocking(end).await??;
     mix.shutdown().await;

@@ -85,39 +85,9 @@ impl ReplayFilter {
         self.insert_prefix(tag.prefix())
     }
 
-    /// Tags remembered.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether no tag is remembered.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Bytes that the tables take.
-    pub fn memory_bytes(&self) -> usize {
-        let slots: usize = self.shards.iter().map(|shard| shard.slots.len()).sum();
-        slots * size_of::<u64>() + self.shards.len() * size_of::<Shard>()
-    }
-
-    fn contains_prefix(&self, prefix: u64) -> bool {
-        if prefix == EMPTY {
-            return self.has_empty_prefix;
-        }
-        let (index, home) = self.place(prefix);
-        self.shards[index].find(prefix, home).is_err()
-    }
-
-    /// The shard of a tag, and its home there.
-    fn place(&self, prefix: u64) -> (usize, u64) {
-        let mixed = mix(prefix, self.key);
-        let index = usize::try_from(mixed >> self.shard_shift).expect("fewer shards than memory");
-        // The bits that named the shard are the same for all of its tags.
-        (index, mixed << (u64::BITS - self.shard_shift))
-    }
-
-    fn insert_prefix(&mut self, prefix: u64) -> Admission {
+    /// The same for the prefix of a tag, which is all that a filter keeps: for tags that were
+    /// stored.
+    pub fn insert_prefix(&mut self, prefix: u64) -> Admission {
         let full = self.len >= self.max_tags;
         if prefix == EMPTY {
             let admission = match (self.has_empty_prefix, full) {
@@ -152,6 +122,38 @@ impl ReplayFilter {
                 Admission::Fresh
             }
         }
+    }
+
+    /// Tags remembered.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no tag is remembered.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Bytes that the tables take.
+    pub fn memory_bytes(&self) -> usize {
+        let slots: usize = self.shards.iter().map(|shard| shard.slots.len()).sum();
+        slots * size_of::<u64>() + self.shards.len() * size_of::<Shard>()
+    }
+
+    fn contains_prefix(&self, prefix: u64) -> bool {
+        if prefix == EMPTY {
+            return self.has_empty_prefix;
+        }
+        let (index, home) = self.place(prefix);
+        self.shards[index].find(prefix, home).is_err()
+    }
+
+    /// The shard of a tag, and its home there.
+    fn place(&self, prefix: u64) -> (usize, u64) {
+        let mixed = mix(prefix, self.key);
+        let index = usize::try_from(mixed >> self.shard_shift).expect("fewer shards than memory");
+        // The bits that named the shard are the same for all of its tags.
+        (index, mixed << (u64::BITS - self.shard_shift))
     }
 }
 

@@ -96,6 +96,19 @@ pub enum Role {
     },
 }
 
+impl Role {
+    /// Whether packets may go from a node of this role straight to one of the other: from a gateway
+    /// into layer 1, from a layer into the next, from the last layer to a gateway.
+    pub fn may_forward_to(self, next: Self) -> bool {
+        match (self, next) {
+            (Self::Gateway { .. }, Self::Mix { layer }) => layer == 1,
+            (Self::Mix { layer: from }, Self::Mix { layer: to }) => to == from + 1,
+            (Self::Mix { layer }, Self::Gateway { .. }) => usize::from(layer) == LAYERS,
+            (Self::Gateway { .. }, Self::Gateway { .. }) => false,
+        }
+    }
+}
+
 /// An advertised service provider.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Provider {
@@ -190,15 +203,9 @@ impl Topology {
         self.providers.iter().find(|provider| provider.name == name)
     }
 
-    /// Whether a packet may go from one node straight to the other: from a gateway into layer 1,
-    /// from a layer into the next, from the last layer to a gateway.
+    /// Whether a packet may go from one node straight to the other, by their roles.
     pub fn may_forward(&self, from: &Identity, to: &Identity) -> bool {
         let (Some(from), Some(to)) = (self.node(from), self.node(to)) else { return false };
-        match (from.role, to.role) {
-            (Role::Gateway { .. }, Role::Mix { layer }) => layer == 1,
-            (Role::Mix { layer: from }, Role::Mix { layer: to }) => to == from + 1,
-            (Role::Mix { layer }, Role::Gateway { .. }) => usize::from(layer) == LAYERS,
-            (Role::Gateway { .. }, Role::Gateway { .. }) => false,
-        }
+        from.role.may_forward_to(to.role)
     }
 }

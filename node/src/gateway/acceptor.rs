@@ -35,12 +35,12 @@ pub(super) struct Acceptor {
 impl Acceptor {
     pub(super) fn new(
         doorkeeper: Doorkeeper,
-        uplink: Uplink,
+        uplink: Arc<Uplink>,
         stopped: watch::Receiver<bool>,
     ) -> Self {
         Self {
             doorkeeper: Arc::new(doorkeeper),
-            uplink: Arc::new(uplink),
+            uplink,
             stopped,
             logins: JoinSet::new(),
             half_open: HalfOpen::new(HalfOpenLimits {

@@ -1,13 +1,15 @@
 //! A client's connection after its login: packets both ways.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use mixsocks_common::gateway::keepalive::{Due, Keepalive};
 use mixsocks_common::gateway::message::{ClientMessage, GatewayMessage};
-use mixsocks_common::link::{FrameBody, FrameCodec};
+use mixsocks_common::keys::Identity;
+use mixsocks_common::link::{FrameBody, FrameCodec, LinkError};
+use mixsocks_common::topology::Topology;
 use mixsocks_sphinx::{HEADER_LEN, Packet};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
@@ -30,15 +32,38 @@ const WRITE_FRAMES: usize = 16;
 
 /// Where packets of clients go.
 pub(super) struct Uplink {
-    pub(super) pool: Arc<LinkPool>,
-    pub(super) next_hops: NextHops,
-    pub(super) counters: Arc<Counters>,
+    me: Identity,
+    pool: Arc<LinkPool>,
+    /// Locked for a look-up, or to be replaced; never across an await.
+    next_hops: RwLock<NextHops>,
+    counters: Arc<Counters>,
 }
 
 impl Uplink {
+    pub(super) fn new(
+        pool: Arc<LinkPool>,
+        topology: &Topology,
+        me: Identity,
+        counters: Arc<Counters>,
+    ) -> Self {
+        Self { me, pool, next_hops: RwLock::new(NextHops::new(topology, &me)), counters }
+    }
+
+    /// Goes on with another topology.
+    pub(super) fn set_topology(&self, topology: &Topology) -> Result<(), LinkError> {
+        let next_hops = NextHops::new(topology, &self.me);
+        let result = self.pool.set_topology(topology);
+        *self.next_hops.write().unwrap_or_else(PoisonError::into_inner) = next_hops;
+        result
+    }
+
     fn handle_packet(&self, next_hop: &[u8; 32], packet: Packet) {
         self.counters.add_in(1);
-        match self.next_hops.resolve(next_hop) {
+        let resolved = {
+            let next_hops = self.next_hops.read().unwrap_or_else(PoisonError::into_inner);
+            next_hops.resolve(next_hop)
+        };
+        match resolved {
             Ok(mix) => self.pool.send(&mix, packet),
             Err(reason) => self.counters.add_drop(reason),
         }

@@ -30,7 +30,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::link::{LinkError, tls};
 use mixsocks_common::topology::Topology;
-use mixsocks_sphinx::{Packet, Peeled, SecretKey};
+use mixsocks_sphinx::{Packet, Peeled};
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::{JoinSet, spawn_blocking};
@@ -38,12 +38,17 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tracing::warn;
 
 use self::acceptor::Acceptor;
+use self::carrier::Uplink;
 use self::clients::Clients;
 use self::login::Doorkeeper;
 use self::registrations::{Day, Registrations};
+use crate::clock::Clock;
 use crate::counters::{Counters, DropReason};
-use crate::link::{LinkContext, LinkFailure, LinkListener, LinkPool, NextHops};
+use crate::keys::SphinxKeys;
+use crate::link::{LinkContext, LinkFailure, LinkListener, LinkPool};
 use crate::peel::{MAX_REPLAY_TAGS, Peeler};
+use crate::replay_log::ReplayLogError;
+use crate::upkeep::{Kind, Standing, Upkeep, sync_tags};
 
 pub use self::acceptor::{MAX_HALF_OPEN, MAX_HALF_OPEN_PER_SITE, MAX_HALF_OPEN_PER_SOURCE};
 pub use self::clients::{
@@ -69,27 +74,27 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct GatewayConfig {
     /// Who it is.
     pub identity: Arc<IdentityKey>,
-    /// The key of its layer of packets.
-    pub sphinx_key: SecretKey,
-    /// The network.
-    pub topology: Arc<Topology>,
+    /// The keys of its layer of packets.
+    pub keys: Arc<SphinxKeys>,
+    /// The network as it is at any time; a sender that is gone means that it does not change.
+    pub topology: watch::Receiver<Arc<Topology>>,
     /// Where it takes links from mixes of layer 3, already bound.
     pub link_listener: TcpListener,
     /// Where it takes clients, already bound.
     pub client_listener: TcpListener,
-    /// Where it keeps [`FILE_NAME`]; the directory must exist.
+    /// Where it keeps [`FILE_NAME`] and its replay tags; the directory must exist.
     pub data_dir: PathBuf,
 }
 
 /// Why a gateway does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum GatewayError {
-    /// The topology says that this identity is something else, or does not have it.
-    #[error("the topology has no gateway {0}: is this the right identity, or the right network?")]
+    /// The topology says that this identity is a mix.
+    #[error("the topology has {0} as a mix, not as a gateway: is this the right identity?")]
     NotAGateway(Identity),
-    /// The topology has another Sphinx key for this gateway, so that no packet could be opened.
-    #[error("the topology has another Sphinx key for gateway {0}")]
-    WrongSphinxKey(Identity),
+    /// The replay tags cannot be read or stored.
+    #[error(transparent)]
+    ReplayLog(#[from] ReplayLogError),
     /// The registrations cannot be opened.
     #[error(transparent)]
     Registrations(#[from] RegistrationsError),
@@ -110,6 +115,8 @@ impl From<LinkError> for GatewayError {
 /// A running gateway; dropping it stops it at once.
 #[derive(Debug)]
 pub struct Gateway {
+    keys: Arc<SphinxKeys>,
+    peeler: Arc<Peeler>,
     counters: Arc<Counters>,
     client_address: SocketAddr,
     links: LinkListener,
@@ -124,7 +131,8 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// Starts a gateway.
+    /// Starts a gateway, also one that the topology does not have yet. Blocks on the disk for as
+    /// long as reading its replay tags takes.
     ///
     /// # Errors
     /// [`GatewayError`].
@@ -132,42 +140,71 @@ impl Gateway {
     /// # Panics
     /// Outside of a Tokio runtime.
     pub fn start(config: GatewayConfig) -> Result<Self, GatewayError> {
+        Self::start_at(config, Clock::System)
+    }
+
+    fn start_at(config: GatewayConfig, clock: Clock) -> Result<Self, GatewayError> {
         let me = config.identity.identity();
-        let GatewayConfig { identity, sphinx_key, topology, .. } = config;
-        let node = topology.gateway(&me).ok_or(GatewayError::NotAGateway(me))?;
-        if node.sphinx_key.public_key() != sphinx_key.public_key() {
-            return Err(GatewayError::WrongSphinxKey(me));
-        }
+        let GatewayConfig { identity, keys, topology: mut documents, .. } = config;
+        let topology = documents.borrow_and_update().clone();
+        let standing = Standing::new(me, Kind::Gateway, &topology)
+            .map_err(|_| GatewayError::NotAGateway(me))?;
         let registrations = Arc::new(Registrations::open(&config.data_dir)?);
         let client_address = config.client_listener.local_addr().map_err(GatewayError::Listener)?;
         let counters = Arc::new(Counters::default());
-        let peeler = Peeler::new(sphinx_key, MAX_REPLAY_TAGS, counters.clone(), &mut rand::rng());
+        let data_dir = config.data_dir;
+        let peeler = Peeler::open(keys.clone(), data_dir, MAX_REPLAY_TAGS, counters.clone())?;
+        let peeler = Arc::new(peeler);
         let clients = Arc::new(Clients::new(topology.packet_bytes(), counters.clone()));
-        let context = LinkContext::new(identity.clone(), topology.clone(), counters.clone());
+        let (in_use, used_topology) = watch::channel(topology.clone());
+        let context = LinkContext::new(identity.clone(), used_topology, counters.clone());
         let pool = Arc::new(LinkPool::start(context.clone())?);
         let (inbound, packets) = mpsc::channel(INBOUND_QUEUE_PACKETS);
         let links = LinkListener::start(context, config.link_listener, inbound)?;
         let tls = tls::gateway_server_config(&identity)?;
         let (store, table) = (registrations.clone(), clients.clone());
         let doorkeeper = Doorkeeper::new(me, &topology, tls, store, table, counters.clone());
-        let next_hops = NextHops::new(&topology, &me);
+        let uplink = Arc::new(Uplink::new(pool.clone(), &topology, me, counters.clone()));
         let (stop, stopped) = watch::channel(false);
 
         let mut tasks = JoinSet::new();
         let packets = Arc::new(Mutex::new(packets));
-        let peeler = Arc::new(peeler);
         let workers = std::thread::available_parallelism().map_or(1, NonZero::get);
         for _ in 0..workers {
-            let work = peel(packets.clone(), peeler.clone(), clients.clone(), counters.clone());
-            tasks.spawn(work);
+            tasks.spawn(peel(
+                packets.clone(),
+                peeler.clone(),
+                clock.clone(),
+                clients.clone(),
+                counters.clone(),
+            ));
         }
+        tasks.spawn(sync_tags(peeler.clone()));
+        let to_mixes = uplink.clone();
+        let use_topology = move |topology: &Arc<Topology>| {
+            if let Err(error) = to_mixes.set_topology(topology) {
+                warn!(%me, "not all links of the new topology can be set up: {error}");
+            }
+            in_use.send_replace(topology.clone());
+        };
+        let upkeep = Upkeep {
+            standing,
+            topology,
+            documents,
+            keys: keys.clone(),
+            peeler: peeler.clone(),
+            clock,
+            use_topology,
+        };
+        tasks.spawn(upkeep.run());
         tasks.spawn(sweep(clients.clone()));
         let mut saver = JoinSet::new();
         saver.spawn(save_logins(registrations, stopped.clone()));
         let mut acceptor = JoinSet::new();
-        let uplink = carrier::Uplink { pool: pool.clone(), next_hops, counters: counters.clone() };
         acceptor.spawn(Acceptor::new(doorkeeper, uplink, stopped).run(config.client_listener));
         Ok(Self {
+            keys,
+            peeler,
             counters,
             client_address,
             links,
@@ -184,6 +221,16 @@ impl Gateway {
     /// What it has counted since its start.
     pub fn counters(&self) -> &Arc<Counters> {
         &self.counters
+    }
+
+    /// The key epoch whose Sphinx key is the present one.
+    pub fn key_epoch(&self) -> u64 {
+        self.keys.key_epoch()
+    }
+
+    /// Replay tags in its memory; there may be up to [`MAX_REPLAY_TAGS`] for each key.
+    pub fn replay_tags(&self) -> usize {
+        self.peeler.replay_tags()
     }
 
     /// Where it takes clients.
@@ -212,6 +259,7 @@ impl Gateway {
 async fn peel(
     packets: Arc<Mutex<mpsc::Receiver<Packet>>>,
     peeler: Arc<Peeler>,
+    clock: Clock,
     clients: Arc<Clients>,
     counters: Arc<Counters>,
 ) {
@@ -221,7 +269,7 @@ async fn peel(
         if count == 0 {
             return;
         }
-        let peeled = peeler.peel(batch);
+        let peeled = peeler.peel(clock.now(), batch);
         let now = Instant::now().into_std();
         for peeled in peeled {
             let result = match peeled {

@@ -115,12 +115,21 @@ impl GatewayNet {
     }
 
     async fn start_on(&mut self, link_listener: TcpListener, data: &str) -> Gateway {
+        self.start_with(link_listener, data, self.net.watch()).await
+    }
+
+    async fn start_with(
+        &mut self,
+        link_listener: TcpListener,
+        data: &str,
+        topology: watch::Receiver<Arc<Topology>>,
+    ) -> Gateway {
         let data_dir = self.directory.path().join(data);
         std::fs::create_dir_all(&data_dir).unwrap();
         let gateway = Gateway::start(GatewayConfig {
             identity: self.net.keys[EXIT].clone(),
-            sphinx_key: self.net.sphinx_key(EXIT),
-            topology: self.net.topology.clone(),
+            keys: self.net.sphinx_keys[EXIT].clone(),
+            topology,
             link_listener,
             client_listener: TcpListener::bind("127.0.0.1:0").await.unwrap(),
             data_dir,
@@ -416,7 +425,7 @@ async fn packets_for_anybody_but_its_clients_are_dropped() {
     for node in [1, ENTRY, EXIT] {
         // Not even other nodes: nobody uses a gateway to reach them.
         let next_hop = *net.net.identity(node).as_bytes();
-        packets.extend(net.packets(next_hop, &net.net.sphinx_keys[node], 0..1));
+        packets.extend(net.packets(next_hop, &net.net.sphinx_key(node, 0), 0..1));
     }
     packets.extend(net.net.packets(&[EXIT], &[Duration::ZERO]));
     packets.extend(net.packets_for(&known, 7..8));
@@ -666,18 +675,65 @@ async fn errors_say_what_is_wrong() {
 }
 
 #[tokio::test]
-async fn a_gateway_that_the_topology_does_not_have_does_not_start() {
+async fn an_identity_that_the_topology_has_as_a_mix_is_no_gateway() {
     let net = GatewayNet::new().await;
-    let start = async |identity: usize, sphinx_key: usize| {
-        Gateway::start(GatewayConfig {
-            identity: net.net.keys[identity].clone(),
-            sphinx_key: net.net.sphinx_key(sphinx_key),
-            topology: net.net.topology.clone(),
-            link_listener: TcpListener::bind("127.0.0.1:0").await.unwrap(),
-            client_listener: TcpListener::bind("127.0.0.1:0").await.unwrap(),
-            data_dir: net.directory.path().to_owned(),
-        })
+    let started = Gateway::start(GatewayConfig {
+        identity: net.net.keys[1].clone(),
+        keys: net.net.sphinx_keys[1].clone(),
+        topology: net.net.watch(),
+        link_listener: TcpListener::bind("127.0.0.1:0").await.unwrap(),
+        client_listener: TcpListener::bind("127.0.0.1:0").await.unwrap(),
+        data_dir: net.directory.path().to_owned(),
+    });
+    assert!(matches!(started, Err(GatewayError::NotAGateway(_))));
+}
+
+/// A gateway that starts before a document has it, and a layer 1 that changes.
+#[tokio::test]
+async fn clients_packets_follow_the_topology() {
+    let mut net = GatewayNet::new().await;
+    let without = net.net.without(EXIT);
+    let (documents, topology) = watch::channel(without);
+    let listener = net.net.listener(EXIT);
+    let gateway = net.start_with(listener, "gateway", topology).await;
+    let (_mix, mut packets) = net.first_mix();
+    let (sender, _receiver, mut state) = net.connect(&net.person()).await;
+    let [first, second] = [1, 2].map(|mix| *net.net.identity(mix).as_bytes());
+    soon(sender.send((first, packet(1)))).await.unwrap();
+    until_dropped(gateway.counters(), DropReason::WrongLayer, 1).await;
+
+    documents.send_replace(net.net.topology.clone());
+    // Until the gateway has it, packets are dropped.
+    let arrived = async {
+        loop {
+            sender.send((first, packet(2))).await.unwrap();
+            let wait = Duration::from_millis(20);
+            if let Ok(Some(arrived)) = timeout(wait, packets.recv()).await {
+                return arrived;
+            }
+        }
     };
-    assert!(matches!(start(1, 1).await, Err(GatewayError::NotAGateway(_))));
-    assert!(matches!(start(EXIT, ENTRY).await, Err(GatewayError::WrongSphinxKey(_))));
+    assert_eq!(soon(arrived).await, packet(2));
+
+    net.net.topology = net.net.swapped(1, 2);
+    let (_mix, mut packets) = {
+        let (sender, packets) = mpsc::channel(1024);
+        let (context, listener) = (net.net.context(2).0, net.net.listener(2));
+        (LinkListener::start(context, listener, sender).unwrap(), packets)
+    };
+    documents.send_replace(net.net.topology.clone());
+    let arrived = async {
+        loop {
+            sender.send((second, packet(3))).await.unwrap();
+            let wait = Duration::from_millis(20);
+            if let Ok(Some(arrived)) = timeout(wait, packets.recv()).await {
+                return arrived;
+            }
+        }
+    };
+    assert_eq!(soon(arrived).await, packet(3));
+    let wrong = gateway.counters().snapshot().dropped(DropReason::WrongLayer);
+    soon(sender.send((first, packet(4)))).await.unwrap();
+    until_dropped(gateway.counters(), DropReason::WrongLayer, wrong + 1).await;
+    until_state(&mut state, |state| matches!(state, LinkState::Connected)).await;
 }

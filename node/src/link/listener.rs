@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use mixsocks_common::keys::Identity;
 use mixsocks_common::link::tls;
+use mixsocks_common::topology::Topology;
 use mixsocks_sphinx::Packet;
 use rustls::ServerConfig;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
 use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
@@ -18,7 +19,7 @@ use tokio_rustls::server::TlsStream;
 use tracing::{debug, warn};
 
 use super::connection::{Connection, Incoming, within};
-use super::{LinkContext, LinkFailure, SETUP_TIMEOUT, SILENCE_TIMEOUT, STABLE_AFTER};
+use super::{LinkContext, LinkFailure, SETUP_TIMEOUT, SILENCE_TIMEOUT, STABLE_AFTER, changed};
 use crate::accept::Accepting;
 use crate::counters::DropReason;
 use crate::sources::{HalfOpen, HalfOpenLimits, Source};
@@ -32,7 +33,8 @@ pub const MAX_HALF_OPEN_PER_SOURCE: usize = 16;
 /// As many of them may come from one IPv6 network of 48 bits, which one customer may hold.
 pub const MAX_HALF_OPEN_PER_SITE: usize = 64;
 
-/// Takes links from all nodes that may send here; dropping it closes them.
+/// Takes links from all nodes that may send here, by the topology of the moment; dropping it closes
+/// them.
 #[derive(Debug)]
 pub struct LinkListener {
     address: SocketAddr,
@@ -58,10 +60,11 @@ impl LinkListener {
         packets: mpsc::Sender<Packet>,
     ) -> Result<Self, LinkFailure> {
         let (topology, me) = (context.topology.clone(), context.me);
-        let tls =
-            tls::node_server_config(&context.key, move |peer| topology.may_forward(peer, &me))?;
+        let may_send = move |peer: &Identity| topology.borrow().may_forward(peer, &me);
+        let tls = tls::node_server_config(&context.key, may_send)?;
         let address = listener.local_addr()?;
         let acceptor = Acceptor {
+            topology: context.topology.clone(),
             context: Arc::new(context),
             tls,
             packets,
@@ -103,13 +106,15 @@ struct Ended {
 }
 
 struct Acceptor {
+    topology: watch::Receiver<Arc<Topology>>,
     context: Arc<LinkContext>,
     tls: Arc<ServerConfig>,
     packets: mpsc::Sender<Packet>,
     handshakes: JoinSet<Opened>,
     half_open: HalfOpen<AbortHandle>,
     links: JoinSet<Ended>,
-    /// One link per neighbour, hence at most as many as the topology has nodes.
+    /// One link per neighbour, hence at most as many as the topology has nodes, but for those that
+    /// are being closed.
     by_peer: BTreeMap<Identity, AbortHandle>,
     /// Neighbours whose breach of the protocol has been logged.
     in_breach: BTreeSet<Identity>,
@@ -125,8 +130,21 @@ impl Acceptor {
                 }
                 Some(done) = self.handshakes.join_next_with_id() => self.handle_handshake(done),
                 Some(done) = self.links.join_next_with_id() => self.handle_end(done),
+                () = changed(&mut self.topology) => self.handle_topology(),
             }
         }
+    }
+
+    /// Closes the links of those who may not send here any more.
+    fn handle_topology(&mut self) {
+        let topology = self.topology.borrow_and_update().clone();
+        for (peer, link) in &self.by_peer {
+            if !topology.may_forward(peer, &self.context.me) {
+                debug!(%peer, "link closed: by the new topology it may not send here");
+                link.abort();
+            }
+        }
+        self.in_breach.retain(|peer| topology.node(peer).is_some());
     }
 
     fn handle_accepted(&mut self, stream: TcpStream, source: Source) {
@@ -143,6 +161,10 @@ impl Acceptor {
         let id = done.as_ref().map_or_else(JoinError::id, |(id, _)| *id);
         self.half_open.remove(|handshake| handshake.id() == id);
         match done {
+            // The topology may have changed during the handshake.
+            Ok((_, Ok((_, peer)))) if !self.may_send(&peer) => {
+                debug!(%peer, "link refused: by the new topology it may not send here");
+            }
             Ok((_, Ok((connection, peer)))) => {
                 debug!(%peer, "link accepted");
                 let (packets, context) = (self.packets.clone(), self.context.clone());
@@ -161,6 +183,10 @@ impl Acceptor {
             Err(error) if error.is_cancelled() => {}
             Err(error) => warn!("a handshake failed in this node: {error}"),
         }
+    }
+
+    fn may_send(&self, peer: &Identity) -> bool {
+        self.topology.borrow().may_forward(peer, &self.context.me)
     }
 
     fn handle_end(&mut self, done: Result<(Id, Ended), JoinError>) {

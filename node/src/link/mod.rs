@@ -5,6 +5,8 @@
 //! open it with a hello. The dialler sends a pad frame every [`PING_INTERVAL`], and the other end
 //! sends one back; whoever hears nothing for too long closes the link. Anything else that comes is
 //! a breach of the protocol and closes it too.
+//!
+//! When the topology changes, links that it does not touch stay as they are.
 
 mod backoff;
 mod connection;
@@ -23,6 +25,7 @@ use std::time::Duration;
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::link::{FrameCodec, FrameError, Hello, HelloError, LinkError};
 use mixsocks_common::topology::Topology;
+use tokio::sync::watch;
 
 use crate::counters::Counters;
 
@@ -51,7 +54,7 @@ const STABLE_AFTER: Duration = Duration::from_secs(30);
 pub struct LinkContext {
     key: Arc<IdentityKey>,
     me: Identity,
-    topology: Arc<Topology>,
+    topology: watch::Receiver<Arc<Topology>>,
     counters: Arc<Counters>,
     codec: FrameCodec,
     hello: Arc<Hello>,
@@ -59,17 +62,30 @@ pub struct LinkContext {
 }
 
 impl LinkContext {
-    /// The links of the node with this key on this network.
-    pub fn new(key: Arc<IdentityKey>, topology: Arc<Topology>, counters: Arc<Counters>) -> Self {
+    /// The links of the node with this key. Every topology that comes must be one of the same
+    /// network with packets of the same size; a sender that is gone means that none comes.
+    pub fn new(
+        key: Arc<IdentityKey>,
+        topology: watch::Receiver<Arc<Topology>>,
+        counters: Arc<Counters>,
+    ) -> Self {
+        let first = topology.borrow().clone();
         Self {
             me: key.identity(),
             key,
-            codec: FrameCodec::new(topology.packet_bytes()),
-            hello: Arc::new(Hello::new(&topology)),
+            codec: FrameCodec::new(first.packet_bytes()),
+            hello: Arc::new(Hello::new(&first)),
             topology,
             counters,
             ping_interval: PING_INTERVAL,
         }
+    }
+}
+
+/// Waits for another topology; for ever when none will come any more.
+pub(crate) async fn changed<T>(news: &mut watch::Receiver<T>) {
+    if news.changed().await.is_err() {
+        std::future::pending().await
     }
 }
 
@@ -97,6 +113,9 @@ pub enum LinkFailure {
     /// The peer was silent for this long.
     #[error("the peer was silent for {} s", .0.as_secs())]
     Silent(Duration),
+    /// The peer has another address now.
+    #[error("the peer has another address now")]
+    Moved,
     /// The connection broke.
     #[error("the connection broke: {0}")]
     Io(#[source] io::Error),

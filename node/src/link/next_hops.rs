@@ -1,7 +1,7 @@
 //! Which next hops a node may send to.
 
 use mixsocks_common::keys::Identity;
-use mixsocks_common::topology::Topology;
+use mixsocks_common::topology::{Node, Topology};
 
 use crate::counters::DropReason;
 
@@ -14,14 +14,12 @@ pub struct NextHops {
 }
 
 impl NextHops {
-    /// The next hops of node `me`.
+    /// The next hops of node `me`; none if the topology does not have it.
     pub fn new(topology: &Topology, me: &Identity) -> Self {
-        let reachable = |to: &Identity| topology.may_forward(me, to);
-        let mut nodes: Vec<_> = topology
-            .nodes()
-            .iter()
-            .map(|node| (node.identity, reachable(&node.identity)))
-            .collect();
+        let me = topology.node(me).map(|node| node.role);
+        let reachable = |to: &Node| me.is_some_and(|me| me.may_forward_to(to.role));
+        let mut nodes: Vec<_> =
+            topology.nodes().iter().map(|node| (node.identity, reachable(node))).collect();
         nodes.sort_unstable();
         Self { nodes }
     }

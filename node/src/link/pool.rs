@@ -1,20 +1,22 @@
 //! The dialling end: one long-lived connection to each node that this one may send to.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::net::SocketAddr;
 use std::ops::ControlFlow;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use mixsocks_common::keys::Identity;
 use mixsocks_common::link::LinkError;
 use mixsocks_common::link::tls;
-use mixsocks_common::topology::Node;
+use mixsocks_common::topology::Topology;
 use mixsocks_sphinx::Packet;
 use rustls::ClientConfig;
 use tokio::net::TcpStream;
-use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -22,7 +24,7 @@ use tracing::{debug, info, warn};
 
 use super::backoff::Backoff;
 use super::connection::{Connection, Incoming, within};
-use super::{DIAL_PATIENCE, LinkContext, LinkFailure, NextHops, SETUP_TIMEOUT, STABLE_AFTER};
+use super::{DIAL_PATIENCE, LinkContext, LinkFailure, SETUP_TIMEOUT, STABLE_AFTER, changed};
 use crate::counters::DropReason;
 
 /// Bytes of packets that may wait for one neighbour, whatever the network's packets measure: 4,376
@@ -41,19 +43,24 @@ const WRITE_PACKETS: usize = 32;
 /// Dropping the pool closes all links.
 #[derive(Debug)]
 pub struct LinkPool {
-    neighbours: BTreeMap<Identity, Neighbour>,
+    /// Locked for a look-up, or while neighbours change; never across an await.
+    neighbours: RwLock<BTreeMap<Identity, Neighbour>>,
     context: LinkContext,
-    tasks: JoinSet<()>,
+    queue_packets: usize,
+    /// One for each neighbour, and those that are just ending.
+    tasks: Mutex<JoinSet<()>>,
 }
 
 #[derive(Debug)]
 struct Neighbour {
     queue: mpsc::Sender<Packet>,
     is_down: Arc<AtomicBool>,
+    address: watch::Sender<SocketAddr>,
+    task: AbortHandle,
 }
 
 impl LinkPool {
-    /// Starts to dial all neighbours.
+    /// Starts to dial all neighbours that the context's topology has now.
     ///
     /// # Errors
     /// [`LinkError`] when the TLS library refuses the node's key.
@@ -61,26 +68,76 @@ impl LinkPool {
     /// # Panics
     /// Outside of a Tokio runtime.
     pub fn start(context: LinkContext) -> Result<Self, LinkError> {
-        let queue_packets = LINK_QUEUE_BYTES / context.topology.packet_bytes();
-        let mut neighbours = BTreeMap::new();
-        let mut tasks = JoinSet::new();
-        for identity in NextHops::new(&context.topology, &context.me).reachable() {
-            let Some(node) = context.topology.node(identity) else {
-                continue;
-            };
-            let (queue, packets) = mpsc::channel(queue_packets);
-            let is_down = Arc::new(AtomicBool::new(false));
-            let dialler = Dialler {
-                tls: tls::node_client_config(&context.key, *identity)?,
-                node: node.clone(),
-                context: context.clone(),
-                packets,
-                is_down: is_down.clone(),
-            };
-            neighbours.insert(*identity, Neighbour { queue, is_down });
-            tasks.spawn(dialler.run());
+        let topology = context.topology.borrow().clone();
+        let pool = Self {
+            neighbours: RwLock::default(),
+            queue_packets: LINK_QUEUE_BYTES / topology.packet_bytes(),
+            context,
+            tasks: Mutex::default(),
+        };
+        pool.set_topology(&topology)?;
+        Ok(pool)
+    }
+
+    /// Makes the neighbours those of another topology. New ones are dialled. Those that are none any
+    /// more are closed, and what waits for them is dropped and counted. Those that have moved are
+    /// dialled again, and what waits for them still does. The others notice nothing.
+    ///
+    /// # Errors
+    /// [`LinkError`] when the TLS library refuses the node's key.
+    ///
+    /// # Panics
+    /// Outside of a Tokio runtime.
+    pub fn set_topology(&self, topology: &Topology) -> Result<(), LinkError> {
+        let role = topology.node(&self.context.me).map(|me| me.role);
+        let wanted: BTreeMap<_, _> = topology
+            .nodes()
+            .iter()
+            .filter(|node| role.is_some_and(|role| role.may_forward_to(node.role)))
+            .map(|node| (node.identity, node.link_address))
+            .collect();
+        // A panic inside leaves neighbours that are in order, if not all of them.
+        let mut neighbours = self.neighbours.write().unwrap_or_else(PoisonError::into_inner);
+        neighbours.retain(|identity, neighbour| {
+            let stays = wanted.contains_key(identity);
+            if !stays {
+                neighbour.task.abort();
+            }
+            stays
+        });
+        for (identity, address) in wanted {
+            match neighbours.entry(identity) {
+                Entry::Vacant(entry) => {
+                    entry.insert(self.dial(identity, address)?);
+                }
+                Entry::Occupied(entry) => {
+                    entry
+                        .get()
+                        .address
+                        .send_if_modified(|old| std::mem::replace(old, address) != address);
+                }
+            }
         }
-        Ok(Self { neighbours, context, tasks })
+        Ok(())
+    }
+
+    /// Starts the task of a neighbour.
+    fn dial(&self, peer: Identity, address: SocketAddr) -> Result<Neighbour, LinkError> {
+        let (queue, packets) = mpsc::channel(self.queue_packets);
+        let is_down = Arc::new(AtomicBool::new(false));
+        let (address, dialled_address) = watch::channel(address);
+        let dialler = Dialler {
+            tls: tls::node_client_config(&self.context.key, peer)?,
+            peer,
+            address: dialled_address,
+            context: self.context.clone(),
+            packets,
+            is_down: is_down.clone(),
+        };
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        while tasks.try_join_next().is_some() {}
+        let task = tasks.spawn(dialler.run());
+        Ok(Neighbour { queue, is_down, address, task })
     }
 
     /// Queues a packet for a neighbour; never waits. A packet that cannot be queued is dropped and
@@ -93,7 +150,8 @@ impl LinkPool {
     }
 
     fn try_send(&self, to: &Identity, packet: Packet) -> Result<(), DropReason> {
-        let neighbour = self.neighbours.get(to).ok_or(DropReason::UnknownNextHop)?;
+        let neighbours = self.neighbours.read().unwrap_or_else(PoisonError::into_inner);
+        let neighbour = neighbours.get(to).ok_or(DropReason::UnknownNextHop)?;
         if neighbour.is_down.load(Ordering::Relaxed) {
             return Err(DropReason::LinkDown);
         }
@@ -104,15 +162,16 @@ impl LinkPool {
     }
 
     /// Closes all links, and returns when they are closed. Queued packets are lost.
-    pub async fn shutdown(mut self) {
-        self.tasks.shutdown().await;
+    pub async fn shutdown(self) {
+        self.tasks.into_inner().unwrap_or_else(PoisonError::into_inner).shutdown().await;
     }
 }
 
 /// The task of one neighbour.
 struct Dialler {
     tls: Arc<ClientConfig>,
-    node: Node,
+    peer: Identity,
+    address: watch::Receiver<SocketAddr>,
     context: LinkContext,
     packets: mpsc::Receiver<Packet>,
     is_down: Arc<AtomicBool>,
@@ -122,7 +181,7 @@ pub(super) type Dialled = Connection<TlsStream<TcpStream>>;
 
 impl Dialler {
     async fn run(mut self) {
-        let peer = self.node.identity;
+        let peer = self.peer;
         let mut backoff = Backoff::default();
         // Trouble is said once when it begins, not at each try.
         let mut is_troubled = false;
@@ -147,6 +206,11 @@ impl Dialler {
                 }
                 Err(error) => (error, false),
             };
+            if matches!(problem, LinkFailure::Moved) {
+                debug!(%peer, "link ended: {problem}");
+                backoff.reset();
+                continue;
+            }
             if is_troubled {
                 debug!(%peer, "still no lasting link: {problem}");
             } else {
@@ -158,12 +222,19 @@ impl Dialler {
                 self.is_down.store(true, Ordering::Relaxed);
                 self.drop_queued();
             }
-            sleep(wait).await;
+            tokio::select! {
+                () = sleep(wait) => {}
+                () = changed(&mut self.address) => backoff.reset(),
+            }
         }
     }
 
-    async fn dial(&self) -> Result<Dialled, LinkFailure> {
-        within(SETUP_TIMEOUT, dial(&self.context, &self.node, self.tls.clone())).await
+    async fn dial(&mut self) -> Result<Dialled, LinkFailure> {
+        let address = *self.address.borrow_and_update();
+        tokio::select! {
+            dialled = within(SETUP_TIMEOUT, dial(&self.context, address, self.tls.clone())) => dialled,
+            () = changed(&mut self.address) => Err(LinkFailure::Moved),
+        }
     }
 
     /// Carries packets until the link ends, or until the pool is gone.
@@ -187,6 +258,7 @@ impl Dialler {
                     Ok(_) => Err(LinkFailure::UnexpectedFrame),
                     Err(error) => Err(error),
                 },
+                () = changed(&mut self.address) => Err(LinkFailure::Moved),
                 _ = ping.tick() => {
                     if awaits_pong {
                         Err(LinkFailure::Silent(self.context.ping_interval))
@@ -210,7 +282,7 @@ impl Dialler {
     ) -> Result<(), LinkFailure> {
         let count = batch.len() as u64;
         for packet in batch.drain(..) {
-            connection.push_packet(&self.node.identity, &packet);
+            connection.push_packet(&self.peer, &packet);
         }
         let result = connection.flush().await;
         match result {
@@ -229,13 +301,20 @@ impl Dialler {
     }
 }
 
-/// Connects to `node`, makes sure that it is that node, and exchanges hellos.
+/// What waits for a neighbour that is none any more is lost, but counted.
+impl Drop for Dialler {
+    fn drop(&mut self) {
+        self.drop_queued();
+    }
+}
+
+/// Connects to a node, makes sure that it is the one that `tls` expects, and exchanges hellos.
 pub(super) async fn dial(
     context: &LinkContext,
-    node: &Node,
+    address: SocketAddr,
     tls: Arc<ClientConfig>,
 ) -> Result<Dialled, LinkFailure> {
-    let stream = TcpStream::connect(node.link_address).await.map_err(LinkFailure::Connect)?;
+    let stream = TcpStream::connect(address).await.map_err(LinkFailure::Connect)?;
     shake_hands(context, stream, tls).await
 }
 

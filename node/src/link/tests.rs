@@ -36,7 +36,7 @@ fn start_listener(
 async fn dial_from(net: &TestNet, from: usize, to: usize) -> Result<Dialled, LinkFailure> {
     let (context, _) = net.context(from);
     let tls = tls::node_client_config(&net.keys[from], net.identity(to)).unwrap();
-    soon(dial(&context, &net.topology.nodes()[to], tls)).await
+    soon(dial(&context, net.address(to), tls)).await
 }
 
 async fn is_closed(connection: &mut Dialled) -> bool {
@@ -67,7 +67,7 @@ async fn a_node_with_a_wrong_key_is_refused_and_both_keys_are_named() {
     // Somebody else answers where the mix should be.
     let impostor = net.keys[2].clone();
     let (sender, _packets) = mpsc::channel(1);
-    let context = LinkContext::new(impostor, net.topology.clone(), Arc::default());
+    let context = LinkContext::new(impostor, net.watch(), Arc::default());
     let _listener = LinkListener::start(context, net.listener(MIX), sender).unwrap();
     let error = dial_from(&net, ENTRY, MIX).await.err().unwrap();
     let (expected, actual) = (net.identity(MIX), net.identity(2));
@@ -270,15 +270,18 @@ async fn a_link_comes_back_with_its_node() {
     }
 }
 
+type Accepted = Connection<tokio_rustls::server::TlsStream<TcpStream>>;
+
 /// The listening side of a link, done by hand.
-async fn accept_by_hand(
-    net: &TestNet,
-    socket: &TcpListener,
-) -> Connection<tokio_rustls::server::TlsStream<TcpStream>> {
-    let tls = tls::node_server_config(&net.keys[MIX], |_| true).unwrap();
+async fn accept_by_hand(net: &TestNet, socket: &TcpListener) -> Accepted {
+    accept_as(net, MIX, socket).await
+}
+
+async fn accept_as(net: &TestNet, number: usize, socket: &TcpListener) -> Accepted {
+    let tls = tls::node_server_config(&net.keys[number], |_| true).unwrap();
     let (stream, _) = soon(socket.accept()).await.unwrap();
     let stream = soon(TlsAcceptor::from(tls).accept(stream)).await.unwrap();
-    let (context, _) = net.context(MIX);
+    let (context, _) = net.context(number);
     let opened = Connection::open(stream, |stream| stream.get_ref().1, &context);
     soon(opened).await.unwrap().0
 }
@@ -333,4 +336,121 @@ async fn next_hops_are_told_apart() {
     }
     assert_eq!(hops.resolve(&[0; 32]), Err(DropReason::UnknownNextHop));
     assert_eq!(hops.reachable().collect::<Vec<_>>(), [&net.identity(3)]);
+}
+
+async fn takes(connection: &mut Accepted, fill: u8) -> bool {
+    loop {
+        match soon(connection.next()).await {
+            Ok(Incoming::Packet(taken)) => return taken == packet(fill),
+            Ok(Incoming::Pad) => connection.push_pad(),
+            Ok(Incoming::Control(_)) | Err(_) => return false,
+        }
+    }
+}
+
+/// The last mix sends to two gateways; one of them moves.
+#[tokio::test]
+async fn a_neighbour_that_moves_is_dialled_where_it_is_and_the_others_notice_nothing() {
+    let mut net = TestNet::new().await;
+    let [staying, moving] = [ENTRY, EXIT].map(|number| net.listener(number));
+    let (context, counters) = net.context(3);
+    let pool = LinkPool::start(context).unwrap();
+    let mut stays = accept_as(&net, ENTRY, &staying).await;
+    let mut before = accept_as(&net, EXIT, &moving).await;
+    for (number, connection) in [(ENTRY, &mut stays), (EXIT, &mut before)] {
+        pool.send(&net.identity(number), packet(1));
+        assert!(takes(connection, 1).await);
+    }
+
+    let elsewhere = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut nodes = net.topology.nodes().to_vec();
+    nodes[EXIT].link_address = elsewhere.local_addr().unwrap();
+    pool.set_topology(&net.of(nodes)).unwrap();
+    pool.set_topology(&net.topology).unwrap();
+    let mut nodes = net.topology.nodes().to_vec();
+    nodes[EXIT].link_address = elsewhere.local_addr().unwrap();
+    pool.set_topology(&net.of(nodes)).unwrap();
+    // What is sent meanwhile waits.
+    pool.send(&net.identity(EXIT), packet(2));
+    let mut after = accept_as(&net, EXIT, &elsewhere).await;
+    assert!(takes(&mut after, 2).await);
+    assert!(soon(before.next()).await.is_err(), "the old link is closed");
+    pool.send(&net.identity(ENTRY), packet(2));
+    assert!(takes(&mut stays, 2).await, "on the link that was there");
+    assert_eq!(counters.snapshot().dropped_total(), 0);
+}
+
+/// A neighbour that is away is not waited for when it has another address.
+#[tokio::test]
+async fn a_new_address_ends_the_waiting() {
+    let mut net = TestNet::new().await;
+    drop(net.listener(MIX));
+    let (context, counters) = net.context(ENTRY);
+    let pool = LinkPool::start(context).unwrap();
+    pool.send(&net.identity(MIX), packet(1));
+    until_dropped(&counters, DropReason::LinkDown, 1).await;
+    let elsewhere = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut nodes = net.topology.nodes().to_vec();
+    nodes[MIX].link_address = elsewhere.local_addr().unwrap();
+    pool.set_topology(&net.of(nodes)).unwrap();
+    accept_by_hand(&net, &elsewhere).await;
+}
+
+#[tokio::test]
+async fn neighbours_come_and_go() {
+    let mut net = TestNet::new().await;
+    let [staying, leaving] = [ENTRY, EXIT].map(|number| net.listener(number));
+    let (context, counters) = net.context(3);
+    let pool = LinkPool::start(context).unwrap();
+    let mut stays = accept_as(&net, ENTRY, &staying).await;
+    let mut leaves = accept_as(&net, EXIT, &leaving).await;
+    let exit = net.identity(EXIT);
+    pool.set_topology(&net.without(EXIT)).unwrap();
+    assert!(soon(leaves.next()).await.is_err());
+    pool.send(&exit, packet(1));
+    assert_eq!(counters.snapshot().dropped(DropReason::UnknownNextHop), 1);
+    pool.set_topology(&net.topology).unwrap();
+    let mut back = accept_as(&net, EXIT, &leaving).await;
+    pool.send(&exit, packet(2));
+    assert!(takes(&mut back, 2).await);
+    // A node that is in no document itself has no neighbours.
+    pool.set_topology(&net.without(3)).unwrap();
+    for connection in [&mut stays, &mut back] {
+        assert!(soon(connection.next()).await.is_err());
+    }
+}
+
+#[tokio::test]
+async fn what_waits_for_a_neighbour_that_goes_is_counted() {
+    let net = TestNet::new().await;
+    let (context, counters) = net.context(ENTRY);
+    // The listener of the mix accepts TCP by its backlog, but never answers.
+    let pool = LinkPool::start(context).unwrap();
+    for _ in 0..5 {
+        pool.send(&net.identity(MIX), packet(1));
+    }
+    pool.set_topology(&net.without(MIX)).unwrap();
+    until_dropped(&counters, DropReason::LinkDown, 5).await;
+}
+
+#[tokio::test]
+async fn links_of_nodes_that_may_not_send_here_any_more_are_closed() {
+    let mut net = TestNet::new().await;
+    let (documents, topology) = tokio::sync::watch::channel(net.topology.clone());
+    let context = LinkContext::new(net.keys[MIX].clone(), topology, Arc::default());
+    let (sender, mut packets) = mpsc::channel(8);
+    let _listener = LinkListener::start(context, net.listener(MIX), sender).unwrap();
+    let mut stays = dial_from(&net, EXIT, MIX).await.unwrap();
+    let mut leaves = dial_from(&net, ENTRY, MIX).await.unwrap();
+    documents.send_replace(net.without(ENTRY));
+    assert!(is_closed(&mut leaves).await);
+    assert!(dial_from(&net, ENTRY, MIX).await.is_err());
+    stays.push_packet(&net.identity(MIX), &packet(1));
+    stays.flush().await.unwrap();
+    assert_eq!(soon(packets.recv()).await.unwrap(), packet(1));
+    documents.send_replace(net.topology.clone());
+    // The sender is gone: it stays as it is.
+    drop(documents);
+    let back = async { while dial_from(&net, ENTRY, MIX).await.is_err() {} };
+    soon(back).await;
 }

@@ -22,6 +22,7 @@ pub const MAX_HELD_BYTES: usize = 160 * 1024 * 1024;
 /// it returns `None`, then ask for the timeout again.
 #[derive(Debug)]
 pub struct MixCore {
+    me: Identity,
     next_hops: NextHops,
     max_delay: Duration,
     max_held_packets: usize,
@@ -34,12 +35,20 @@ impl MixCore {
     /// The core of mix `me`, which holds at most `max_held_bytes` of packets.
     pub fn new(topology: &Topology, me: &Identity, max_held_bytes: usize) -> Self {
         Self {
+            me: *me,
             next_hops: NextHops::new(topology, me),
             max_delay: topology.parameters.max_delay,
             max_held_packets: max_held_bytes / topology.packet_bytes(),
             held: BTreeMap::new(),
             handled: 0,
         }
+    }
+
+    /// Goes on with another topology, whose packets have the same size. Packets that are held leave
+    /// when they would have, to the node that they were for.
+    pub fn set_topology(&mut self, topology: &Topology) {
+        self.next_hops = NextHops::new(topology, &self.me);
+        self.max_delay = topology.parameters.max_delay;
     }
 
     /// Takes a packet and holds it for as long as its sender chose, but not longer than the
@@ -191,6 +200,30 @@ mod tests {
         let peeled = forward([1; 32], MILLISECOND, 1);
         assert_eq!(core.handle_peeled(now, peeled), Err(DropReason::UnknownNextHop));
         assert_eq!((core.held(), core.poll_timeout()), (0, None));
+    }
+
+    #[tokio::test]
+    async fn another_topology_counts_from_the_next_packet_on() {
+        let net = TestNet::new().await;
+        let mut core = MixCore::new(&net.topology, &net.identity(1), MAX_HELD_BYTES);
+        let now = Instant::now();
+        let to = |number: usize, delay| forward(*net.identity(number).as_bytes(), delay, 1);
+        core.handle_peeled(now, to(2, MAX_DELAY)).unwrap();
+        // From layer 1 to layer 2, with half of the longest delay.
+        let mut other = net.swapped(1, 2).as_ref().clone();
+        other.parameters.max_delay = MAX_DELAY / 2;
+        core.set_topology(&other);
+        assert_eq!(core.handle_peeled(now, to(2, MAX_DELAY)), Err(DropReason::WrongLayer));
+        core.handle_peeled(now, to(3, MAX_DELAY)).unwrap();
+        let half = now + MAX_DELAY / 2;
+        assert_eq!(core.poll_transmit(half).map(|(to, _)| to), Some(net.identity(3)));
+        assert_eq!(core.poll_transmit(half), None);
+        assert_eq!(core.poll_transmit(now + MAX_DELAY).map(|(to, _)| to), Some(net.identity(2)));
+        // Nowhere, and back.
+        core.set_topology(&net.without(1));
+        assert_eq!(core.handle_peeled(now, to(2, MAX_DELAY)), Err(DropReason::WrongLayer));
+        core.set_topology(&net.topology);
+        core.handle_peeled(now, to(2, MAX_DELAY)).unwrap();
     }
 
     /// Random packets and clock steps against a sorted list; no deadline survives its handling.

@@ -10,20 +10,27 @@ mod core;
 mod tests;
 
 use std::num::NonZero;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use mixsocks_common::keys::IdentityKey;
+use mixsocks_common::keys::{Identity, IdentityKey};
+use mixsocks_common::link::LinkError;
 use mixsocks_common::topology::Topology;
-use mixsocks_sphinx::{Packet, Peeled, SecretKey};
+use mixsocks_sphinx::{Packet, Peeled};
 use tokio::net::TcpListener;
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::JoinSet;
+use tracing::warn;
 
 pub use self::core::{MAX_HELD_BYTES, MixCore};
+use crate::clock::Clock;
 use crate::counters::Counters;
-use crate::link::{LinkContext, LinkFailure, LinkListener, LinkPool};
+use crate::keys::SphinxKeys;
+use crate::link::{LinkContext, LinkFailure, LinkListener, LinkPool, changed};
 use crate::peel::{MAX_REPLAY_TAGS, Peeler};
+use crate::replay_log::ReplayLogError;
+use crate::upkeep::{Kind, Standing, Upkeep, sync_tags};
 
 /// Packets between the links and the workers: what a core peels in some 100 ms. More would only
 /// delay what the sender's clock has already judged lost. Of the largest packets they take 34 MB.
@@ -38,17 +45,41 @@ const PEELED_QUEUE_BATCHES: usize = 64;
 pub struct MixConfig {
     /// Who it is.
     pub identity: Arc<IdentityKey>,
-    /// The key of its layer of packets.
-    pub sphinx_key: SecretKey,
-    /// The network.
-    pub topology: Arc<Topology>,
+    /// The keys of its layer of packets.
+    pub keys: Arc<SphinxKeys>,
+    /// The network as it is at any time; a sender that is gone means that it does not change.
+    pub topology: watch::Receiver<Arc<Topology>>,
     /// Where it takes links, already bound.
     pub listener: TcpListener,
+    /// Where it keeps its replay tags; the directory must exist.
+    pub data_dir: PathBuf,
+}
+
+/// Why a mix does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum MixError {
+    /// The topology says that this identity is a gateway.
+    #[error("the topology has {0} as a gateway, not as a mix: is this the right identity?")]
+    NotAMix(Identity),
+    /// The replay tags cannot be read or stored.
+    #[error(transparent)]
+    ReplayLog(#[from] ReplayLogError),
+    /// The links to other nodes cannot be set up.
+    #[error("links cannot be set up: {0}")]
+    Link(#[from] LinkFailure),
+}
+
+impl From<LinkError> for MixError {
+    fn from(error: LinkError) -> Self {
+        Self::Link(error.into())
+    }
 }
 
 /// A running mix; dropping it stops it.
 #[derive(Debug)]
 pub struct Mix {
+    keys: Arc<SphinxKeys>,
+    peeler: Arc<Peeler>,
     counters: Arc<Counters>,
     listener: LinkListener,
     tasks: JoinSet<()>,
@@ -56,21 +87,30 @@ pub struct Mix {
 }
 
 impl Mix {
-    /// Starts a mix.
+    /// Starts a mix, also one that the topology does not have yet. Blocks on the disk for as long
+    /// as reading its replay tags takes.
     ///
     /// # Errors
-    /// [`LinkFailure`] when the TLS library refuses the identity key or the listener has no
-    /// address.
+    /// [`MixError`].
     ///
     /// # Panics
     /// Outside of a Tokio runtime.
-    pub fn start(config: MixConfig) -> Result<Self, LinkFailure> {
-        let MixConfig { identity, sphinx_key, topology, listener } = config;
+    pub fn start(config: MixConfig) -> Result<Self, MixError> {
+        Self::start_at(config, Clock::System)
+    }
+
+    pub(crate) fn start_at(config: MixConfig, clock: Clock) -> Result<Self, MixError> {
+        let MixConfig { identity, keys, topology: mut documents, listener, data_dir } = config;
+        let me = identity.identity();
+        let topology = documents.borrow_and_update().clone();
+        let standing =
+            Standing::new(me, Kind::Mix, &topology).map_err(|_| MixError::NotAMix(me))?;
         let counters = Arc::new(Counters::default());
-        let core = MixCore::new(&topology, &identity.identity(), MAX_HELD_BYTES);
-        let peeler = Peeler::new(sphinx_key, MAX_REPLAY_TAGS, counters.clone(), &mut rand::rng());
+        let core = MixCore::new(&topology, &me, MAX_HELD_BYTES);
+        let peeler = Peeler::open(keys.clone(), data_dir, MAX_REPLAY_TAGS, counters.clone())?;
         let peeler = Arc::new(peeler);
-        let context = LinkContext::new(identity, topology, counters.clone());
+        let (in_use, used_topology) = watch::channel(topology.clone());
+        let context = LinkContext::new(identity, used_topology.clone(), counters.clone());
         let pool = Arc::new(LinkPool::start(context.clone())?);
         let (inbound, packets) = mpsc::channel(INBOUND_QUEUE_PACKETS);
         let (batches, peeled) = mpsc::channel(PEELED_QUEUE_BATCHES);
@@ -79,15 +119,43 @@ impl Mix {
         let packets = Arc::new(Mutex::new(packets));
         let workers = std::thread::available_parallelism().map_or(1, NonZero::get);
         for _ in 0..workers {
-            tasks.spawn(peel(packets.clone(), peeler.clone(), batches.clone()));
+            tasks.spawn(peel(packets.clone(), peeler.clone(), clock.clone(), batches.clone()));
         }
-        tasks.spawn(hold(core, peeled, pool.clone(), counters.clone()));
-        Ok(Self { counters, listener, tasks, pool })
+        tasks.spawn(hold(core, peeled, used_topology, pool.clone(), counters.clone()));
+        tasks.spawn(sync_tags(peeler.clone()));
+        let links = pool.clone();
+        let use_topology = move |topology: &Arc<Topology>| {
+            if let Err(error) = links.set_topology(topology) {
+                warn!(%me, "not all links of the new topology can be set up: {error}");
+            }
+            in_use.send_replace(topology.clone());
+        };
+        let upkeep = Upkeep {
+            standing,
+            topology,
+            documents,
+            keys: keys.clone(),
+            peeler: peeler.clone(),
+            clock,
+            use_topology,
+        };
+        tasks.spawn(upkeep.run());
+        Ok(Self { keys, peeler, counters, listener, tasks, pool })
     }
 
     /// What it has counted since its start.
     pub fn counters(&self) -> &Arc<Counters> {
         &self.counters
+    }
+
+    /// The key epoch whose Sphinx key is the present one.
+    pub fn key_epoch(&self) -> u64 {
+        self.keys.key_epoch()
+    }
+
+    /// Replay tags in its memory; there may be up to [`MAX_REPLAY_TAGS`] for each key.
+    pub fn replay_tags(&self) -> usize {
+        self.peeler.replay_tags()
     }
 
     /// Stops it, and returns when its links are closed. Packets that it holds are lost; their
@@ -105,6 +173,7 @@ impl Mix {
 async fn peel(
     packets: Arc<Mutex<mpsc::Receiver<Packet>>>,
     peeler: Arc<Peeler>,
+    clock: Clock,
     batches: mpsc::Sender<Vec<Peeled>>,
 ) {
     loop {
@@ -113,7 +182,7 @@ async fn peel(
         if count == 0 {
             return;
         }
-        let peeled = peeler.peel(batch);
+        let peeled = peeler.peel(clock.now(), batch);
         if !peeled.is_empty() && batches.send(peeled).await.is_err() {
             return;
         }
@@ -125,6 +194,7 @@ async fn peel(
 async fn hold(
     mut core: MixCore,
     mut batches: mpsc::Receiver<Vec<Peeled>>,
+    mut topology: watch::Receiver<Arc<Topology>>,
     pool: Arc<LinkPool>,
     counters: Arc<Counters>,
 ) {
@@ -136,6 +206,10 @@ async fn hold(
                 None => return,
             },
             () = sleep_until(timeout) => Vec::new(),
+            () = changed(&mut topology) => {
+                core.set_topology(&topology.borrow_and_update());
+                continue;
+            }
         };
         let now = tokio::time::Instant::now().into_std();
         for peeled in batch {

@@ -13,9 +13,10 @@ const ROUTE: [usize; 4] = [1, 2, 3, EXIT];
 fn start(net: &mut TestNet, number: usize) -> Mix {
     Mix::start(MixConfig {
         identity: net.keys[number].clone(),
-        sphinx_key: net.sphinx_key(number),
-        topology: net.topology.clone(),
+        keys: net.sphinx_keys[number].clone(),
+        topology: net.watch(),
         listener: net.listener(number),
+        data_dir: net.data_dir(number),
     })
     .unwrap()
 }
@@ -41,11 +42,14 @@ async fn three_mixes_carry_a_thousand_packets_each_once() {
     for packet in net.packets(&ROUTE, &delays) {
         entry.send(&net.identity(1), packet);
     }
-    let peeler = Peeler::new(net.sphinx_key(EXIT), PACKETS, Arc::default(), &mut rand::rng());
+    let (keys, data_dir) = (net.sphinx_keys[EXIT].clone(), net.data_dir(EXIT));
+    let peeler = Peeler::open(keys, data_dir, PACKETS, Arc::default()).unwrap();
     let mut numbers = Vec::new();
     for _ in 0..PACKETS {
         let packet = soon(arrived.recv()).await.unwrap();
-        let Some(Peeled::Final { payload, .. }) = peeler.peel(vec![packet]).pop() else {
+        let Some(Peeled::Final { payload, .. }) =
+            peeler.peel(Clock::System.now(), vec![packet]).pop()
+        else {
             panic!("a packet that the exit cannot open");
         };
         let text = payload.into_plaintext().unwrap();
@@ -55,6 +59,7 @@ async fn three_mixes_carry_a_thousand_packets_each_once() {
     numbers.sort_unstable();
     assert!(numbers.into_iter().eq(0..PACKETS), "each once");
     for mix in mixes {
+        assert_eq!((mix.replay_tags(), mix.key_epoch()), (PACKETS, 0));
         let counts = mix.counters().clone();
         soon(mix.shutdown()).await;
         let counts = counts.snapshot();
