@@ -1,5 +1,7 @@
 //! The command line: every option, also as a `MIXSOCKS_…` variable, parsed once into what it means.
 
+mod roles;
+
 use std::ffi::OsString;
 use std::fmt;
 use std::net::SocketAddr;
@@ -14,7 +16,12 @@ use clap::{ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, 
 use mixsocks_client::socks;
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::Identity;
+use mixsocks_directory::Url;
 
+pub(crate) use self::roles::{
+    Allowed, DirectoryArgs, DirectoryCommand, DirectoryInitArgs, ExitArgs, InviteArgs, MemberArgs,
+    NodeArgs, NodeCommand, PeerChoice, ProviderArgs, ProviderCommand, kind_word, parse_kind,
+};
 use crate::config::{self, ConfigFile};
 
 /// Mixes hold no packet longer than this, so a mean beyond it would be a promise that is not kept.
@@ -55,6 +62,15 @@ pub(crate) enum CliError {
     Config(anyhow::Error),
 }
 
+impl From<CliError> for anyhow::Error {
+    fn from(error: CliError) -> Self {
+        match error {
+            CliError::Words(error) => error.into(),
+            CliError::Config(error) => error,
+        }
+    }
+}
+
 impl From<clap::Error> for CliError {
     fn from(error: clap::Error) -> Self {
         Self::Words(error)
@@ -71,10 +87,16 @@ struct Matched<'a> {
 }
 
 /// Commands with settings, and the role whose file each reads.
-const WITH_SETTINGS: [(&str, &[&str]); 5] = [
+const WITH_SETTINGS: [(&str, &[&str]); 11] = [
     ("up", &["up"]),
     ("client", &["client", "run"]),
     ("client", &["client", "init"]),
+    ("directory", &["directory", "run"]),
+    ("directory", &["directory", "init"]),
+    ("node", &["node", "run"]),
+    ("node", &["node", "init"]),
+    ("provider", &["provider", "run"]),
+    ("provider", &["provider", "init"]),
     ("client", &["providers"]),
     ("client", &["network", "status"]),
 ];
@@ -158,7 +180,10 @@ fn with_file(root: clap::Command, words: &[OsString]) -> anyhow::Result<clap::Co
 pub(crate) fn check_config(path: &Path) -> anyhow::Result<()> {
     let role = config::role_of(path)?;
     let Some(options) = options(&Cli::command(), &role) else {
-        anyhow::bail!("{}: there is no role {role:?}; there are up, client", path.display());
+        anyhow::bail!(
+            "{}: there is no role {role:?}; there are up, client, directory, node and provider",
+            path.display()
+        );
     };
     ConfigFile::read(path, &role, &options).map(drop)
 }
@@ -188,9 +213,18 @@ fn stronger<'a>(
 pub(crate) enum Command {
     /// Start a whole network on this machine (mixes, gateways, provider, client) and a proxy to it.
     Up(UpArgs),
-    /// A proxy to a network that a signed topology file describes.
+    /// A proxy to a network of many machines.
     #[command(subcommand)]
     Client(ClientCommand),
+    /// An authority of a network: it admits members and signs documents.
+    #[command(subcommand)]
+    Directory(DirectoryCommand),
+    /// A mix or gateway of a network.
+    #[command(subcommand)]
+    Node(NodeCommand),
+    /// A provider: it connects to the internet for others.
+    #[command(subcommand)]
+    Provider(ProviderCommand),
     /// List the providers that a network advertises.
     Providers(ShowArgs),
     /// Look at a network.
@@ -249,7 +283,14 @@ pub(crate) struct ShowArgs {
 /// Which network.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct NetworkArgs {
-    /// The network's signed topology file.
+    /// Where the network's signed topology is fetched: an authority or a mirror; may be given several
+    /// times.
+    #[arg(
+        long, value_name = "URL", env = "MIXSOCKS_DIRECTORY", action = ArgAction::Append,
+        value_delimiter = ','
+    )]
+    pub(crate) directory: Vec<Url>,
+    /// The network's signed topology file, for networks without a directory.
     #[arg(long, value_name = "FILE", env = "MIXSOCKS_TOPOLOGY")]
     pub(crate) topology: Option<PathBuf>,
     /// Key of an authority that signs the topology, in base58; may be given several times.
@@ -331,16 +372,8 @@ pub(crate) struct UpArgs {
     /// data directory of the platform).
     #[arg(long, value_name = "DIR", env = "MIXSOCKS_DATA_DIR")]
     pub(crate) data_dir: Option<PathBuf>,
-    /// Let the provider connect to private and loopback addresses too, but for other addresses of this
-    /// machine (for tests).
-    #[arg(
-        long, env = "MIXSOCKS_ALLOW_PRIVATE", action = ArgAction::SetTrue,
-        value_parser = BoolishValueParser::new()
-    )]
-    pub(crate) allow_private: bool,
-    /// Name server that the provider asks, instead of those of this machine.
-    #[arg(long, value_name = "ADDR:PORT", env = "MIXSOCKS_DNS", value_parser = parse_socket_address)]
-    pub(crate) dns: Option<SocketAddr>,
+    #[command(flatten)]
+    pub(crate) exit: ExitArgs,
 }
 
 /// Options of `mixsocks client`.

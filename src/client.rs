@@ -1,18 +1,20 @@
-//! `mixsocks client`: a proxy to the network of a signed topology file.
+//! `mixsocks client`: a proxy to a network of many machines.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use mixsocks_client::Client;
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::Identity;
-use mixsocks_common::topology::{self, Authorities, Topology};
+use mixsocks_common::topology::{self, Topology};
+use mixsocks_directory::Following;
 use rand::seq::IteratorRandom;
+use tokio::sync::watch;
 
-use crate::cli::{ClientArgs, NetworkArgs, ProviderChoice};
+use crate::cli::{ClientArgs, ProviderChoice};
 use crate::config;
 use crate::data_dir::DataDir;
+use crate::membership::{self, Source};
 use crate::nearest::nearest;
 use crate::proxy::{self, Way};
 use crate::signals::Signals;
@@ -27,7 +29,7 @@ pub(crate) async fn run(args: ClientArgs, quiet: bool) -> Result<()> {
     let mut signals = Signals::new()?;
     let listener = proxy::bind(&args.listen)?;
     let address = listener.local_addr()?;
-    let (client, provider) = tokio::select! {
+    let Started { client, provider, _following } = tokio::select! {
         started = Box::pin(start(&args)) => started?,
         () = signals.next() => return Ok(()),
     };
@@ -52,6 +54,13 @@ pub(crate) async fn run(args: ClientArgs, quiet: bool) -> Result<()> {
     Ok(())
 }
 
+/// A client that runs, and what keeps its topology up to date.
+struct Started {
+    client: Client,
+    provider: Address,
+    _following: Option<Following>,
+}
+
 /// Writes the configuration file and the keys.
 pub(crate) fn init(args: &ClientArgs, config: &str) -> Result<()> {
     let dir = DataDir::open_for("client", args.data_dir.as_deref())?;
@@ -68,33 +77,35 @@ pub(crate) fn init(args: &ClientArgs, config: &str) -> Result<()> {
     Ok(())
 }
 
-async fn start(args: &ClientArgs) -> Result<(Client, Address)> {
-    let (path, authorities) = source(&args.network)?;
-    let file = topology_file::read(path, &authorities)?;
-    let provider = choose_provider(&file.topology, &args.provider)?;
-    let dir = DataDir::open_for("client", args.data_dir.as_deref())?;
-    dir.require_space()?;
-    topology_file::accept(&dir, path, &file, &authorities)?;
-    let topology = Arc::new(file.topology);
-    let gateway = gateway(&dir, &topology, &provider.gateway)?;
-    let way = Way { topology, gateway, provider };
-    Ok((proxy::connect(&dir, way).await?, provider))
+async fn start(args: &ClientArgs) -> Result<Started> {
+    let (source, authorities) = membership::source(&args.network)?;
+    let (dir, topology, following) = match source {
+        Source::File(path) => {
+            let file = topology_file::read(path, &authorities)?;
+            // What the user has chosen wrongly is told before anything is stored.
+            choose_provider(&file.topology, &args.provider)?;
+            let dir = open(args)?;
+            topology_file::accept(&dir, path, &file, &authorities)?;
+            (dir, watch::channel(Arc::new(file.topology)).1, None)
+        }
+        Source::Directory(urls) => {
+            let dir = open(args)?;
+            let (topology, following) = membership::documents(&dir, urls, &authorities).await?;
+            (dir, topology, Some(following))
+        }
+    };
+    let newest = topology.borrow().clone();
+    let provider = choose_provider(&newest, &args.provider)?;
+    let gateway = gateway(&dir, &newest, &provider.gateway)?;
+    let way = Way { topology: newest, gateway, provider };
+    let client = proxy::connect(&dir, way).await?;
+    Ok(Started { client, provider, _following: following })
 }
 
-/// Where the topology is, and who must have signed it.
-pub(crate) fn source(network: &NetworkArgs) -> Result<(&Path, Authorities)> {
-    let path = network.topology.as_deref().context(
-        "no topology is given: name the file that the network's operators publish with --topology",
-    )?;
-    let keys = &network.authority;
-    if keys.is_empty() {
-        bail!(
-            "no authority is given: give the keys that the network's operators publish with \
-             --authority"
-        );
-    }
-    let threshold = network.signatures.unwrap_or(keys.len() / 2 + 1);
-    Ok((path, Authorities::new(keys.iter().copied(), threshold)?))
+fn open(args: &ClientArgs) -> Result<Arc<DataDir>> {
+    let dir = Arc::new(DataDir::open_for("client", args.data_dir.as_deref())?);
+    dir.require_space()?;
+    Ok(dir)
 }
 
 /// The first of the choices that the network has; without a choice, the only one that it advertises.

@@ -21,7 +21,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use etcetera::AppStrategy;
-use mixsocks_common::keys::{IdentityKey, KEY_LEN};
+use mixsocks_common::keys::{Identity, IdentityKey, KEY_LEN};
+use mixsocks_directory::Store;
 use mixsocks_sphinx::SecretKey;
 use rand::Rng;
 use zeroize::Zeroizing;
@@ -95,6 +96,16 @@ impl DataDir {
         Ok(IdentityKey::from_bytes(&*self.secret(file)?))
     }
 
+    /// Who has the identity key in a file of a directory that another process may use.
+    pub(crate) fn read_identity(path: &Path) -> Result<Identity> {
+        let text = fs::read(path).map_err(|error| explain(&error, path)).map(Zeroizing::new)?;
+        let mut secret = Zeroizing::new([0; KEY_LEN]);
+        match bs58::decode(text.trim_ascii()).onto(secret.as_mut()) {
+            Ok(KEY_LEN) => Ok(IdentityKey::from_bytes(&secret).identity()),
+            _ => bail!("the key file {} is damaged", path.display()),
+        }
+    }
+
     /// The Sphinx key in `file`; a new one is drawn and stored at the first use.
     pub(crate) fn sphinx_key(&self, file: &str) -> Result<SecretKey> {
         Ok(SecretKey::from_bytes(*self.secret(file)?))
@@ -164,10 +175,30 @@ impl DataDir {
         create_private_dir(folder)?;
         replace(&path, folder, content).map_err(|error| explain(&error, &path))
     }
+
+    /// Whether there is such a file.
+    pub(crate) fn has(&self, file: &str) -> bool {
+        self.path.join(file).exists()
+    }
+}
+
+/// What the parts of a network keep by themselves.
+impl Store for DataDir {
+    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        match fs::read(self.path.join(name)) {
+            Ok(contents) => Ok(Some(contents)),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn write(&self, name: &str, contents: &[u8]) -> io::Result<()> {
+        replace(&self.path.join(name), &self.path, contents)
+    }
 }
 
 /// A temporary file is created with mode 0600 and keeps it when renamed.
-fn replace(path: &Path, folder: &Path, content: &[u8]) -> io::Result<()> {
+pub(crate) fn replace(path: &Path, folder: &Path, content: &[u8]) -> io::Result<()> {
     let mut file = tempfile::NamedTempFile::new_in(folder)?;
     file.write_all(content)?;
     file.as_file().sync_all()?;

@@ -9,11 +9,17 @@ mod cli;
 mod client;
 mod config;
 mod data_dir;
+mod directory;
+mod invitations;
 mod logging;
+mod membership;
 mod nearest;
 mod network;
+mod node;
 mod open_files;
+mod provider;
 mod proxy;
+mod service;
 mod show;
 mod signals;
 mod topology_file;
@@ -60,7 +66,7 @@ fn main() -> ExitCode {
 /// Whether a command was named without anything else, which asks for its help.
 fn is_bare(words: &[String]) -> bool {
     matches!(words, [_])
-        || matches!(words, [_, word] if ["client", "network", "config"].contains(&&**word))
+        || matches!(words, [_, word] if ["client", "directory", "node", "provider", "network", "config"].contains(&&**word))
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
@@ -77,8 +83,15 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Command::Up(args) => Box::pin(up::run(args, quiet)).await,
             Command::Client(ClientCommand::Init(args)) => client::init(&args, &cli.config),
             Command::Client(ClientCommand::Run(args)) => Box::pin(client::run(args, quiet)).await,
-            Command::Providers(args) => show::providers(&args),
-            Command::Network(NetworkCommand::Status(args)) => show::status(&args),
+            Command::Directory(command) => {
+                Box::pin(directory::run(command, &cli.config, quiet)).await
+            }
+            Command::Node(command) => Box::pin(node::run(command, &cli.config, quiet)).await,
+            Command::Provider(command) => {
+                Box::pin(provider::run(command, &cli.config, quiet)).await
+            }
+            Command::Providers(args) => show::providers(&args).await,
+            Command::Network(NetworkCommand::Status(args)) => show::status(&args).await,
             Command::Config(ConfigCommand::Check { file }) => {
                 cli::check_config(&file)?;
                 say(&format!("{} is right", file.display()));

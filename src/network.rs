@@ -133,7 +133,8 @@ impl Network {
     }
 }
 
-fn policy(allow_private: bool) -> &'static str {
+/// What a provider lets through, in words.
+pub(crate) fn policy(allow_private: bool) -> &'static str {
     if allow_private {
         "every address, private and loopback ones too, but not port 25"
     } else {

@@ -3,15 +3,16 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use mixsocks_common::topology::{LAYERS, Node, Provider, Role, Topology, UnixTime};
+use mixsocks_common::topology::{
+    Epochs, LAYERS, Node, Provider, Role, SignedTopology, Topology, UnixTime,
+};
 
 use crate::cli::ShowArgs;
-use crate::client::source;
-use crate::topology_file;
+use crate::{membership, topology_file};
 
 /// Lists the providers.
-pub(crate) fn providers(args: &ShowArgs) -> Result<()> {
-    let topology = read(args)?;
+pub(crate) async fn providers(args: &ShowArgs) -> Result<()> {
+    let topology = membership::look(&args.network).await?.into_topology();
     if topology.providers().is_empty() {
         crate::say("this network advertises no provider");
         return Ok(());
@@ -25,27 +26,24 @@ pub(crate) fn providers(args: &ShowArgs) -> Result<()> {
 }
 
 /// Shows the network.
-pub(crate) fn status(args: &ShowArgs) -> Result<()> {
-    let topology = read(args)?;
-    crate::say(&describe(&topology, topology_file::now()));
+pub(crate) async fn status(args: &ShowArgs) -> Result<()> {
+    let signed = membership::look(&args.network).await?;
+    crate::say(&describe(&signed, topology_file::now()));
     Ok(())
 }
 
-fn read(args: &ShowArgs) -> Result<Topology> {
-    let (path, authorities) = source(&args.network)?;
-    Ok(topology_file::read(path, &authorities)?.topology)
-}
-
-fn describe(topology: &Topology, now: UnixTime) -> String {
+fn describe(signed: &SignedTopology, now: UnixTime) -> String {
+    let topology = signed.topology();
     let left = Duration::from_secs(topology.valid_until.0.saturating_sub(now.0));
     let parameters = &topology.parameters;
     let head = format!(
         "network   {}, epoch {}\n\
-         in force  for another {}\n\
+         in force  for another {}{}\n\
          packets   {} bytes of payload, held {} by each mix on average, {} at most\n",
         topology.network.as_str(),
         topology.epoch,
         humantime::format_duration(left),
+        late(topology, now),
         parameters.payload_bytes,
         humantime::format_duration(parameters.mean_delay),
         humantime::format_duration(parameters.max_delay),
@@ -59,11 +57,29 @@ fn describe(topology: &Topology, now: UnixTime) -> String {
         let gateway = provider.address.gateway.to_string();
         [provider.name.clone(), policy(provider), gateway]
     });
+    nodes.extend(topology.waiting().iter().map(|identity| {
+        ["mix".to_owned(), identity.to_string(), "gets its layer in the next epoch".to_owned()]
+    }));
+    let signers = signed.signers().iter().map(|signer| format!("signed    {signer}\n"));
+    let head = head + &signers.collect::<String>();
     format!(
         "{head}\n{}\n\n{}",
         table(["NODE", "IDENTITY", "ADDRESS"], nodes),
         table(["PROVIDER", "POLICY", "GATEWAY"], providers.collect())
     )
+}
+
+/// What is to be said of a document whose successor is missing.
+fn late(topology: &Topology, now: UnixTime) -> String {
+    let epoch = topology.parameters.epochs.at(now);
+    match epoch.saturating_sub(topology.epoch) {
+        // Networks without a directory merely count documents.
+        _ if topology.parameters.epochs == Epochs::STATIC => String::new(),
+        0 => String::new(),
+        missing => format!(
+            "; it is epoch {epoch}, but the last {missing} had no document, or it has not come yet"
+        ),
+    }
 }
 
 fn policy(provider: &Provider) -> String {

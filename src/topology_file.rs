@@ -27,7 +27,7 @@ pub(crate) fn now() -> UnixTime {
 #[derive(Debug)]
 pub(crate) struct VerifiedFile {
     pub(crate) topology: Topology,
-    bytes: Vec<u8>,
+    pub(crate) bytes: Vec<u8>,
 }
 
 /// Reads a topology file that enough of the authorities must have signed.

@@ -37,8 +37,8 @@ pub(crate) async fn run(args: UpArgs, quiet: bool) -> Result<()> {
 async fn start(dir: &DataDir, args: &UpArgs) -> Result<(Network, Client)> {
     let options = NetworkOptions {
         mean_delay: args.traffic.mean_delay,
-        allow_private: args.allow_private,
-        dns: args.dns,
+        allow_private: args.exit.allow_private,
+        dns: args.exit.dns,
     };
     let network = Network::start(dir, options).await?;
     let way = Way {

@@ -1,6 +1,5 @@
 //! Keeps up with the documents of a network.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use hyper::header::HeaderValue;
@@ -11,7 +10,7 @@ use tokio::task::JoinHandle;
 use tracing::{debug, info, warn};
 
 use crate::clock::{now, sleep_towards};
-use crate::http::{Fetched, Http};
+use crate::http::{Fetched, Http, HttpError};
 use crate::service::Store;
 use crate::url::Url;
 
@@ -60,9 +59,9 @@ impl Follow {
         }))
     }
 
-    /// The path of the stored document below the data directory.
-    pub fn file() -> PathBuf {
-        FILE.into()
+    /// The document that was accepted last, in force or not.
+    pub fn latest(&self) -> Option<&Topology> {
+        self.follower.latest().map(|latest| latest.topology())
     }
 
     /// What went wrong last.
@@ -105,6 +104,8 @@ impl Follow {
         let url = self.config.urls[at].clone();
         let etag = self.known.as_ref().filter(|(place, _)| *place == at).map(|(_, etag)| etag);
         let fetched = self.config.http.get(url.join("/topology"), etag, MAX_DOCUMENT_BYTES).await;
+        let is_early = self.follower.latest().is_none()
+            && matches!(fetched, Err(HttpError::Refused { status: 404, .. }));
         let problem = match fetched {
             Ok(Fetched::NotModified) => {
                 self.follower.handle_failure(now(), &mut rand::rng());
@@ -124,6 +125,8 @@ impl Follow {
         };
         let problem = problem.map(|problem| format!("no new document from {url}: {problem}"));
         match &problem {
+            // A network that is being set up has none for a while.
+            Some(problem) if is_early => debug!("{problem}"),
             Some(problem) if !std::mem::replace(&mut self.told, true) => warn!("{problem}"),
             Some(problem) => debug!("{problem}"),
             None => self.told = false,

@@ -10,7 +10,10 @@ use hyper::{Method, Request, Uri};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use mixsocks_common::topology::MAX_DOCUMENT_BYTES;
 use tokio::time::timeout;
+
+use crate::url::Url;
 
 /// For connecting and one request with its answer: the largest document at 300 kB/s.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
@@ -63,6 +66,17 @@ impl Default for Http {
 }
 
 impl Http {
+    /// The newest document of an authority or mirror, unchecked.
+    ///
+    /// # Errors
+    /// [`HttpError`].
+    pub async fn document(&self, url: &Url) -> Result<Bytes, HttpError> {
+        match self.get(url.join("/topology"), None, MAX_DOCUMENT_BYTES).await? {
+            Fetched::New { body, .. } => Ok(body),
+            Fetched::NotModified => Ok(Bytes::new()),
+        }
+    }
+
     /// Fetches what is at `uri`, of at most `max` bytes, unless it is what `etag` names.
     pub(crate) async fn get(
         &self,

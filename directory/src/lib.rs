@@ -20,5 +20,5 @@ pub use follow::{Follow, FollowConfig, Following};
 pub use http::{Http, HttpError};
 pub use publish::{PublishConfig, Publisher, learn_descriptors, learn_rules};
 pub use server::MAX_LARGE_MESSAGES;
-pub use service::{DirectoryConfig, DirectoryServer, Peer, StartError, Store};
+pub use service::{Asker, DirectoryConfig, DirectoryServer, Peer, StartError, Store};
 pub use url::{BadUrl, Url};

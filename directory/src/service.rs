@@ -13,13 +13,14 @@ use mixsocks_common::directory::{
     MessageError, NewAuthorityError, Output, PublishError, Rules, SignedRules, Upload,
 };
 use mixsocks_common::keys::{Identity, IdentityKey};
+use mixsocks_common::topology::SignedTopology;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 use tracing::{debug, info, warn};
 
-use crate::clock::{now, sleep_towards};
+use crate::clock::{now, sleep_towards, unix_time};
 use crate::http::Http;
 use crate::server::{self, Published};
 use crate::url::Url;
@@ -33,7 +34,10 @@ const SAVE_INTERVAL: Duration = Duration::from_secs(30);
 /// When to try again after the disk has refused.
 const DISK_RETRY: Duration = Duration::from_secs(1);
 
+/// The document that is served: what a mirror copies.
 const DOCUMENT: &str = "topology";
+/// The newest one, while it is not in force yet.
+const NEXT: &str = "topology.next";
 const RECORD: &str = "record";
 const MEMBERS: &str = "members";
 
@@ -102,6 +106,19 @@ pub struct DirectoryServer {
     tasks: JoinSet<()>,
 }
 
+/// Asks a running authority how it is.
+#[derive(Clone)]
+pub struct Asker(mpsc::Sender<Request>);
+
+impl Asker {
+    /// What an operator wants to know; `None` when it has stopped.
+    pub async fn status(&self) -> Option<AuthorityStatus> {
+        let (answer, status) = oneshot::channel();
+        self.0.send(Request::Status { answer }).await.ok()?;
+        status.await.ok()
+    }
+}
+
 pub(crate) enum Request {
     Upload { body: Bytes, answer: oneshot::Sender<Result<Endorsement, Refusal>> },
     Message { body: Bytes, answer: oneshot::Sender<Result<(), Refusal>> },
@@ -143,7 +160,8 @@ impl DirectoryServer {
             return Err(StartError::Peers);
         }
         let address = listener.local_addr()?;
-        let latest = store.read(DOCUMENT)?;
+        let served = store.read(DOCUMENT)?;
+        let next = store.read(NEXT)?;
         let record = store.read(RECORD)?;
         let memory = match &record {
             Some(record) => Memory::Record(record),
@@ -154,14 +172,17 @@ impl DirectoryServer {
             warn!("the record of this authority is lost: it takes no part in the next documents");
         }
         let rules_text = Bytes::from(SignedRules::sign(&rules, &key));
+        let latest = next.as_deref().or(served.as_deref());
         let mut authority =
-            Authority::new(key, rules, admission()?, latest.as_deref(), memory, now())?;
+            Authority::new(key, rules.clone(), admission()?, latest, memory, now())?;
+        let read = |file: Vec<u8>| SignedTopology::read(&file, rules.authorities());
+        let served = served.map(read).transpose().map_err(NewAuthorityError::from)?;
         if let Some(members) = store.read(MEMBERS)?
             && authority.restore_members(&members, now()).is_err()
         {
             warn!("the file {MEMBERS} is damaged and not used: members upload again");
         }
-        let (published, newest) = watch::channel(authority.latest().map(Published::of));
+        let (published, newest) = watch::channel(served.as_ref().map(Published::of));
         let (requests, waiting) = mpsc::channel(REQUESTS);
         let mut tasks = JoinSet::new();
         let http = Http::default();
@@ -180,6 +201,7 @@ impl DirectoryServer {
             invited,
             outboxes,
             published,
+            served,
             unwritten: None,
             members_changed: false,
             told_disk: false,
@@ -202,11 +224,9 @@ impl DirectoryServer {
         let _ = self.requests.send(Request::Reload).await;
     }
 
-    /// What an operator wants to know; `None` when it has stopped.
-    pub async fn status(&self) -> Option<AuthorityStatus> {
-        let (answer, status) = oneshot::channel();
-        self.requests.send(Request::Status { answer }).await.ok()?;
-        status.await.ok()
+    /// Whom to ask how it is.
+    pub fn asker(&self) -> Asker {
+        Asker(self.requests.clone())
     }
 
     /// Stops it. What members have uploaded in the last half minute is uploaded again.
@@ -222,6 +242,8 @@ struct Service {
     invited: Box<dyn Fn(InvitationHash, Identity) -> io::Result<()> + Send>,
     outboxes: BTreeMap<Identity, mpsc::Sender<Bytes>>,
     published: watch::Sender<Option<Published>>,
+    /// The document that is served: the newest one comes in its place when it is in force.
+    served: Option<SignedTopology>,
     /// What the disk has refused so far: the record, or a document.
     unwritten: Option<Unwritten>,
     members_changed: bool,
@@ -230,9 +252,10 @@ struct Service {
     said: Option<String>,
 }
 
+#[derive(Default)]
 struct Unwritten {
     record: Option<Vec<u8>>,
-    document: Option<String>,
+    next: Option<String>,
 }
 
 impl Service {
@@ -241,14 +264,16 @@ impl Service {
         self.authority.handle_timeout(now());
         loop {
             self.settle().await;
-            let due = self.authority.poll_timeout();
+            let mut due = self.authority.poll_timeout().min(self.next_change());
+            if self.unwritten.is_some() {
+                due = now() + DISK_RETRY;
+            }
             tokio::select! {
                 request = requests.recv() => match request {
                     Some(request) => self.handle(request).await,
                     None => return,
                 },
                 () = sleep_towards(due) => self.authority.handle_timeout(now()),
-                () = sleep(DISK_RETRY), if self.unwritten.is_some() => {}
                 () = sleep_until(next_save) => {
                     next_save = Instant::now() + SAVE_INTERVAL;
                     self.save_members().await;
@@ -268,13 +293,23 @@ impl Service {
                 let _ = answer.send(self.message(&body));
             }
             Request::Status { answer } => {
-                let _ = answer.send(self.authority.status(now()));
+                let _ = answer.send(self.status());
             }
             Request::Descriptors { answer } => {
                 let _ = answer.send(self.authority.descriptors());
             }
             Request::Reload => self.reload(),
         }
+    }
+
+    fn status(&self) -> AuthorityStatus {
+        let mut status = self.authority.status(now());
+        // The newest document may be one that is not in force yet.
+        let in_force = self.served.as_ref().filter(|served| served.check_time(unix_time()).is_ok());
+        status.in_force = status
+            .in_force
+            .or(in_force.map(|served| (served.topology().epoch, served.topology().valid_until)));
+        status
     }
 
     async fn upload(&mut self, body: &[u8]) -> Result<Endorsement, Refusal> {
@@ -334,12 +369,12 @@ impl Service {
 
     /// Does what the core wants done. While the disk refuses, nothing leaves that depends on it.
     async fn settle(&mut self) {
-        if let Some(Unwritten { record, document }) = self.unwritten.take() {
+        if let Some(Unwritten { record, next }) = self.unwritten.take() {
             if let Some(record) = record {
                 self.persist(record).await;
             }
-            if let Some(document) = document {
-                self.publish(document).await;
+            if let Some(next) = next {
+                self.keep(next).await;
             }
         }
         while let Some(output) = self.authority.poll_output() {
@@ -351,9 +386,10 @@ impl Service {
                         let _ = outbox.try_send(message);
                     }
                 }
-                Output::Publish(file) => self.publish(file).await,
+                Output::Publish(file) => self.keep(file).await,
             }
         }
+        self.publish().await;
         self.tell_problem();
     }
 
@@ -365,18 +401,48 @@ impl Service {
         }
     }
 
-    async fn publish(&mut self, file: String) {
-        if self.write(DOCUMENT, file.clone().into_bytes()).await {
-            let newest = self.authority.latest();
-            info!("there is a document of epoch {}", newest.map_or(0, |n| n.topology().epoch));
-            self.published.send_replace(newest.map(Published::of));
+    /// Keeps a new document.
+    async fn keep(&mut self, file: String) {
+        if !self.write(NEXT, file.clone().into_bytes()).await {
+            self.unwritten_mut().next = Some(file);
+        }
+    }
+
+    /// When the newest document comes in the place of the one that is served.
+    fn next_change(&self) -> Duration {
+        let Some(newest) = self.newer() else { return Duration::MAX };
+        Duration::from_secs(newest.topology().valid_from.0)
+    }
+
+    /// The newest document, if another one is served.
+    fn newer(&self) -> Option<&SignedTopology> {
+        let served = self.served.as_ref().map(SignedTopology::digest);
+        self.authority.latest().filter(|newest| Some(newest.digest()) != served)
+    }
+
+    /// Serves the newest document once it is in force, or at once if no other one is.
+    async fn publish(&mut self) {
+        let seconds = unix_time();
+        let is_needed =
+            !self.served.as_ref().is_some_and(|served| served.check_time(seconds).is_ok());
+        let Some(newest) =
+            self.newer().filter(|newest| is_needed || newest.topology().valid_from <= seconds)
+        else {
+            return;
+        };
+        let newest = newest.clone();
+        if self.write(DOCUMENT, newest.file().as_bytes().to_vec()).await {
+            info!("the document of epoch {} is served", newest.topology().epoch);
+            self.published.send_replace(Some(Published::of(&newest)));
+            self.served = Some(newest);
         } else {
-            self.unwritten_mut().document = Some(file);
+            // It is tried again with what else the disk refuses.
+            self.unwritten_mut();
         }
     }
 
     fn unwritten_mut(&mut self) -> &mut Unwritten {
-        self.unwritten.get_or_insert(Unwritten { record: None, document: None })
+        self.unwritten.get_or_insert_default()
     }
 
     async fn save_members(&mut self) {

@@ -236,6 +236,24 @@ async fn members_get_into_documents_that_follow_each_other() {
     assert_eq!(*network.used.lock().unwrap(), vec![key(6).identity(); 3]);
 }
 
+/// The next document is made ahead, but who comes now needs the one that is in force.
+#[tokio::test]
+async fn the_document_in_force_is_served_until_the_next_one_is() {
+    let network = Network::new(1, &[0]).await;
+    let _publishers = network.publish_all().await;
+    let http = Http::default();
+    let mut epochs = std::collections::BTreeSet::new();
+    while epochs.len() < 3 {
+        let Ok(file) = http.document(&network.urls[0]).await else { continue };
+        let before = unix_time();
+        let signed =
+            mixsocks_common::topology::SignedTopology::read(&file, &network.authorities).unwrap();
+        assert_eq!(signed.check_time(before), Ok(()));
+        epochs.insert(signed.topology().epoch);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
 #[tokio::test]
 async fn one_authority_of_three_may_be_down() {
     let network = Network::new(3, &[0, 2]).await;
@@ -309,7 +327,7 @@ async fn a_full_disk_stops_an_authority_until_there_is_room() {
     while learn_descriptors(&Http::default(), &network.urls).await.unwrap().len() < 5 {
         tokio::task::yield_now().await;
     }
-    assert_eq!(server.status().await.unwrap().in_force, None);
+    assert_eq!(server.asker().status().await.unwrap().in_force, None);
     network.stores[0].is_full.send_replace(false);
     let (topology, _following) = network.follow(Arc::default()).await;
     assert!(topology.borrow().nodes().len() >= 5);

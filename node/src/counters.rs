@@ -155,6 +155,11 @@ impl Snapshot {
         self.drops[reason as usize]
     }
 
+    /// Packets dropped, by reason.
+    pub fn drops(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        DropReason::ALL.into_iter().map(|reason| (reason.as_str(), self.dropped(reason)))
+    }
+
     /// Packets dropped for any reason.
     pub fn dropped_total(&self) -> u64 {
         self.drops.iter().sum()

@@ -1,0 +1,145 @@
+//! The invitations of an authority on its disk.
+//!
+//! ```text
+//! invitations/<hash of this authority's share, base58>   "mix", or "mix <identity of who has used it>"
+//! invite/<name>                                          a secret that was not handed out yet
+//! ```
+//!
+//! Each is a file of its own, so that a new one can be added while the authority runs.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use mixsocks_common::directory::{
+    INVITATION_LEN, Invitation, InvitationHash, MAX_INVITATIONS, MemberKind,
+};
+use mixsocks_common::keys::Identity;
+use zeroize::Zeroizing;
+
+use crate::cli::{kind_word, parse_kind};
+use crate::data_dir::{self, DataDir};
+
+/// Longest file: a word and a key.
+const MAX_FILE_BYTES: u64 = 256;
+
+/// The folder.
+pub(crate) struct Invitations(PathBuf);
+
+impl Invitations {
+    /// Those of the data directory at `path`.
+    pub(crate) fn new(path: &Path) -> Self {
+        Self(path.join("invitations"))
+    }
+
+    /// Adds one that nobody has used.
+    pub(crate) fn add(&self, hash: &InvitationHash, kind: MemberKind) -> Result<()> {
+        let path = self.file(hash);
+        let write = || {
+            fs::create_dir_all(&self.0)?;
+            if fs::read_dir(&self.0)?.count() >= MAX_INVITATIONS {
+                return Err(io::Error::other(format!(
+                    "there are {MAX_INVITATIONS} invitations already; list members who have used \
+                     one with --allow and delete their files"
+                )));
+            }
+            let mut file = OpenOptions::new().write(true).create_new(true).open(&path)?;
+            writeln!(file, "{}", kind_word(kind))?;
+            file.sync_all()
+        };
+        match write() {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                bail!("this authority has that invitation already")
+            }
+            result => result.map_err(|error| data_dir::explain(&error, &path)),
+        }
+    }
+
+    /// Notes who has used one.
+    pub(crate) fn take(&self, hash: &InvitationHash, who: Identity) -> io::Result<()> {
+        let path = self.file(hash);
+        let kind = fs::read_to_string(&path)?;
+        let kind = kind.split_whitespace().next().unwrap_or_default();
+        data_dir::replace(&path, &self.0, format!("{kind} {who}\n").as_bytes())
+    }
+
+    /// All of them.
+    pub(crate) fn all(&self) -> io::Result<Vec<(InvitationHash, MemberKind, Option<Identity>)>> {
+        let entries = match fs::read_dir(&self.0) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        };
+        let mut all = Vec::new();
+        for entry in entries {
+            let path = entry?.path();
+            let read = read(&path);
+            all.push(read.ok_or_else(|| {
+                io::Error::other(format!("{} is no invitation; delete it", path.display()))
+            })?);
+        }
+        Ok(all)
+    }
+
+    fn file(&self, hash: &InvitationHash) -> PathBuf {
+        self.0.join(bs58::encode(hash.as_bytes()).into_string())
+    }
+
+    /// Puts a secret into a file that is to be handed out.
+    pub(crate) fn write_secret(
+        &self,
+        dir: &DataDir,
+        name: &str,
+        invitation: &Invitation,
+    ) -> Result<PathBuf> {
+        let file = format!("invite/{name}");
+        dir.write(&file, Zeroizing::new(format!("{}\n", to_text(invitation))).as_bytes())?;
+        Ok(dir.path().join(file))
+    }
+}
+
+fn read(path: &Path) -> Option<(InvitationHash, MemberKind, Option<Identity>)> {
+    let mut hash = [0; INVITATION_LEN];
+    let name = path.file_name()?.to_str()?;
+    if bs58::decode(name).onto(&mut hash).ok()? != INVITATION_LEN {
+        return None;
+    }
+    if fs::metadata(path).ok()?.len() > MAX_FILE_BYTES {
+        return None;
+    }
+    let text = fs::read_to_string(path).ok()?;
+    let mut words = text.split_whitespace();
+    let kind = parse_kind(words.next()?).ok()?;
+    let taken_by = match words.next() {
+        Some(word) => Some(word.parse().ok()?),
+        None => None,
+    };
+    Some((InvitationHash::from_bytes(hash), kind, taken_by))
+}
+
+/// An invitation as people copy it.
+pub(crate) fn to_text(invitation: &Invitation) -> String {
+    bs58::encode(invitation.as_bytes()).into_string()
+}
+
+/// Reads an invitation from a file that nobody else may read.
+pub(crate) fn read_secret(path: &Path) -> Result<Invitation> {
+    let explain = |error: io::Error| {
+        anyhow!(
+            "cannot read the invitation {}: {error}; --invitation names the file",
+            path.display()
+        )
+    };
+    let file = fs::File::open(path).map_err(explain)?;
+    data_dir::refuse_readable_by_others(&file, path)?;
+    let mut text = Zeroizing::new(String::new());
+    io::Read::read_to_string(&mut io::Read::take(file, MAX_FILE_BYTES), &mut text)
+        .map_err(explain)?;
+    let mut secret = Zeroizing::new([0; INVITATION_LEN]);
+    match bs58::decode(text.trim()).onto(secret.as_mut()) {
+        Ok(INVITATION_LEN) => Ok(Invitation::from_bytes(*secret)),
+        _ => Err(anyhow!("{} holds no invitation", path.display()))
+            .context("copy it anew from whoever invited you"),
+    }
+}

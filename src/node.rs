@@ -1,0 +1,292 @@
+//! `mixsocks node`: a mix or gateway of a network.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result, bail};
+use mixsocks_common::directory::{Hop, Member, MemberKind, Pace};
+use mixsocks_common::keys::IdentityKey;
+use mixsocks_common::topology::{Topology, UnixTime};
+use mixsocks_directory::{Following, Publisher, unix_time};
+use mixsocks_node::counters::Counters;
+use mixsocks_node::gateway::{Gateway, GatewayConfig};
+use mixsocks_node::keys::SphinxKeys;
+use mixsocks_node::mix::{Mix, MixConfig};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::cli::{Cli, Command, NodeArgs, NodeCommand, kind_word};
+use crate::config;
+use crate::data_dir::DataDir;
+use crate::membership::Membership;
+use crate::open_files;
+use crate::service::{self, Report, Service};
+use crate::signals::{Signals, Wish};
+
+const ROLE: &str = "node";
+const KEY: &str = "identity.key";
+
+/// Does what the command says.
+pub(crate) async fn run(command: NodeCommand, config: &str, quiet: bool) -> Result<()> {
+    match command {
+        NodeCommand::Init(args) => init(&args, config),
+        NodeCommand::Run(args) => serve(args, quiet).await,
+    }
+}
+
+/// Writes the configuration file and the identity.
+fn init(args: &NodeArgs, config: &str) -> Result<()> {
+    let dir = DataDir::open_for(ROLE, args.run.data_dir.as_deref())?;
+    let file = config::write(&dir, args.file.config.as_deref(), config)?;
+    let identity = dir.identity_key(KEY)?.identity();
+    let file = file.display();
+    crate::say(&format!(
+        "settings  {file}\n\
+         identity  {identity}\n\
+         \n\
+         Look through the settings, and start it with: mixsocks node run --config {file}"
+    ));
+    Ok(())
+}
+
+/// Runs until Ctrl-C or SIGTERM.
+async fn serve(args: NodeArgs, quiet: bool) -> Result<()> {
+    open_files::raise_limit();
+    let mut signals = Signals::new()?;
+    let service = Service::start(ROLE, args.run.metrics).await?;
+    let dir = Arc::new(DataDir::open_for(ROLE, args.run.data_dir.as_deref())?);
+    dir.require_space()?;
+    let identity = Arc::new(dir.identity_key(KEY)?);
+    let listeners = Listeners::bind(&args).await?;
+    let addresses = Arc::new(Mutex::new(Addresses::of(&args, &listeners)?));
+    let words = addresses.lock().unwrap_or_else(PoisonError::into_inner).words(args.kind);
+    let line = format!("{}  {} {words}", kind_word(args.kind), identity.identity());
+    service.watch(|| async { Report::sick("there is no document yet") });
+    service.ready();
+    crate::say(&match quiet {
+        true => line,
+        false => format!("{line}\nIt works once a document has it. Ctrl-C stops."),
+    });
+    let start = start(&args, &dir, identity, listeners, addresses.clone());
+    let node = tokio::select! {
+        started = Box::pin(start) => started?,
+        () = signals.next() => return Ok(()),
+    };
+    service.watch(node.source());
+    while signals.wish().await == Wish::Reload {
+        match reread().and_then(|args| Addresses::moved(&args, &node.bound)) {
+            Ok(newest) => {
+                *addresses.lock().unwrap_or_else(PoisonError::into_inner) = newest;
+                tracing::info!("the addresses were read again");
+            }
+            Err(error) => tracing::warn!("the settings are not read again: {error:#}"),
+        }
+    }
+    service.stopping();
+    node.shutdown().await;
+    Ok(())
+}
+
+/// The options as they would be if the node were started now.
+fn reread() -> Result<NodeArgs> {
+    match Cli::from_words(std::env::args_os()) {
+        Ok(Cli { command: Command::Node(NodeCommand::Run(args)), .. }) => Ok(args),
+        Ok(_) => bail!("they are those of another command"),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Where it listens.
+struct Listeners {
+    links: TcpListener,
+    clients: Option<TcpListener>,
+}
+
+impl Listeners {
+    async fn bind(args: &NodeArgs) -> Result<Self> {
+        let links = service::bind(args.listen, "--listen").await?;
+        let clients = match args.kind {
+            MemberKind::Gateway => {
+                Some(service::bind(args.client_listen, "--client-listen").await?)
+            }
+            _ => None,
+        };
+        Ok(Self { links, clients })
+    }
+
+    fn bound(&self) -> Result<Bound> {
+        let clients = self.clients.as_ref().map(TcpListener::local_addr).transpose()?;
+        Ok(Bound { links: self.links.local_addr()?, clients })
+    }
+}
+
+/// The addresses of [`Listeners`].
+#[derive(Clone, Copy)]
+struct Bound {
+    links: SocketAddr,
+    clients: Option<SocketAddr>,
+}
+
+/// Where others reach it.
+#[derive(Clone, Copy)]
+struct Addresses {
+    links: SocketAddr,
+    clients: Option<SocketAddr>,
+}
+
+impl Addresses {
+    fn of(args: &NodeArgs, listeners: &Listeners) -> Result<Self> {
+        Self::moved(args, &listeners.bound()?)
+    }
+
+    fn moved(args: &NodeArgs, bound: &Bound) -> Result<Self> {
+        let links = reachable(args.address, bound.links, "--address")?;
+        let clients = match bound.clients {
+            Some(bound) => Some(reachable(args.client_address, bound, "--client-address")?),
+            None => None,
+        };
+        Ok(Self { links, clients })
+    }
+
+    fn words(&self, kind: MemberKind) -> String {
+        match (kind, self.clients) {
+            (MemberKind::Gateway, Some(clients)) => {
+                format!("{}, for clients {clients}", self.links)
+            }
+            _ => self.links.to_string(),
+        }
+    }
+}
+
+/// The address that was given, or else the one where it listens, if others can reach that.
+fn reachable(given: Option<SocketAddr>, bound: SocketAddr, option: &str) -> Result<SocketAddr> {
+    match given {
+        Some(address) => Ok(address),
+        None if bound.ip().is_unspecified() => bail!(
+            "it listens on all addresses of this machine: say with {option} ADDR:{} which one others \
+             reach",
+            bound.port()
+        ),
+        None => Ok(bound),
+    }
+}
+
+/// A running node with what keeps it up to date.
+struct Running {
+    part: Part,
+    bound: Bound,
+    topology: watch::Receiver<Arc<Topology>>,
+    _following: Following,
+    _publisher: Publisher,
+}
+
+enum Part {
+    Mix(Mix),
+    Gateway(Gateway),
+}
+
+async fn start(
+    args: &NodeArgs,
+    dir: &Arc<DataDir>,
+    identity: Arc<IdentityKey>,
+    listeners: Listeners,
+    addresses: Arc<Mutex<Addresses>>,
+) -> Result<Running> {
+    let bound = listeners.bound()?;
+    let membership = Membership::learn(&args.member, dir, Pace::Node).await?;
+    let epochs = membership.rules().parameters.epochs;
+    let folder = dir.path().to_owned();
+    let keys = Arc::new(SphinxKeys::open(&folder, epochs, unix_time())?);
+    let told = keys.clone();
+    let publisher =
+        membership.publish(identity.clone(), move |now| describe(&told, &addresses, now));
+    let (topology, following) = membership.documents().await;
+    let part = Part::start(identity, keys, topology.clone(), listeners, folder)?;
+    Ok(Running { part, bound, topology, _following: following, _publisher: publisher })
+}
+
+/// What the node says of itself.
+fn describe(keys: &SphinxKeys, addresses: &Mutex<Addresses>, now: UnixTime) -> Member {
+    if let Err(error) = keys.advance(now) {
+        tracing::debug!("the keys of the next epochs cannot be made: {error}");
+    }
+    let Addresses { links, clients } = *addresses.lock().unwrap_or_else(PoisonError::into_inner);
+    let hop = Hop { link_address: links, keys: keys.public_keys() };
+    match clients {
+        Some(client_address) => Member::Gateway { hop, client_address },
+        None => Member::Mix(hop),
+    }
+}
+
+impl Part {
+    fn start(
+        identity: Arc<IdentityKey>,
+        keys: Arc<SphinxKeys>,
+        topology: watch::Receiver<Arc<Topology>>,
+        listeners: Listeners,
+        data_dir: PathBuf,
+    ) -> Result<Self> {
+        let Listeners { links, clients } = listeners;
+        match clients {
+            Some(client_listener) => {
+                let link_listener = links;
+                let config = GatewayConfig {
+                    identity,
+                    keys,
+                    topology,
+                    link_listener,
+                    client_listener,
+                    data_dir,
+                };
+                let gateway = Gateway::start(config).context("the gateway does not start")?;
+                Ok(Self::Gateway(gateway))
+            }
+            None => {
+                let config = MixConfig { identity, keys, topology, listener: links, data_dir };
+                Ok(Self::Mix(Mix::start(config).context("the mix does not start")?))
+            }
+        }
+    }
+
+    fn counters(&self) -> &Arc<Counters> {
+        match self {
+            Self::Mix(mix) => mix.counters(),
+            Self::Gateway(gateway) => gateway.counters(),
+        }
+    }
+}
+
+impl Running {
+    /// What the node has to tell.
+    fn source(&self) -> impl service::Source + use<> {
+        let (counters, topology) = (self.part.counters().clone(), self.topology.clone());
+        move || {
+            let report = report(&counters, &topology.borrow());
+            async move { report }
+        }
+    }
+
+    async fn shutdown(self) {
+        match self.part {
+            Part::Mix(mix) => mix.shutdown().await,
+            Part::Gateway(gateway) => gateway.shutdown().await,
+        }
+    }
+}
+
+fn report(counters: &Counters, topology: &Topology) -> Report {
+    let mut report = match topology.valid_until > unix_time() {
+        true => Report::healthy(),
+        false => Report::sick("the newest document has ended"),
+    };
+    report.gauge("document_epoch", "Epoch of the newest document.", topology.epoch);
+    let until = topology.valid_until.0;
+    report.gauge("document_until_seconds", "Until when it is in force, since 1970.", until);
+    let counts = counters.snapshot();
+    report.counter("packets_in", "Packets from other nodes.", counts.packets_in);
+    report.counter("packets_out", "Packets to other nodes.", counts.packets_out);
+    let help = "Packets dropped, by reason.";
+    report.counters("packets_dropped", help, "reason", counts.drops());
+    report
+}
