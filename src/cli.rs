@@ -20,7 +20,8 @@ use mixsocks_directory::Url;
 
 pub(crate) use self::roles::{
     Allowed, DirectoryArgs, DirectoryCommand, DirectoryInitArgs, ExitArgs, InviteArgs, MemberArgs,
-    NodeArgs, NodeCommand, PeerChoice, ProviderArgs, ProviderCommand, kind_word, parse_kind,
+    NodeArgs, NodeCommand, PeerChoice, ProviderArgs, ProviderCommand, RunArgs, kind_word,
+    parse_kind,
 };
 use crate::config::{self, ConfigFile};
 
@@ -394,10 +395,8 @@ pub(crate) struct ClientArgs {
     pub(crate) listen: ListenArgs,
     #[command(flatten)]
     pub(crate) timing: TimingArgs,
-    /// Where keys and the registration are kept, so that the address stays the same (else in the
-    /// data directory of the platform).
-    #[arg(long, value_name = "DIR", env = "MIXSOCKS_DATA_DIR")]
-    pub(crate) data_dir: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
 }
 
 /// Options of `mixsocks bench`.

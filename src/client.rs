@@ -17,6 +17,7 @@ use crate::data_dir::DataDir;
 use crate::membership::{self, Source};
 use crate::nearest::nearest;
 use crate::proxy::{self, Way};
+use crate::service::Service;
 use crate::signals::Signals;
 use crate::topology_file;
 use crate::up::{proxy_line, weakness};
@@ -27,6 +28,7 @@ const GATEWAY_FILE: &str = "client/gateway";
 /// Runs until Ctrl-C or SIGTERM.
 pub(crate) async fn run(args: ClientArgs, quiet: bool) -> Result<()> {
     let mut signals = Signals::new()?;
+    let service = Service::start("client", args.run.metrics).await?;
     let listener = proxy::bind(&args.listen)?;
     let address = listener.local_addr()?;
     let Started { client, provider, _following } = tokio::select! {
@@ -50,7 +52,9 @@ pub(crate) async fn run(args: ClientArgs, quiet: bool) -> Result<()> {
              Ctrl-C stops."
         ));
     }
+    service.ready();
     proxy::serve(listener, client, &mut signals, std::future::ready(())).await;
+    service.stopping();
     Ok(())
 }
 
@@ -63,7 +67,7 @@ struct Started {
 
 /// Writes the configuration file and the keys.
 pub(crate) fn init(args: &ClientArgs, config: &str) -> Result<()> {
-    let dir = DataDir::open_for("client", args.data_dir.as_deref())?;
+    let dir = DataDir::open_for("client", args.run.data_dir.as_deref())?;
     let file = config::write(&dir, args.file.config.as_deref(), config)?;
     proxy::keys(&dir)?;
     let file = file.display();
@@ -103,7 +107,7 @@ async fn start(args: &ClientArgs) -> Result<Started> {
 }
 
 fn open(args: &ClientArgs) -> Result<Arc<DataDir>> {
-    let dir = Arc::new(DataDir::open_for("client", args.data_dir.as_deref())?);
+    let dir = Arc::new(DataDir::open_for("client", args.run.data_dir.as_deref())?);
     dir.require_space()?;
     Ok(dir)
 }

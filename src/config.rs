@@ -360,7 +360,7 @@ mod tests {
         let file = file("role = \"up\"\nallow_private = true\nmean_delay = \"0\"\n");
         match parse(&["mixsocks", "up"], file.path()).unwrap().command {
             CliCommand::Up(args) => {
-                assert!(args.allow_private);
+                assert!(args.exit.allow_private);
                 assert_eq!(args.traffic.mean_delay, Some(std::time::Duration::ZERO));
             }
             other => panic!("{other:?}"),

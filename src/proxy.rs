@@ -6,12 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use listenfd::ListenFd;
 use mixsocks_client::socks::SocksListener;
 use mixsocks_client::{Client, ClientConfig};
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::topology::Topology;
 use mixsocks_sphinx::SecretKey;
+use tokio::net::TcpListener;
 
 use crate::cli::ListenArgs;
 use crate::data_dir::DataDir;
@@ -27,6 +29,9 @@ const STOP_TIME: Duration = Duration::from_secs(2);
 pub(crate) fn bind(listen: &ListenArgs) -> Result<SocksListener> {
     let address = listen.socks;
     let credentials = listen.socks_user.clone().map(Into::into);
+    if let Some(listener) = handed_over()? {
+        return Ok(SocksListener::new(listener, credentials));
+    }
     let listener = SocksListener::bind(address, credentials).map_err(|error| {
         let other = "choose another with --socks ADDR:PORT";
         match error.kind() {
@@ -49,6 +54,19 @@ pub(crate) fn bind(listen: &ListenArgs) -> Result<SocksListener> {
         tracing::warn!("other machines that reach {address} can use this proxy{open}");
     }
     Ok(listener)
+}
+
+/// The listener that the service manager has opened for this process, if it has
+/// (`mixsocks-client.socket`).
+fn handed_over() -> Result<Option<TcpListener>> {
+    let Some(listener) = ListenFd::from_env().take_tcp_listener(0).context(
+        "the service manager hands over something else than one listener for TCP; correct the unit",
+    )?
+    else {
+        return Ok(None);
+    };
+    listener.set_nonblocking(true)?;
+    Ok(Some(TcpListener::from_std(listener)?))
 }
 
 /// The way of a client through a network.

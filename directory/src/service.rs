@@ -424,7 +424,7 @@ impl Service {
     async fn publish(&mut self) {
         let seconds = unix_time();
         let is_needed =
-            !self.served.as_ref().is_some_and(|served| served.check_time(seconds).is_ok());
+            self.served.as_ref().is_none_or(|served| served.check_time(seconds).is_err());
         let Some(newest) =
             self.newer().filter(|newest| is_needed || newest.topology().valid_from <= seconds)
         else {

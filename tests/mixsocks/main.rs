@@ -8,7 +8,9 @@
 
 mod bad_input;
 mod browser;
+mod lab;
 mod life;
+mod operators;
 mod outcomes;
 mod process;
 mod servers;
