@@ -2,7 +2,7 @@
 //!
 //! A node has the keys of the key epoch that it is and of the two that follow, so that it can
 //! announce them before they are needed; the key of the one before stays for the overlap. The rules
-//! are in [`KeyRing`], which does no I/O; [`KeyFiles`] keeps the keys on the disk:
+//! are in `KeyRing`, which does no I/O; `KeyFiles` keeps the keys on the disk:
 //!
 //! ```text
 //! sphinx-<key epoch>.key        a 32-byte secret in base58 and a newline, mode 0600

@@ -12,7 +12,7 @@
 //!
 //! Numbers are big-endian. Tags are written before their packets go on, so whatever kills the
 //! process, none of these packets goes on a second time. What the system has taken it keeps even if
-//! the process dies; a power failure may take what was written since the last [`SyncHandle::sync`].
+//! the process dies; a power failure may take what was written since the last `fdatasync`.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};

@@ -71,13 +71,13 @@ impl Place {
     }
 }
 
-/// Why a topology is not used while the node runs.
+/// Why a topology is not used while the node runs: what is another one than at the start.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Unusable {
-    OtherNetwork { ours: NetworkName, theirs: NetworkName },
-    OtherPackets { ours: usize, theirs: usize },
-    OtherEpochs,
-    OtherKind { ours: Kind, theirs: Kind },
+    Network { ours: NetworkName, theirs: NetworkName },
+    Packets { ours: usize, theirs: usize },
+    Epochs,
+    Kind { ours: Kind, theirs: Kind },
 }
 
 /// What the operator of a node must know.
@@ -131,17 +131,17 @@ impl fmt::Display for News {
 impl fmt::Display for Unusable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::OtherNetwork { ours, theirs } => write!(
+            Self::Network { ours, theirs } => write!(
                 f,
                 "the new topology is one of network {:?} instead of {:?}",
                 theirs.as_str(),
                 ours.as_str()
             ),
-            Self::OtherPackets { ours, theirs } => {
+            Self::Packets { ours, theirs } => {
                 write!(f, "the new topology has packets of {theirs} bytes instead of {ours}")
             }
-            Self::OtherEpochs => f.write_str("the new topology has epochs of another length"),
-            Self::OtherKind { ours, theirs } => {
+            Self::Epochs => f.write_str("the new topology has epochs of another length"),
+            Self::Kind { ours, theirs } => {
                 write!(f, "the new topology has this {ours} as a {theirs}")
             }
         }
@@ -198,19 +198,17 @@ impl Standing {
     fn check(&self, topology: &Topology) -> Result<(), Unusable> {
         if topology.network != self.network {
             let (ours, theirs) = (self.network.clone(), topology.network.clone());
-            return Err(Unusable::OtherNetwork { ours, theirs });
+            return Err(Unusable::Network { ours, theirs });
         }
         if topology.packet_bytes() != self.packet_bytes {
             let (ours, theirs) = (self.packet_bytes, topology.packet_bytes());
-            return Err(Unusable::OtherPackets { ours, theirs });
+            return Err(Unusable::Packets { ours, theirs });
         }
         if topology.parameters.epochs != self.epochs {
-            return Err(Unusable::OtherEpochs);
+            return Err(Unusable::Epochs);
         }
         match topology.node(&self.me).map(|node| Kind::of(node.role)) {
-            Some(theirs) if theirs != self.kind => {
-                Err(Unusable::OtherKind { ours: self.kind, theirs })
-            }
+            Some(theirs) if theirs != self.kind => Err(Unusable::Kind { ours: self.kind, theirs }),
             _ => Ok(()),
         }
     }

@@ -74,7 +74,7 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct GatewayConfig {
     /// Who it is.
     pub identity: Arc<IdentityKey>,
-    /// The keys of its layer of packets.
+    /// The keys of its layer of packets, opened with the epochs of the topology.
     pub keys: Arc<SphinxKeys>,
     /// The network as it is at any time; a sender that is gone means that it does not change.
     pub topology: watch::Receiver<Arc<Topology>>,
@@ -82,7 +82,8 @@ pub struct GatewayConfig {
     pub link_listener: TcpListener,
     /// Where it takes clients, already bound.
     pub client_listener: TcpListener,
-    /// Where it keeps [`FILE_NAME`] and its replay tags; the directory must exist.
+    /// Where it keeps [`FILE_NAME`] and its replay tags; the directory must exist, and no other node
+    /// may use it.
     pub data_dir: PathBuf,
 }
 

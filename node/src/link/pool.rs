@@ -244,12 +244,9 @@ impl Dialler {
         let mut awaits_pong = false;
         loop {
             let result = tokio::select! {
-                count = self.packets.recv_many(&mut batch, WRITE_PACKETS) => {
-                    if count == 0 {
-                        return ControlFlow::Continue(());
-                    }
-                    self.write(&mut connection, &mut batch).await
-                }
+                // No packet is written to where the peer is no more.
+                biased;
+                () = changed(&mut self.address) => Err(LinkFailure::Moved),
                 frame = connection.next() => match frame {
                     Ok(Incoming::Pad) if awaits_pong => {
                         awaits_pong = false;
@@ -258,7 +255,6 @@ impl Dialler {
                     Ok(_) => Err(LinkFailure::UnexpectedFrame),
                     Err(error) => Err(error),
                 },
-                () = changed(&mut self.address) => Err(LinkFailure::Moved),
                 _ = ping.tick() => {
                     if awaits_pong {
                         Err(LinkFailure::Silent(self.context.ping_interval))
@@ -267,6 +263,12 @@ impl Dialler {
                         connection.push_pad();
                         connection.flush().await
                     }
+                }
+                count = self.packets.recv_many(&mut batch, WRITE_PACKETS) => {
+                    if count == 0 {
+                        return ControlFlow::Continue(());
+                    }
+                    self.write(&mut connection, &mut batch).await
                 }
             };
             if let Err(end) = result {

@@ -115,13 +115,14 @@ impl TestNet {
         Arc::new(topology_of("test", epoch, parameters, nodes))
     }
 
-    /// The network without one of its nodes, in whose place is another one.
+    /// The network without one of its nodes, in whose place is another one that cannot be reached.
     pub(crate) fn without(&self, number: usize) -> Arc<Topology> {
         let mut rng = rand::rng();
         let mut nodes = self.topology.nodes().to_vec();
         nodes[number].identity = IdentityKey::generate(&mut rng).identity();
         nodes[number].sphinx_key = SecretKey::generate(&mut rng).public_key().into();
         nodes[number].next_sphinx_key = None;
+        nodes[number].link_address = "127.0.0.1:1".parse().unwrap();
         self.of(nodes)
     }
 

@@ -452,5 +452,5 @@ async fn links_of_nodes_that_may_not_send_here_any_more_are_closed() {
     // The sender is gone: it stays as it is.
     drop(documents);
     let back = async { while dial_from(&net, ENTRY, MIX).await.is_err() {} };
-    soon(back).await;
+    soon(Box::pin(back)).await;
 }

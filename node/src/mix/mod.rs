@@ -5,6 +5,8 @@
 //! whatever is queued, up to a small batch; when a stage is slow, the one before it waits, back to
 //! the links.
 
+#[cfg(test)]
+mod change_tests;
 mod core;
 #[cfg(test)]
 mod tests;
@@ -45,13 +47,13 @@ const PEELED_QUEUE_BATCHES: usize = 64;
 pub struct MixConfig {
     /// Who it is.
     pub identity: Arc<IdentityKey>,
-    /// The keys of its layer of packets.
+    /// The keys of its layer of packets, opened with the epochs of the topology.
     pub keys: Arc<SphinxKeys>,
     /// The network as it is at any time; a sender that is gone means that it does not change.
     pub topology: watch::Receiver<Arc<Topology>>,
     /// Where it takes links, already bound.
     pub listener: TcpListener,
-    /// Where it keeps its replay tags; the directory must exist.
+    /// Where it keeps its replay tags; the directory must exist, and no other node may use it.
     pub data_dir: PathBuf,
 }
 
