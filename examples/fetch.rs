@@ -39,7 +39,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     // A client for this one request; a lasting one keeps its keys and its token file.
     let folder = tempfile::tempdir()?;
     let client = Client::connect(ClientConfig {
-        topology,
+        topology: tokio::sync::watch::channel(topology).1,
         identity: Arc::new(IdentityKey::generate(&mut rand::rng())),
         encryption: SecretKey::generate(&mut rand::rng()),
         gateway,

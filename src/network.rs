@@ -284,7 +284,7 @@ impl ProviderKeys {
         options: NetworkOptions,
     ) -> Result<Provider> {
         let config = ProviderConfig {
-            topology: topology.clone(),
+            topology: tokio::sync::watch::channel(topology.clone()).1,
             identity: self.identity,
             encryption: self.encryption,
             gateway: self.address.gateway,

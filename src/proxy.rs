@@ -87,7 +87,7 @@ pub(crate) fn keys(dir: &DataDir) -> Result<(IdentityKey, SecretKey)> {
 pub(crate) async fn connect(dir: &DataDir, way: Way) -> Result<Client> {
     let (identity, encryption) = keys(dir)?;
     let config = ClientConfig {
-        topology: way.topology,
+        topology: tokio::sync::watch::channel(way.topology).1,
         identity: Arc::new(identity),
         encryption,
         gateway: way.gateway,

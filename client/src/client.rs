@@ -12,19 +12,20 @@ use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::session::frame::CloseReason;
 use mixsocks_common::session::{OpenOutcome, SessionId, StreamEvent};
 use mixsocks_common::target::Target;
-use mixsocks_common::topology::{NoRoute, Topology};
+use mixsocks_common::topology::{NoRoute, Topology, UnixTime, check_route};
 use mixsocks_sphinx::{
     Identifier, PacketHeader, Payload, ReplyRecovery, SecretKey, recover_replies,
 };
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::core::{ClientCore, ClientEvent};
 use crate::drops::DropReason;
-use crate::endpoint::{Arrivals, Endpoint, EndpointConfig, Reserved, worker_count};
+use crate::endpoint::{Arrivals, Endpoint, EndpointConfig, Reserved, unix_time, worker_count};
 use crate::gateway::{GatewayLinkError, LinkState};
 use crate::headers::HeaderPool;
+use crate::renewal::{Renewal, Stale};
 use crate::stream::{MixStream, OpenError, StreamHost, StreamKey, Waiting};
 use crate::surbs::Awaited;
 
@@ -39,14 +40,18 @@ const OPEN_LIMIT: Duration = Duration::from_secs(30);
 const FAREWELL_LIMIT: Duration = Duration::from_millis(800);
 const FAREWELL_POLL: Duration = Duration::from_millis(10);
 
+/// How long sessions are left alone while there is no route: their time goes on, and there is nothing
+/// that they could send.
+const NO_ROUTE_WAIT: Duration = Duration::from_secs(1);
+
 /// SURBs that a worker makes at a time: as many as share vectors, and about a millisecond of work.
 const SURBS_PER_TURN: usize = 8;
 
 /// What a client needs.
 #[derive(Debug)]
 pub struct ClientConfig {
-    /// The network.
-    pub topology: Arc<Topology>,
+    /// The network: new documents are used as they come. When the sender is gone, the last one stays.
+    pub topology: watch::Receiver<Arc<Topology>>,
     /// Who the client is to its gateway.
     pub identity: Arc<IdentityKey>,
     /// The key of the last layer of packets for it.
@@ -109,11 +114,45 @@ struct Shared {
 struct State {
     core: ClientCore<ReplyRecovery>,
     headers: HeaderPool,
+    renewal: Renewal,
+    routes: Routes,
     waiting: Waiting,
     opening: HashMap<StreamKey, oneshot::Sender<Result<(), Attempt>>>,
     closed: bool,
     /// The user was told that nothing answers, and no stream was opened since.
     told_silent: bool,
+}
+
+/// Whether there are routes to the provider and back, by a document and at a time.
+struct Routes {
+    checked: Option<(Arc<Topology>, UnixTime)>,
+    result: Result<(), NoRoute>,
+}
+
+impl Routes {
+    /// Looks anew if the document or the second is another one. Of a change the user is told.
+    fn check(
+        &mut self,
+        topology: &Arc<Topology>,
+        gateways: [&Identity; 2],
+        now: UnixTime,
+    ) -> Result<(), NoRoute> {
+        let is_known = |(checked, at): &(Arc<Topology>, UnixTime)| {
+            Arc::ptr_eq(checked, topology) && *at == now
+        };
+        if !self.checked.as_ref().is_some_and(is_known) {
+            self.checked = Some((topology.clone(), now));
+            let result =
+                gateways.into_iter().try_for_each(|gateway| check_route(topology, gateway, now));
+            match (&self.result, &result) {
+                (Ok(()), Err(error)) => tracing::warn!("nothing can be sent: {error}"),
+                (Err(_), Ok(())) => tracing::info!("packets can be sent again"),
+                _ => {}
+            }
+            self.result = result;
+        }
+        self.result.clone()
+    }
 }
 
 impl std::fmt::Debug for Client {
@@ -140,13 +179,17 @@ impl Client {
         if provider.gateway == gateway {
             return Err(ClientError::SameGateway);
         }
-        topology.gateway(&provider.gateway).ok_or(NoRoute::UnknownGateway)?;
+        check_route(&topology.borrow(), &provider.gateway, unix_time())?;
         let config =
             EndpointConfig { topology, identity, encryption, gateway, token_file, mean_delay };
         let (endpoint, receiver) = Endpoint::connect(config).await?;
+        let topology = endpoint.topology();
+        let (own, peer) = (endpoint.address().gateway, provider.gateway);
         let state = State {
             core: ClientCore::new(endpoint.max_contents_bytes(), endpoint.mean_delay()),
             headers: HeaderPool::default(),
+            renewal: Renewal::new(topology, own, peer, Instant::now(), unix_time()),
+            routes: Routes { checked: None, result: Ok(()) },
             waiting: Waiting::default(),
             opening: HashMap::new(),
             closed: false,
@@ -161,6 +204,7 @@ impl Client {
         });
         let mut tasks = JoinSet::new();
         tasks.spawn(endpoint.receive(receiver, shared.clone()));
+        tasks.spawn(shared.clone().follow_documents());
         for _ in 0..worker_count() {
             tasks.spawn(shared.clone().send_packets());
             tasks.spawn(shared.clone().make_ahead());
@@ -204,7 +248,11 @@ impl Client {
     async fn try_open(&self, target: Target, early: &[u8]) -> Result<MixStream, Attempt> {
         let began = Instant::now();
         let (answer, answered) = oneshot::channel();
-        let key = self.shared.lock().open(target, early, answer)?;
+        let key = {
+            let mut state = self.shared.lock();
+            self.shared.look(&mut state, began).map_err(OpenError::from)?;
+            state.open(target, early, answer)?
+        };
         // From here on, giving up drops the stream, which resets it.
         let stream = MixStream::new(self.shared.clone(), key);
         self.shared.wake_senders.notify_one();
@@ -364,8 +412,38 @@ impl Shared {
         session.is_some_and(|session| session.is_confirmed() && session.last_heard() > since)
     }
 
+    /// Follows the document and the clock: what is outdated is thrown away or renewed. Whether packets
+    /// can be sent, and answered.
+    fn look(&self, state: &mut State, now: Instant) -> Result<(), NoRoute> {
+        let (topology, wall) = (self.endpoint.topology(), unix_time());
+        let stale = state.renewal.handle(&topology, now, wall, &mut rand::rng());
+        if stale >= Stale::MadeAhead {
+            state.headers.renew(now);
+        }
+        match stale {
+            Stale::Nothing | Stale::MadeAhead => {}
+            Stale::SurbsSoon => state.core.replace_surbs(now),
+            Stale::Surbs => state.core.renew_surbs(now),
+        }
+        let own_gateway = self.endpoint.address().gateway;
+        state.routes.check(&topology, [&own_gateway, &self.provider.gateway], wall)
+    }
+
+    /// Has everybody look at each new document.
+    async fn follow_documents(self: Arc<Self>) {
+        self.endpoint
+            .on_each_document(|| {
+                self.lock().core.set_mean_delay(self.endpoint.mean_delay());
+                self.wake_senders.notify_one();
+            })
+            .await;
+    }
+
     /// Why nothing is heard. The first time in a row the user is told.
     fn silence(&self) -> Attempt {
+        if let Err(error) = self.look(&mut self.lock(), Instant::now()) {
+            return OpenError::from(error).into();
+        }
         let error = match &*self.endpoint.state().borrow() {
             LinkState::Connected => OpenError::ProviderSilent,
             _ => OpenError::NoGateway,
@@ -386,8 +464,7 @@ impl Shared {
                 Reserved::TimedOut => continue,
                 Reserved::Ended => return self.end_all(),
             };
-            let Ok(header) = self.pull_packet(&mut contents) else { return };
-            if let Some(header) = header {
+            if let Some(header) = self.pull_packet(&mut contents) {
                 // There may be more; while this task builds, another one looks.
                 self.wake_senders.notify_one();
                 permit.send(self.endpoint.build(header, &contents));
@@ -398,13 +475,13 @@ impl Shared {
 
     /// Writes the contents of the next packet to `contents`, and returns its header. `None` when
     /// there is nothing to send, or when there was no header: one has been made then.
-    fn pull_packet(&self, contents: &mut Vec<u8>) -> Result<Option<PacketHeader>, NoRoute> {
+    fn pull_packet(&self, contents: &mut Vec<u8>) -> Option<PacketHeader> {
         let now = Instant::now();
         let mut state = self.lock();
         let Some(delay) = state.headers.next_delay(now) else {
             drop(state);
-            self.make_headers(1)?;
-            return Ok(None);
+            self.make_headers(1);
+            return None;
         };
         let has_packet = state.core.next_packet(now, delay, contents);
         let header = if has_packet { state.headers.take(now) } else { None };
@@ -412,7 +489,7 @@ impl Shared {
         if has_packet || state.core.surb_demand() > 0 {
             self.wake_makers.notify_one();
         }
-        Ok(header.map(|ready| ready.header))
+        header.map(|ready| ready.header)
     }
 
     /// Waits until a session wants to send; handles what is due meanwhile.
@@ -421,25 +498,25 @@ impl Shared {
             let deadline = {
                 let now = Instant::now();
                 let mut state = self.lock();
+                let has_routes = self.look(&mut state, now).is_ok();
                 state.core.handle_timeout(now);
                 state.settle();
                 // What is overdue may have to be asked for with fresh SURBs.
                 if state.core.surb_demand() > 0 {
                     self.wake_makers.notify_one();
                 }
-                if state.core.wants_transmit(now) {
+                if has_routes && state.core.wants_transmit(now) {
                     return;
                 }
-                state.core.poll_timeout()
+                let of_core = state.core.poll_timeout();
+                // Who is overdue and cannot send waits for nothing.
+                let of_core = of_core.map(|at| if has_routes { at } else { now + NO_ROUTE_WAIT });
+                let look = state.renewal.poll_timeout();
+                of_core.map_or(look, |at| at.min(look))
             };
-            match deadline {
-                Some(at) => {
-                    tokio::select! {
-                        () = self.wake_senders.notified() => {}
-                        () = sleep_until(at.into()) => {}
-                    }
-                }
-                None => self.wake_senders.notified().await,
+            tokio::select! {
+                () = self.wake_senders.notified() => {}
+                () = sleep_until(deadline.into()) => {}
             }
         }
     }
@@ -447,9 +524,7 @@ impl Shared {
     /// Makes SURBs and headers whenever some are wanted: one of several equal tasks.
     async fn make_ahead(self: Arc<Self>) {
         loop {
-            let Ok(headers) = self.make_headers(0) else { return };
-            let surbs = self.make_surbs();
-            if headers + surbs == 0 {
+            if self.make_headers(0) + self.make_surbs() == 0 {
                 self.wake_makers.notified().await;
             } else {
                 tokio::task::yield_now().await;
@@ -457,26 +532,34 @@ impl Shared {
         }
     }
 
-    /// Makes as many SURBs as sessions want, but not many at a time; returns how many.
+    /// Makes as many SURBs as sessions want, but not many at a time; returns how many. Without a route
+    /// there are none.
     fn make_surbs(&self) -> usize {
         let claimed = self.lock().core.claim_surbs(Instant::now(), SURBS_PER_TURN);
-        if claimed > 0 {
-            self.wake_makers.notify_one();
-            let made = self.endpoint.make_surbs(claimed);
-            self.lock().core.deliver_surbs(claimed, made);
+        if claimed == 0 {
+            return 0;
+        }
+        self.wake_makers.notify_one();
+        let surbs = self.endpoint.make_surbs(claimed).unwrap_or_default();
+        let made = surbs.len();
+        self.lock().core.deliver_surbs(claimed, surbs);
+        if made > 0 {
             self.wake_senders.notify_one();
         }
-        claimed
+        made
     }
 
-    /// Makes `least` headers, or more if they run short; returns how many.
-    fn make_headers(&self, least: usize) -> Result<usize, NoRoute> {
+    /// Makes `least` headers, or more if they run short; returns how many. Without a route there are
+    /// none.
+    fn make_headers(&self, least: usize) -> usize {
         let claimed = self.lock().headers.claim(Instant::now(), least);
-        if claimed > 0 {
-            let made = self.endpoint.make_headers(&self.provider, claimed)?;
-            self.lock().headers.deliver(claimed, made);
+        if claimed == 0 {
+            return 0;
         }
-        Ok(claimed)
+        let headers = self.endpoint.make_headers(&self.provider, claimed).unwrap_or_default();
+        let made = headers.len();
+        self.lock().headers.deliver(claimed, headers);
+        made
     }
 }
 

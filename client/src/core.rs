@@ -53,6 +53,12 @@ impl<R> ClientCore<R> {
         }
     }
 
+    /// Each mix delays by this on average from now on.
+    pub fn set_mean_delay(&mut self, mean_delay: Duration) {
+        self.mean_delay = mean_delay;
+        self.sessions.iter_mut().for_each(|session| session.set_mean_delay(mean_delay));
+    }
+
     /// Opens a stream in the newest session, or in a new one if that is too old or has ended; bytes
     /// that are written at once travel with the request. `wall_ms` are milliseconds since 1970.
     /// `None` when the session has too many streams.
@@ -213,6 +219,13 @@ impl<R> ClientCore<R> {
         self.surbs.deliver(claimed, made);
     }
 
+    /// SURBs that were made before `now` lead here for a while yet, as their keys have been followed by
+    /// others. All sessions replace those that they gave away; nobody waits for the new ones.
+    pub fn replace_surbs(&mut self, now: Instant) {
+        self.surbs.renew(now);
+        self.sessions.iter_mut().for_each(ClientSession::replace_surbs);
+    }
+
     /// SURBs that were made before `now` lead to nowhere: a node on their routes is gone or has another
     /// key, or the client has another gateway. All sessions begin a new generation.
     ///
@@ -369,6 +382,21 @@ mod tests {
         let claimed = core.claim_surbs(later, 10);
         core.deliver_surbs(claimed, surbs(10, later));
         assert!(core.next_packet(later, DELAY, &mut out));
+        assert_eq!(surbs_in(&out), [(2, 5)], "the generation between is left out");
+    }
+
+    #[test]
+    fn replaced_surbs_are_of_the_next_generation() {
+        let (mut core, now) = core();
+        let key = open(&mut core, now);
+        reply(&mut core, now, key.0, &Frame::Stock { generation: 0, count: 40 });
+        assert_eq!(core.surb_demand(), 0, "there are enough");
+        core.replace_surbs(now);
+        assert_eq!(core.surb_demand(), 40, "though no stream has anything to say");
+        let claimed = core.claim_surbs(now, 10);
+        core.deliver_surbs(claimed, surbs(10, now));
+        let mut out = Vec::new();
+        assert!(core.next_packet(now, DELAY, &mut out));
         assert_eq!(surbs_in(&out), [(1, 5)]);
     }
 }

@@ -5,22 +5,23 @@ use std::fmt;
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::replay::{Admission, RecentTags};
-use mixsocks_common::topology::{NoRoute, Topology, random_route};
+use mixsocks_common::topology::{NoRoute, Topology, UnixTime, check_route, random_route};
 use mixsocks_sphinx::{
     HopAddress, Identifier, OpenedPacket, Packet, PacketHeader, Payload, Peeled, ReplyRecovery,
     Route, SecretKey, build_headers, build_surbs, fill_headers, finish, max_plaintext,
     open_headers,
 };
 use rand::RngExt;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use crate::documents::Documents;
 use crate::drops::{DropReason, Drops};
 use crate::gateway::{
     self, GatewayLinkConfig, GatewayLinkError, GatewayReceiver, GatewaySender, GatewayState,
@@ -46,8 +47,8 @@ const BATCH_PACKETS: usize = 8;
 /// What an endpoint needs.
 #[derive(Debug)]
 pub struct EndpointConfig {
-    /// The network.
-    pub topology: Arc<Topology>,
+    /// The network: new documents are used as they come. When the sender is gone, the last one stays.
+    pub topology: watch::Receiver<Arc<Topology>>,
     /// Who the endpoint is.
     pub identity: Arc<IdentityKey>,
     /// The key of the last layer of packets for it.
@@ -80,9 +81,11 @@ pub trait Arrivals: Send + Sync + 'static {
 
 /// A connected endpoint.
 pub struct Endpoint {
-    topology: Arc<Topology>,
+    documents: Mutex<Documents>,
+    /// What a document that has others is not used for.
+    payload_bytes: usize,
     address: Address,
-    mean_delay: Duration,
+    mean_delay: Option<Duration>,
     key: SecretKey,
     replay: Mutex<RecentTags>,
     drops: Drops,
@@ -126,10 +129,12 @@ impl Endpoint {
             token_file,
             invitation: None,
         };
+        let documents = Documents::new(topology);
         let (sender, receiver, state) = gateway::connect(link).await?;
         let endpoint = Self {
-            mean_delay: mean_delay.unwrap_or(topology.parameters.mean_delay),
-            topology,
+            mean_delay,
+            payload_bytes: documents.used().parameters.payload_bytes,
+            documents: Mutex::new(documents),
             address,
             key: encryption,
             replay: Mutex::new(RecentTags::new(
@@ -150,19 +155,50 @@ impl Endpoint {
         self.address
     }
 
-    /// The network.
-    pub fn topology(&self) -> &Topology {
-        &self.topology
+    /// The network: the newest document, unless it is of another network or has other packets than
+    /// the one that the endpoint started with. Of such a one the user is told.
+    pub fn topology(&self) -> Arc<Topology> {
+        let mut documents = self.documents.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(unusable) = documents.refresh() {
+            tracing::warn!("the new topology is not used: {unusable}; restart this program");
+        }
+        documents.used().clone()
+    }
+
+    /// Calls `act` after each new document, for ever.
+    pub async fn on_each_document(&self, act: impl Fn()) {
+        let mut documents = self.documents.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        loop {
+            documents.changed().await;
+            // The endpoint's own look tells of one that is not used.
+            self.topology();
+            if documents.refresh() == Ok(true) {
+                act();
+            }
+        }
+    }
+
+    /// Whether there are routes to clients of `gateway` now.
+    ///
+    /// # Errors
+    /// [`NoRoute`] says why there are none.
+    pub fn check_route(&self, gateway: &Identity) -> Result<(), NoRoute> {
+        check_route(&self.topology(), gateway, unix_time())
     }
 
     /// Mean delay of each mix on the routes that the endpoint chooses.
     pub fn mean_delay(&self) -> Duration {
-        self.mean_delay
+        self.mean_delay.unwrap_or_else(|| self.topology().parameters.mean_delay)
+    }
+
+    /// Bytes of the payload of a packet.
+    pub fn payload_bytes(&self) -> usize {
+        self.payload_bytes
     }
 
     /// Bytes of contents that a packet holds.
     pub fn max_contents_bytes(&self) -> usize {
-        max_plaintext(self.topology.parameters.payload_bytes)
+        max_plaintext(self.payload_bytes)
     }
 
     /// What was dropped of what arrived.
@@ -185,28 +221,35 @@ impl Endpoint {
         }
     }
 
-    /// Draws a route.
-    fn route(&self, recipient: &Address, identifier: Identifier) -> Result<Route, NoRoute> {
-        random_route(&self.topology, recipient, self.mean_delay, identifier, &mut rand::rng())
+    /// Draws a route for each identifier.
+    fn routes(
+        &self,
+        recipient: &Address,
+        identifiers: impl Iterator<Item = Identifier>,
+    ) -> Result<Vec<Route>, NoRoute> {
+        let (topology, mean_delay) = (self.topology(), self.mean_delay());
+        let (now, mut rng) = (unix_time(), rand::rng());
+        identifiers
+            .map(|identifier| {
+                random_route(&topology, recipient, now, mean_delay, identifier, &mut rng)
+            })
+            .collect()
     }
 
     /// Makes `count` headers of packets to `recipient`, each for a route of its own; takes some 130 µs
     /// of CPU for each when they are many, and 210 µs for a single one.
     ///
     /// # Errors
-    /// When the recipient's gateway is not in the topology.
+    /// [`NoRoute`] says why there is no way to the recipient.
     pub fn make_headers(
         &self,
         recipient: &Address,
         count: usize,
     ) -> Result<Vec<ReadyHeader>, NoRoute> {
         let made = Instant::now();
-        let mut rng = rand::rng();
-        let routes = std::iter::repeat_with(|| self.route(recipient, Identifier::default()))
-            .take(count)
-            .collect::<Result<Vec<_>, _>>()?;
+        let routes = self.routes(recipient, std::iter::repeat_n(Identifier::default(), count))?;
         let delays = routes.iter().map(Route::total_delay);
-        let headers = build_headers(&mut rng, &routes).into_iter().zip(delays);
+        let headers = build_headers(&mut rand::rng(), &routes).into_iter().zip(delays);
         Ok(headers.map(|(header, delay)| ReadyHeader { header, delay, made }).collect())
     }
 
@@ -216,8 +259,7 @@ impl Endpoint {
     /// When `contents` are longer than [`Endpoint::max_contents_bytes`]: a local mistake.
     pub fn build(&self, header: PacketHeader, contents: &[u8]) -> (HopAddress, Packet) {
         let first_hop = header.first_hop();
-        let payload_bytes = self.topology.parameters.payload_bytes;
-        let packet = fill_headers(payload_bytes, vec![(header, contents)])
+        let packet = fill_headers(self.payload_bytes, vec![(header, contents)])
             .pop()
             .expect("one request gives one result")
             .expect("contents fit");
@@ -226,24 +268,24 @@ impl Endpoint {
 
     /// Makes `count` SURBs for replies to this endpoint; takes some 130 µs of CPU for each when they are
     /// many, and 210 µs for a single one.
-    pub fn make_surbs(&self, count: usize) -> Vec<ReadySurb<ReplyRecovery>> {
+    ///
+    /// # Errors
+    /// [`NoRoute`] says why there is no way to this endpoint.
+    pub fn make_surbs(&self, count: usize) -> Result<Vec<ReadySurb<ReplyRecovery>>, NoRoute> {
         let made = Instant::now();
         let mut rng = rand::rng();
-        let routes: Vec<_> = std::iter::repeat_with(|| rng.random())
+        let identifiers = std::iter::repeat_with(|| rng.random())
             // Zero means "not a reply".
             .filter(|identifier| *identifier != Identifier::default())
-            .take(count)
-            .map_while(|identifier| self.route(&self.address, identifier).ok())
-            .collect();
-        build_surbs(&mut rand::rng(), &routes)
-            .into_iter()
-            .zip(&routes)
-            .filter_map(|(built, route)| {
-                let (surb, recovery) = built.ok()?;
-                let (identifier, delay) = (recovery.identifier(), route.total_delay());
-                Some(ReadySurb { surb, identifier, recovery, delay, made })
-            })
-            .collect()
+            .take(count);
+        let routes = self.routes(&self.address, identifiers)?;
+        let built = build_surbs(&mut rand::rng(), &routes).into_iter().zip(&routes);
+        let ready = built.filter_map(|(built, route)| {
+            let (surb, recovery) = built.ok()?;
+            let (identifier, delay) = (recovery.identifier(), route.total_delay());
+            Some(ReadySurb { surb, identifier, recovery, delay, made })
+        });
+        Ok(ready.collect())
     }
 
     /// Hands everything that arrives to `arrivals`, until the link ends.
@@ -303,6 +345,11 @@ impl Endpoint {
             })
             .collect()
     }
+}
+
+/// The time of day.
+pub(crate) fn unix_time() -> UnixTime {
+    UnixTime(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs())
 }
 
 /// Tasks that do the cryptography of one endpoint side by side.

@@ -37,6 +37,8 @@ pub(crate) struct HeaderPool {
     ready: VecDeque<ReadyHeader>,
     /// Headers that workers are making now.
     in_making: usize,
+    /// Those that were made before are for other nodes or keys.
+    renewed: Option<Instant>,
     last_taken: Option<Instant>,
     /// Until then the client is expected to send another packet.
     busy_until: Option<Instant>,
@@ -57,7 +59,16 @@ impl HeaderPool {
     /// Takes in what was made of what was claimed.
     pub(crate) fn deliver(&mut self, claimed: usize, made: Vec<ReadyHeader>) {
         self.in_making -= claimed;
-        self.ready.extend(made);
+        let is_good =
+            |header: &ReadyHeader| self.renewed.is_none_or(|renewed| header.made >= renewed);
+        self.ready.extend(made.into_iter().filter(is_good));
+    }
+
+    /// Headers that were made before `now`, and those of them that are still being made, are of no
+    /// use.
+    pub(crate) fn renew(&mut self, now: Instant) {
+        self.ready.clear();
+        self.renewed = Some(now);
     }
 
     /// The delay of the header that is the next one to take.
@@ -163,6 +174,20 @@ mod tests {
             assert_eq!(pool.take(now).unwrap().delay, MS * number);
         }
         assert!(pool.next_delay(now).is_none() && pool.take(now).is_none());
+    }
+
+    #[test]
+    fn headers_for_other_keys_are_thrown_away() {
+        let now = Instant::now();
+        let mut pool = busy_pool(now);
+        pool.deliver(0, headers(0..2, now));
+        assert_eq!(pool.claim(now, 0), 8);
+        pool.renew(now + MS);
+        assert!(pool.next_delay(now + MS).is_none());
+        pool.deliver(8, headers(0..8, now));
+        assert!(pool.next_delay(now + MS).is_none(), "those were begun before");
+        pool.deliver(0, headers(5..6, now + MS));
+        assert_eq!(pool.next_delay(now + MS), Some(MS * 5));
     }
 
     #[test]

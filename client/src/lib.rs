@@ -7,17 +7,22 @@
 
 mod client;
 pub mod core;
+mod documents;
 pub mod drops;
 mod endpoint;
 pub mod gateway;
 mod headers;
+mod renewal;
 #[cfg(feature = "socks")]
 pub mod socks;
 pub mod stream;
 mod surbs;
+#[cfg(test)]
+mod testing;
 
 pub use client::{Client, ClientConfig, ClientError};
 pub use endpoint::{Arrivals, Endpoint, EndpointConfig, Reserved, worker_count};
 pub use headers::ReadyHeader;
+pub use renewal::{LOOK_INTERVAL, Renewal, Stale};
 pub use stream::{MixStream, OpenError};
 pub use surbs::{Awaited, MAX_AWAITED_REPLIES, MAX_READY_SURBS, ReadySurb};

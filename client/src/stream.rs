@@ -9,6 +9,7 @@ use std::task::{Context, Poll, Waker};
 
 use mixsocks_common::session::frame::{CloseReason, StreamId};
 use mixsocks_common::session::{OpenOutcome, SessionId, StreamReset};
+use mixsocks_common::topology::NoRoute;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Why a stream was not opened.
@@ -23,6 +24,9 @@ pub enum OpenError {
     /// There is no connection to this client's gateway.
     #[error("there is no connection to the gateway")]
     NoGateway,
+    /// The topology has no way to the provider and back: nothing is sent.
+    #[error("nothing can be sent: {0}")]
+    NoRoute(#[from] NoRoute),
     /// This client already has as many streams as it may.
     #[error("too many streams are open")]
     TooManyStreams,
@@ -40,6 +44,7 @@ impl OpenError {
         match self {
             Self::Refused(outcome) => *outcome,
             Self::ProviderSilent => OpenOutcome::TimedOut,
+            Self::NoRoute(_) => OpenOutcome::NetworkUnreachable,
             Self::NoGateway | Self::TooManyStreams | Self::SessionEnded(_) | Self::Closed => {
                 OpenOutcome::Failed
             }

@@ -66,6 +66,11 @@ impl ProviderCore {
         }
     }
 
+    /// Each mix delays by this on average from now on.
+    pub fn set_mean_delay(&mut self, mean_delay: Duration) {
+        self.sessions.set_mean_delay(mean_delay);
+    }
+
     /// All sessions, in no order.
     pub fn sessions(&self) -> impl Iterator<Item = &ProviderSession> {
         self.sessions.iter()

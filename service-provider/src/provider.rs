@@ -23,7 +23,7 @@ use mixsocks_sphinx::{
 };
 use tokio::io::copy_bidirectional_with_sizes;
 use tokio::net::TcpStream;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 
@@ -42,8 +42,8 @@ const RELAY_BYTES: usize = 16 * 1024;
 /// What a provider needs.
 #[derive(Debug)]
 pub struct ProviderConfig {
-    /// The network.
-    pub topology: Arc<Topology>,
+    /// The network: new documents are used as they come. When the sender is gone, the last one stays.
+    pub topology: watch::Receiver<Arc<Topology>>,
     /// Who the provider is.
     pub identity: Arc<IdentityKey>,
     /// The key of the last layer of packets for it.
@@ -119,6 +119,7 @@ impl Provider {
             connections: JoinSet::new(),
             dialling: HashMap::new(),
             told_full: false,
+            told_left: false,
         };
         let shared = Arc::new_cyclic(|this| Shared {
             this: this.clone(),
@@ -129,6 +130,7 @@ impl Provider {
         });
         let mut tasks = JoinSet::new();
         tasks.spawn(endpoint.receive(receiver, shared.clone()));
+        tasks.spawn(shared.clone().follow_documents());
         for _ in 0..worker_count() {
             tasks.spawn(shared.clone().send_replies());
         }
@@ -163,6 +165,8 @@ struct State {
     dialling: HashMap<StreamKey, oneshot::Sender<()>>,
     /// The operator was told that streams are refused, and none was taken since.
     told_full: bool,
+    /// The operator was told that the gateway has left the network, and it has not come back since.
+    told_left: bool,
 }
 
 impl Shared {
@@ -255,6 +259,25 @@ impl Shared {
         self.settle(state);
     }
 
+    /// Takes over what new documents say about delays, and tells the operator when the provider's gateway
+    /// has left the network. Replies go on SURBs, so that the provider draws no routes.
+    async fn follow_documents(self: Arc<Self>) {
+        let gateway = self.endpoint.address().gateway;
+        self.endpoint
+            .on_each_document(|| {
+                let mut state = self.lock();
+                state.core.set_mean_delay(self.endpoint.mean_delay());
+                let has_left = self.endpoint.topology().gateway(&gateway).is_none();
+                if has_left && !state.told_left {
+                    tracing::warn!(
+                        "the gateway {gateway} has left the network: clients cannot reach this provider"
+                    );
+                }
+                state.told_left = has_left;
+            })
+            .await;
+    }
+
     /// Pulls replies out of the sessions whenever the link takes one: one of several equal tasks.
     async fn send_replies(self: Arc<Self>) {
         let mut contents = Vec::new();
@@ -300,7 +323,7 @@ impl Shared {
     }
 
     fn seal(&self, surb: Surb, contents: &[u8]) -> Option<(HopAddress, Packet)> {
-        let payload_bytes = self.endpoint.topology().parameters.payload_bytes;
+        let payload_bytes = self.endpoint.payload_bytes();
         match use_surbs(payload_bytes, vec![(surb, contents)]).pop()? {
             Ok(sealed) => Some(sealed),
             Err(error) => {

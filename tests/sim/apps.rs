@@ -19,6 +19,8 @@ const READ_BYTES: usize = 64 * 1024;
 impl<C: Codec> World<C> {
     /// Does what follows from a change at an endpoint.
     pub(crate) fn settle(&mut self, endpoint: usize) -> Result<(), String> {
+        let right_ms = self.wall_ms();
+        self.endpoints[endpoint].look(self.now, right_ms);
         loop {
             let event = match &mut self.endpoints[endpoint].role {
                 Role::Client(core) => core.poll_event().map(Seen::ByClient),
@@ -30,8 +32,8 @@ impl<C: Codec> World<C> {
                 None => break,
             }
         }
-        let Self { endpoints, codec, now, topology, weather, .. } = self;
-        endpoints[endpoint].make_surbs(codec, *now, topology, weather.famine);
+        let Self { endpoints, codec, now, weather, .. } = self;
+        endpoints[endpoint].make_surbs(codec, *now, right_ms, weather.famine);
         self.flush_up(endpoint);
         Ok(())
     }
@@ -261,6 +263,9 @@ impl<C: Codec> World<C> {
             if !self.read_some(number, end, key)? {
                 return Ok(());
             }
+        }
+        if self.streams[number].plan(end).silent_until > self.elapsed() {
+            return Ok(());
         }
         while let Some(len) = self.streams[number].next_chunk(end) {
             let at = self.streams[number].writing(end).written;

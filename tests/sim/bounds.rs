@@ -11,7 +11,7 @@ use mixsocks_sphinx::SURB_LEN;
 
 use crate::codec::Codec;
 use crate::endpoint::Role;
-use crate::world::World;
+use crate::world::{PACKET_BYTES, World};
 
 /// What a stream takes beside its bytes, at most.
 const STREAM_STATE_BYTES: u64 = 1024;
@@ -21,7 +21,7 @@ impl<C: Codec> World<C> {
         for mix in &self.mixes {
             at_most(self.max_held_packets, mix.core.held(), "packets in a mix")?;
         }
-        let packet_bytes = self.topology.packet_bytes();
+        let packet_bytes = PACKET_BYTES;
         for inbox in self.gateways.iter().flat_map(|gateway| gateway.clients.values()) {
             check_delivery(&inbox.delivery, packet_bytes)?;
         }

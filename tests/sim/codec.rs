@@ -1,9 +1,11 @@
 //! How packets are made and opened: with the real cryptography, or with none at the same sizes.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use mixsocks_common::topology::Topology;
+use mixsocks_common::keys::EncryptionKey;
+use mixsocks_common::topology::{Node, Parameters, Topology, UnixTime};
 use mixsocks_sphinx::{
     HEADER_LEN, HopAddress, Identifier, OpenedPacket, Packet, Payload, Peeled, ReplayTag,
     ReplyRecovery, Route, SURB_LEN, SecretKey, Surb, build_packets, build_surbs, finish,
@@ -28,36 +30,86 @@ pub(crate) trait Codec: Sized {
     type Payload;
 
     fn new(payload_bytes: usize) -> Self;
-    fn build(&self, rng: &mut StdRng, route: &Route, contents: &[u8]) -> Packet;
-    fn build_surb(&self, rng: &mut StdRng, route: &Route) -> (Surb, Self::Recovery);
+    fn build(&self, rng: &mut StdRng, route: &SealedRoute<'_>, contents: &[u8]) -> Packet;
+    fn build_surb(&self, rng: &mut StdRng, route: &SealedRoute<'_>) -> (Surb, Self::Recovery);
     fn use_surb(&self, surb: Surb, contents: &[u8]) -> Option<(HopAddress, Packet)>;
-    /// `None` for a packet that is not for this node, or was changed.
-    fn open(&self, node: &NodeKey, packet: Packet) -> Option<(ReplayTag, Self::Opened)>;
+    /// Opens a packet with the keys of key epochs that `count`.
+    fn open(&self, node: &NodeKey, count: &KeyEpochs, packet: Packet) -> Opening<Self::Opened>;
     fn finish(&self, opened: Self::Opened) -> Option<Arrival<Self>>;
     /// The contents of a packet that is no reply.
     fn contents(&self, payload: Self::Payload) -> Option<Vec<u8>>;
     fn recover(&self, recovery: Self::Recovery, payload: Self::Payload) -> Option<Vec<u8>>;
-    /// A node has got a new key, which senders know of.
-    fn learn_key(&mut self, node: &NodeKey);
 }
 
-/// Who a node is to a codec.
+pub(crate) type KeyEpochs = RangeInclusive<u64>;
+
+/// What opening a packet comes to.
+pub(crate) enum Opening<T> {
+    Opened(ReplayTag, T),
+    /// It is for a key of this node that does not count now.
+    Outdated,
+    /// It is not for this node, or was changed.
+    Unreadable,
+}
+
+/// A route, and what its sender knows of the keys on it.
+pub(crate) struct SealedRoute<'a> {
+    pub(crate) route: &'a Route,
+    pub(crate) topology: &'a Topology,
+    pub(crate) now: UnixTime,
+}
+
+impl SealedRoute<'_> {
+    /// What stands for the key of a hop; zero for that of the recipient, which never changes.
+    fn key_mark(&self, address: &HopAddress) -> KeyMark {
+        let is_it = |node: &&Node| node.identity.as_bytes() == address;
+        let key = self.topology.nodes().iter().find(is_it);
+        let key = key.and_then(|node| self.topology.sphinx_key(node, self.now));
+        key.map_or(KeyMark::default(), |key| mark(&key))
+    }
+}
+
+type KeyMark = [u8; 3];
+
+fn mark(key: &EncryptionKey) -> KeyMark {
+    let [first, second, third, ..] = *key.as_bytes();
+    [first, second, third]
+}
+
+/// Who a node or endpoint is to a codec, and what its clock says.
 pub(crate) struct NodeKey {
     pub(crate) address: HopAddress,
-    pub(crate) key: SecretKey,
-    /// Counts its keys: what packets without cryptography are made for.
-    pub(crate) number: u8,
+    /// By key epoch. An endpoint has one for all times.
+    keys: BTreeMap<u64, (SecretKey, KeyMark)>,
+    pub(crate) clock_error_ms: i64,
 }
 
 impl NodeKey {
-    pub(crate) fn new(address: HopAddress, key: SecretKey) -> Self {
-        Self { address, key, number: 0 }
+    /// A node, whose keys are made as they are needed.
+    pub(crate) fn new(address: HopAddress, clock_error_ms: i64) -> Self {
+        Self { address, keys: BTreeMap::new(), clock_error_ms }
     }
 
-    /// Takes a new key; packets made for the old one are lost.
-    pub(crate) fn renew(&mut self, rng: &mut StdRng) {
-        self.key = SecretKey::generate(rng);
-        self.number = self.number.wrapping_add(1);
+    /// An endpoint.
+    pub(crate) fn lasting(address: HopAddress, key: SecretKey, clock_error_ms: i64) -> Self {
+        let keys = BTreeMap::from([(0, (key, KeyMark::default()))]);
+        Self { address, keys, clock_error_ms }
+    }
+
+    /// The public key of a key epoch.
+    pub(crate) fn public(&mut self, key_epoch: u64, rng: &mut StdRng) -> EncryptionKey {
+        let (key, key_mark) = self
+            .keys
+            .entry(key_epoch)
+            .or_insert_with(|| (SecretKey::generate(rng), KeyMark::default()));
+        let public = key.public_key().into();
+        *key_mark = mark(&public);
+        public
+    }
+
+    /// Forgets all keys; packets made for them are lost.
+    pub(crate) fn renew(&mut self) {
+        self.keys.clear();
     }
 }
 
@@ -75,22 +127,29 @@ impl Codec for Real {
         Self { payload_bytes }
     }
 
-    fn build(&self, rng: &mut StdRng, route: &Route, contents: &[u8]) -> Packet {
-        let requests = [(route.clone(), contents)];
+    fn build(&self, rng: &mut StdRng, route: &SealedRoute<'_>, contents: &[u8]) -> Packet {
+        let requests = [(route.route.clone(), contents)];
         build_packets(rng, self.payload_bytes, &requests).remove(0).expect("it fits")
     }
 
-    fn build_surb(&self, rng: &mut StdRng, route: &Route) -> (Surb, ReplyRecovery) {
-        build_surbs(rng, std::slice::from_ref(route)).remove(0).expect("the identifier is not zero")
+    fn build_surb(&self, rng: &mut StdRng, route: &SealedRoute<'_>) -> (Surb, ReplyRecovery) {
+        build_surbs(rng, std::slice::from_ref(route.route))
+            .remove(0)
+            .expect("the identifier is not zero")
     }
 
     fn use_surb(&self, surb: Surb, contents: &[u8]) -> Option<(HopAddress, Packet)> {
         use_surbs(self.payload_bytes, vec![(surb, contents)]).remove(0).ok()
     }
 
-    fn open(&self, node: &NodeKey, packet: Packet) -> Option<(ReplayTag, OpenedPacket)> {
-        let opened = open_headers(&node.key, vec![packet]).remove(0).ok()?;
-        Some((opened.replay_tag(), opened))
+    fn open(&self, node: &NodeKey, count: &KeyEpochs, packet: Packet) -> Opening<OpenedPacket> {
+        let counting = node.keys.range(count.clone()).map(|(_, (key, _))| key);
+        let open = |key| open_headers(key, vec![packet.clone()]).remove(0).ok();
+        match counting.filter_map(open).next() {
+            Some(opened) => Opening::Opened(opened.replay_tag(), opened),
+            // Which key it is for cannot be seen.
+            None => Opening::Unreadable,
+        }
     }
 
     fn finish(&self, opened: OpenedPacket) -> Option<Arrival<Self>> {
@@ -109,8 +168,6 @@ impl Codec for Real {
     fn recover(&self, recovery: ReplyRecovery, payload: Payload) -> Option<Vec<u8>> {
         recover_replies(vec![(recovery, payload)]).remove(0).ok()
     }
-
-    fn learn_key(&mut self, _: &NodeKey) {}
 }
 
 /// The same sizes and the same behaviour without cryptography: the route stands in the header.
@@ -121,14 +178,12 @@ impl Codec for Real {
 /// | 32 | 8 | random: tells packets apart |
 /// | 40 | 1, 1 | hops passed, hops |
 /// | 42 | 16 | identifier |
-/// | 58 | 5 × 40 | of each hop: address, number of its key, delay in nanoseconds in 7 bytes |
+/// | 58 | 5 × 40 | of each hop: address, mark of its key (3 bytes), delay in nanoseconds (5 bytes) |
 /// | 258 | 8 | sum of what is above, without the hops passed |
 ///
 /// A payload is a length, a sum and the contents.
 pub(crate) struct Plain {
     payload_bytes: usize,
-    /// Of nodes whose key is not their first one.
-    keys: BTreeMap<HopAddress, u8>,
 }
 
 const RANDOM: usize = 32;
@@ -140,7 +195,8 @@ const SUM: usize = 258;
 const PAYLOAD_HEAD: usize = 12;
 
 impl Plain {
-    fn header(&self, rng: &mut StdRng, route: &Route) -> [u8; HEADER_LEN] {
+    fn header(rng: &mut StdRng, sealed: &SealedRoute<'_>) -> [u8; HEADER_LEN] {
+        let route = sealed.route;
         let mut header = [0; HEADER_LEN];
         header[0] = 9;
         header[RANDOM..PASSED].copy_from_slice(&rng.random::<u64>().to_be_bytes());
@@ -150,7 +206,7 @@ impl Plain {
             slot[..32].copy_from_slice(&address);
             let nanos = u64::try_from(delay.as_nanos()).expect("delays are short");
             slot[32..].copy_from_slice(&nanos.to_be_bytes());
-            slot[32] = self.keys.get(&address).copied().unwrap_or(0);
+            slot[32..35].copy_from_slice(&sealed.key_mark(&address));
         }
         let sum = Self::header_sum(&header);
         header[SUM..SUM + 8].copy_from_slice(&sum.to_be_bytes());
@@ -179,17 +235,17 @@ impl Codec for Plain {
     type Payload = Vec<u8>;
 
     fn new(payload_bytes: usize) -> Self {
-        Self { payload_bytes, keys: BTreeMap::new() }
+        Self { payload_bytes }
     }
 
-    fn build(&self, rng: &mut StdRng, route: &Route, contents: &[u8]) -> Packet {
-        self.packet(&self.header(rng, route), contents)
+    fn build(&self, rng: &mut StdRng, route: &SealedRoute<'_>, contents: &[u8]) -> Packet {
+        self.packet(&Self::header(rng, route), contents)
     }
 
-    fn build_surb(&self, rng: &mut StdRng, route: &Route) -> (Surb, ()) {
+    fn build_surb(&self, rng: &mut StdRng, route: &SealedRoute<'_>) -> (Surb, ()) {
         let mut bytes = [0; SURB_LEN];
-        bytes[..HEADER_LEN].copy_from_slice(&self.header(rng, route));
-        bytes[HEADER_LEN..HEADER_LEN + 32].copy_from_slice(&route.first_hop());
+        bytes[..HEADER_LEN].copy_from_slice(&Self::header(rng, route));
+        bytes[HEADER_LEN..HEADER_LEN + 32].copy_from_slice(&route.route.first_hop());
         (Surb::from_bytes(&bytes).expect("the base point is no point of low order"), ())
     }
 
@@ -197,21 +253,26 @@ impl Codec for Plain {
         Some((surb.first_hop(), self.packet(&surb.as_bytes()[..HEADER_LEN], contents)))
     }
 
-    fn open(&self, node: &NodeKey, packet: Packet) -> Option<(ReplayTag, Packet)> {
+    fn open(&self, node: &NodeKey, count: &KeyEpochs, packet: Packet) -> Opening<Packet> {
         let header = &packet.as_bytes()[..HEADER_LEN];
         let at = ROUTE + 40 * usize::from(header[PASSED]);
         let is_whole = header[SUM..SUM + 8] == Self::header_sum(header).to_be_bytes();
-        let is_mine = header[PASSED] < header[HOPS]
-            && header[at..at + 32] == node.address
-            && header[at + 32] == node.number;
+        let is_mine = header[PASSED] < header[HOPS] && header[at..at + 32] == node.address;
         if !is_whole || !is_mine {
-            return None;
+            return Opening::Unreadable;
+        }
+        let is_for = |(_, (_, key_mark)): &(&u64, &(SecretKey, KeyMark))| {
+            header[at + 32..at + 35] == *key_mark
+        };
+        if !node.keys.range(count.clone()).any(|key| is_for(&key)) {
+            let is_known = node.keys.iter().any(|key| is_for(&key));
+            return if is_known { Opening::Outdated } else { Opening::Unreadable };
         }
         let mut tag = [0; 32];
         // Each hop sees another tag.
         tag[..8].copy_from_slice(&header[RANDOM..PASSED]);
         tag[0] ^= header[PASSED];
-        Some((ReplayTag::from_bytes(tag), packet))
+        Opening::Opened(ReplayTag::from_bytes(tag), packet)
     }
 
     fn finish(&self, opened: Packet) -> Option<Arrival<Self>> {
@@ -222,7 +283,7 @@ impl Codec for Plain {
             return Some(Arrival::Final { identifier, payload: bytes.split_off(HEADER_LEN) });
         }
         let slot = ROUTE + 40 * passed;
-        let delay = u64::from_be_bytes(*bytes[slot + 32..].first_chunk()?) & (u64::MAX >> 8);
+        let delay = u64::from_be_bytes(*bytes[slot + 32..].first_chunk()?) & (u64::MAX >> 24);
         let next_hop = *bytes[slot + 40..].first_chunk()?;
         bytes[PASSED] += 1;
         let packet = Packet::from_bytes(bytes, self.payload_bytes).ok()?;
@@ -240,10 +301,6 @@ impl Codec for Plain {
     fn recover(&self, (): (), payload: Vec<u8>) -> Option<Vec<u8>> {
         self.contents(payload)
     }
-
-    fn learn_key(&mut self, node: &NodeKey) {
-        self.keys.insert(node.address, node.number);
-    }
 }
 
 /// Notices a changed byte, and is fast.
@@ -260,6 +317,6 @@ fn sum(bytes: &[u8]) -> u64 {
 }
 
 /// Bytes of a payload on this network.
-pub(crate) fn codec<C: Codec>(topology: &Topology) -> C {
-    C::new(topology.parameters.payload_bytes)
+pub(crate) fn codec<C: Codec>(parameters: &Parameters) -> C {
+    C::new(parameters.payload_bytes)
 }

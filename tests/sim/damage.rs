@@ -4,16 +4,15 @@ use std::time::{Duration, Instant};
 
 use mixsocks_common::session::frame::CloseReason;
 use mixsocks_common::session::{MAX_START_AGE, START_STEP, SessionId};
-use mixsocks_common::topology::random_route;
+use mixsocks_common::topology::{Role as NodeRole, UnixTime, random_route};
 use mixsocks_sphinx::Identifier;
 use rand::RngExt;
 
-use crate::codec::Codec;
-use crate::endpoint::Role;
+use crate::codec::{Codec, SealedRoute};
 use crate::faults::Fault;
 use crate::hostile;
 use crate::model::Stream;
-use crate::world::{Event, NodeRef, WALL_START_MS, WIRE, World, with_nodes};
+use crate::world::{Event, NodeRef, WALL_START_MS, WIRE, World};
 
 /// What the faults of the moment do to wires.
 #[derive(Default)]
@@ -52,11 +51,15 @@ impl<C: Codec> World<C> {
                 if begins {
                     self.mixes[mix].is_down = true;
                 } else {
-                    self.mixes[mix].restart(&mut self.rng, &self.topology, memory);
+                    self.mixes[mix].restart(&mut self.rng, memory);
                     self.reschedule(NodeRef::Mix(mix));
                 }
             }
             Fault::NewKey(node, is_told) if begins => self.renew_key(node, is_told)?,
+            Fault::MixLeaves(mix) => self.change_role(mix, begins, None),
+            Fault::MixMoves(mix, layer) => {
+                self.change_role(mix, begins, Some(NodeRole::Mix { layer }));
+            }
             Fault::GatewayDown(gateway, memory) => {
                 for endpoint in 0..self.endpoints.len() {
                     if self.endpoints[endpoint].gateway == gateway {
@@ -75,6 +78,7 @@ impl<C: Codec> World<C> {
                     self.at(self.now, Event::Dial(endpoint));
                     self.reschedule(NodeRef::Endpoint(endpoint));
                     self.wake_apps(endpoint);
+                    self.settle(endpoint)?;
                 }
             }
             Fault::ProviderDown | Fault::ClientDown(_) => {
@@ -133,7 +137,7 @@ impl<C: Codec> World<C> {
     /// An endpoint forgets everything, and its programs or targets lose their streams.
     fn lose_endpoint(&mut self, endpoint: usize) {
         let wall_ms = self.endpoints[endpoint].wall_ms(self.wall_ms());
-        self.endpoints[endpoint].restart(self.now, wall_ms, &self.topology);
+        self.endpoints[endpoint].restart(self.now, wall_ms);
         if endpoint == 0 {
             self.provider_restarted = Some(self.now);
             self.provider_started_ms = self.provider_started_ms.max(wall_ms);
@@ -168,42 +172,54 @@ impl<C: Codec> World<C> {
         });
         let errors_s = || errors_s.clone().chain([0]);
         let (slow_s, fast_s) = (errors_s().min().unwrap_or(0), errors_s().max().unwrap_or(0));
+        let always_ms = self.endpoints[0].key.clock_error_ms;
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        let latest_ms = self.wall_ms().saturating_add_signed(1000 * fast_s);
-        let earliest_ms = (WALL_START_MS + ms(began)).saturating_add_signed(1000 * slow_s);
+        let latest_ms = self.wall_ms().saturating_add_signed(1000 * fast_s + always_ms);
+        let earliest_ms =
+            (WALL_START_MS + ms(began)).saturating_add_signed(1000 * slow_s + always_ms);
         let oldest_ms = (latest_ms - ms(MAX_START_AGE)).max(self.provider_started_ms);
         let newest_ms = earliest_ms + ms(MAX_START_AGE) + ms(START_STEP);
         !(oldest_ms..=newest_ms).contains(&start.time_ms)
     }
 
-    /// A node gets another key, and every client knows it; those that are told renew their SURBs.
+    /// A node gets other keys, and every client knows it; those that are told renew their SURBs.
     fn renew_key(&mut self, node: usize, is_told: bool) -> Result<(), String> {
-        let gateways = self.gateways.len();
-        let key = match node.checked_sub(gateways) {
+        let Self { documents, gateways, mixes, rng, .. } = self;
+        let key = match node.checked_sub(gateways.len()) {
             None => {
-                self.gateways[node].renew_key(&mut self.rng);
-                &self.gateways[node].key
+                gateways[node].renew_key(rng);
+                &mut gateways[node].key
             }
             Some(mix) => {
-                self.mixes[mix].renew_key(&mut self.rng);
-                &self.mixes[mix].key
+                mixes[mix].renew_key(rng);
+                &mut mixes[mix].key
             }
         };
-        self.codec.learn_key(key);
-        let mut nodes = self.topology.nodes().to_vec();
-        let node = nodes.iter_mut().find(|node| node.identity.as_bytes() == &key.address);
-        node.ok_or("a node that is not in the topology")?.sphinx_key = key.key.public_key().into();
-        self.topology = with_nodes(self.topology.parameters, nodes);
-        if is_told {
-            let now = self.now;
-            for number in 0..self.endpoints.len() {
-                if let Role::Client(core) = &mut self.endpoints[number].role {
-                    core.renew_surbs(now);
-                    self.settle(number)?;
-                }
+        documents.change_keys(key, rng);
+        let right_ms = self.wall_ms();
+        for number in 0..self.endpoints.len() {
+            let published = &self.documents.published;
+            self.endpoints[number].correct_document(published, is_told, self.now, right_ms);
+            if !self.endpoints[number].is_suspended {
+                self.settle(number)?;
             }
         }
         Ok(())
+    }
+
+    /// A mix has another role for a while, or none, if its layer can do without it; a new document
+    /// says so.
+    fn change_role(&mut self, mix: usize, begins: bool, role: Option<NodeRole>) {
+        let node = self.gateways.len() + mix;
+        let documents = &mut self.documents;
+        if begins && documents.may_go(node) {
+            documents.roles[node] = role;
+        } else if !begins {
+            documents.roles[node] = Some(self.first_roles[node]);
+        } else {
+            return;
+        }
+        self.publish(self.wall_ms());
     }
 
     /// Somebody replays what it saw, and sends nonsense in valid packets to provider and clients.
@@ -219,10 +235,12 @@ impl<C: Codec> World<C> {
         let wall_ms = self.wall_ms();
         let contents = hostile::packet(&mut self.rng, wall_ms);
         let identifier = if self.rng.random() { Identifier::default() } else { self.rng.random() };
-        let mean = self.topology.parameters.mean_delay;
-        if let Ok(route) = random_route(&self.topology, &recipient, mean, identifier, &mut self.rng)
+        let topology = self.documents.published.last().expect("there is a first one");
+        let (mean, now) = (topology.parameters.mean_delay, UnixTime(wall_ms / 1000));
+        if let Ok(route) = random_route(topology, &recipient, now, mean, identifier, &mut self.rng)
         {
-            let packet = self.codec.build(&mut self.rng, &route, &contents);
+            let sealed = SealedRoute { route: &route, topology, now };
+            let packet = self.codec.build(&mut self.rng, &sealed, &contents);
             self.send(NodeRef::Gateway(0), &route.first_hop(), packet);
         }
         let pause = Duration::from_millis(self.rng.random_range(1..100));

@@ -3,21 +3,22 @@
 
 use std::time::{Duration, Instant};
 
-use mixsocks_client::ReadySurb;
 use mixsocks_client::core::ClientCore;
+use mixsocks_client::{ReadySurb, Renewal, Stale};
 use mixsocks_common::address::Address;
 use mixsocks_common::gateway::delivery::Delivery;
 use mixsocks_common::gateway::keepalive::{Due, Keepalive};
 use mixsocks_common::gateway::message::StreamId;
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::replay::{Admission, RecentTags};
-use mixsocks_common::topology::{Topology, random_route};
+use mixsocks_common::topology::{Topology, UnixTime, check_route, random_route};
 use mixsocks_provider::core::ProviderCore;
 use mixsocks_sphinx::{HopAddress, Identifier, Packet, SecretKey, Surb, max_plaintext};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::codec::{Arrival, Codec, NodeKey};
+use crate::codec::{Arrival, Codec, NodeKey, Opening, SealedRoute};
+use crate::documents::Document;
 use crate::hostile;
 use crate::network::{Frame, poll_frame};
 
@@ -67,6 +68,10 @@ pub(crate) struct Endpoint<C: Codec> {
     pub(crate) flow: Option<Flow>,
     free_at: Instant,
     making: Option<Making<C::Recovery>>,
+    document: (usize, Document),
+    renewal: Renewal,
+    /// The gateway of those to whom it sends.
+    peer_gateway: Identity,
 }
 
 /// SURBs that are being made.
@@ -88,15 +93,19 @@ impl<C: Codec> Endpoint<C> {
         now: Instant,
         wall_ms: u64,
         number: usize,
-        topology: &Topology,
-        gateway: Identity,
+        document: &Document,
+        [gateway, peer_gateway]: [Identity; 2],
+        clock_error_ms: i64,
     ) -> Self {
         let identity = IdentityKey::generate(rng).identity();
         let key = SecretKey::generate(rng);
         let encryption = key.public_key().into();
+        let topology = document;
+        let wall_ms = wall_ms.saturating_add_signed(clock_error_ms);
+        let wall = UnixTime(wall_ms / 1000);
         Self {
             number,
-            key: NodeKey::new(*identity.as_bytes(), key),
+            key: NodeKey::lasting(*identity.as_bytes(), key, clock_error_ms),
             address: Address { identity, encryption, gateway },
             gateway: usize::from(number == 0),
             role: role(number, wall_ms, topology),
@@ -111,12 +120,16 @@ impl<C: Codec> Endpoint<C> {
             flow: None,
             free_at: now,
             making: None,
+            document: (0, document.clone()),
+            renewal: Renewal::new(document.clone(), gateway, peer_gateway, now, wall),
+            peer_gateway,
         }
     }
 
-    /// It has forgotten everything but its keys.
-    pub(crate) fn restart(&mut self, now: Instant, wall_ms: u64, topology: &Topology) {
-        self.role = role(self.number, wall_ms, topology);
+    /// It has forgotten everything but its keys and the document. Its clock says `wall_ms`.
+    pub(crate) fn restart(&mut self, now: Instant, wall_ms: u64) {
+        self.role = role(self.number, wall_ms, &self.document.1);
+        self.begin_renewal(now, wall_ms);
         self.tags = RecentTags::new(now, REPLAY_SPAN, REPLAY_TAGS, &mut self.rng);
         self.flow = None;
         self.making = None;
@@ -124,7 +137,53 @@ impl<C: Codec> Endpoint<C> {
 
     /// Milliseconds since 1970 by its own clock.
     pub(crate) fn wall_ms(&self, right_ms: u64) -> u64 {
-        right_ms.saturating_add_signed(1000 * self.clock_error_s)
+        right_ms.saturating_add_signed(1000 * self.clock_error_s + self.key.clock_error_ms)
+    }
+
+    // --- Documents.
+
+    pub(crate) fn take_document(&mut self, number: usize, document: Document) {
+        if number > self.document.0 {
+            self.document = (number, document);
+        }
+    }
+
+    /// Of the document that it has, a node's keys are others now; those that it gave away may be dead,
+    /// but it is told so only if `is_told`.
+    pub(crate) fn correct_document(
+        &mut self,
+        documents: &[Document],
+        is_told: bool,
+        now: Instant,
+        right_ms: u64,
+    ) {
+        self.document.1 = documents[self.document.0].clone();
+        if !is_told {
+            self.begin_renewal(now, self.wall_ms(right_ms));
+        }
+    }
+
+    fn begin_renewal(&mut self, now: Instant, wall_ms: u64) {
+        let (own, peer) = (self.address.gateway, self.peer_gateway);
+        let wall = UnixTime(wall_ms / 1000);
+        self.renewal = Renewal::new(self.document.1.clone(), own, peer, now, wall);
+    }
+
+    /// Follows the document and the clock. No headers are made ahead here.
+    pub(crate) fn look(&mut self, now: Instant, right_ms: u64) {
+        let wall = UnixTime(self.wall_ms(right_ms) / 1000);
+        let Role::Client(core) = &mut self.role else { return };
+        match self.renewal.handle(&self.document.1, now, wall, &mut self.rng) {
+            Stale::Nothing | Stale::MadeAhead => {}
+            Stale::SurbsSoon => core.replace_surbs(now),
+            Stale::Surbs => core.renew_surbs(now),
+        }
+    }
+
+    fn has_routes(&self, wall: UnixTime) -> bool {
+        [&self.address.gateway, &self.peer_gateway]
+            .into_iter()
+            .all(|gateway| check_route(&self.document.1, gateway, wall).is_ok())
     }
 
     // --- The link to the gateway.
@@ -187,7 +246,9 @@ impl<C: Codec> Endpoint<C> {
         flow.keepalive.heard(now);
         let Some(packet) = frame.packet else { return Ok(()) };
         flow.received += 1;
-        let Some((tag, opened)) = codec.open(&self.key, packet) else { return Ok(()) };
+        let Opening::Opened(tag, opened) = codec.open(&self.key, &(0..=0), packet) else {
+            return Ok(());
+        };
         if self.tags.insert(&tag, now) != Admission::Fresh {
             return Ok(());
         }
@@ -231,10 +292,13 @@ impl<C: Codec> Endpoint<C> {
 
     // --- Time and packets.
 
-    pub(crate) fn poll_timeout(&self, now: Instant) -> Option<Instant> {
+    pub(crate) fn poll_timeout(&self, now: Instant, right_ms: u64) -> Option<Instant> {
         if self.is_suspended {
             return None;
         }
+        let wall = UnixTime(self.wall_ms(right_ms) / 1000);
+        let has_routes = matches!(self.role, Role::Provider(_)) || self.has_routes(wall);
+        let look = matches!(self.role, Role::Client(_)).then(|| self.renewal.poll_timeout());
         let core = match &self.role {
             Role::Provider(core) => core.poll_timeout(),
             Role::Client(core) => core.poll_timeout(),
@@ -243,12 +307,13 @@ impl<C: Codec> Endpoint<C> {
         let keepalive = flow.map(|flow| flow.keepalive.poll_timeout());
         // Who is overdue wants to send. Without a connection it is looked after now and then; with
         // one it waits for the wire and for nothing else, so that on a free wire it spins.
-        let waits_until = if flow.is_some() { self.free_at } else { now + RESERVE_LIMIT };
+        let can_send = flow.is_some() && has_routes;
+        let waits_until = if can_send { self.free_at } else { now + RESERVE_LIMIT };
         let due = core.into_iter().chain(keepalive).min();
         let due = due.map(|at| if at > now { at } else { at.max(waits_until) });
         let making = self.making.as_ref().map(|making| making.done_at);
         let wire = (self.free_at > now).then_some(self.free_at);
-        [due, making, wire].into_iter().flatten().min()
+        [due, making, wire, look].into_iter().flatten().min()
     }
 
     pub(crate) fn handle_timeout(&mut self, now: Instant) {
@@ -259,27 +324,26 @@ impl<C: Codec> Endpoint<C> {
     }
 
     /// SURBs are made while they are wanted, unless it `is_famine`.
-    pub(crate) fn make_surbs(
-        &mut self,
-        codec: &C,
-        now: Instant,
-        topology: &Topology,
-        is_famine: bool,
-    ) {
+    pub(crate) fn make_surbs(&mut self, codec: &C, now: Instant, right_ms: u64, is_famine: bool) {
+        let wall = UnixTime(self.wall_ms(right_ms) / 1000);
+        let has_routes = self.has_routes(wall);
+        let topology = &self.document.1;
         let Role::Client(core) = &mut self.role else { return };
         if let Some(made) = self.making.take_if(|making| making.done_at <= now) {
             core.deliver_surbs(made.surbs.len(), made.surbs);
         }
-        if self.making.is_some() || is_famine {
+        if self.making.is_some() || is_famine || !has_routes {
             return;
         }
         let mean = topology.parameters.mean_delay;
         let surbs: Vec<_> = (0..core.claim_surbs(now, SURBS_PER_TURN))
             .map(|_| {
                 let identifier = self.rng.random();
-                let route = random_route(topology, &self.address, mean, identifier, &mut self.rng)
-                    .expect("its gateway is in the topology");
-                let (surb, recovery) = codec.build_surb(&mut self.rng, &route);
+                let to = &self.address;
+                let route = random_route(topology, to, wall, mean, identifier, &mut self.rng)
+                    .expect("there are routes");
+                let sealed = SealedRoute { route: &route, topology, now: wall };
+                let (surb, recovery) = codec.build_surb(&mut self.rng, &sealed);
                 let delay = route.total_delay();
                 ReadySurb { surb, identifier, recovery, delay, made: now }
             })
@@ -294,7 +358,7 @@ impl<C: Codec> Endpoint<C> {
         &mut self,
         now: Instant,
         spacing: Duration,
-        mut make: impl FnMut(Contents<'_, C::Recovery>) -> Option<(HopAddress, Packet)>,
+        mut make: impl FnMut(&Topology, Contents<'_, C::Recovery>) -> Option<(HopAddress, Packet)>,
     ) -> Vec<(Instant, Frame<(HopAddress, Packet)>)> {
         let mut frames = Vec::new();
         let Some(flow) = self.flow.as_mut().filter(|_| self.is_connected) else { return frames };
@@ -309,14 +373,15 @@ impl<C: Codec> Endpoint<C> {
             let packet = match &mut self.role {
                 Role::Client(core) => {
                     if core.wants_transmit(now) {
-                        make(Contents::ToProvider(core))
+                        make(&self.document.1, Contents::ToProvider(core))
                     } else {
                         None
                     }
                 }
                 Role::Provider(core) => match core.next_reply(now, &mut contents) {
                     Some(surb) => {
-                        match make(Contents::Reply(surb, std::mem::take(&mut contents))) {
+                        let reply = Contents::Reply(surb, std::mem::take(&mut contents));
+                        match make(&self.document.1, reply) {
                             // A SURB that is of no use is no reason to stop.
                             None => continue,
                             packet => packet,

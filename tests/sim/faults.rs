@@ -36,6 +36,10 @@ pub(crate) enum Fault {
     /// Clients make new ones for the new key; only if `true` they also renew those that they have
     /// given away.
     NewKey(usize, bool),
+    /// A mix leaves the network for a while, with the documents that say so.
+    MixLeaves(usize),
+    /// A mix is in another layer for a while.
+    MixMoves(usize, u8),
     /// An endpoint stands still, as a machine does that is suspended.
     Suspended(usize),
     /// The provider is down; afterwards it has forgotten its sessions.
@@ -86,7 +90,7 @@ fn draw_one(rng: &mut StdRng, shape: &Shape) -> Planned {
     let client = rng.random_range(1..shape.endpoints);
     let share = *[0.01, 0.05, 0.2].get(rng.random_range(0..3)).expect("one of three");
     let memory = [Memory::All, Memory::Tags, Memory::Nothing][rng.random_range(0..3)];
-    let fault = match rng.random_range(0..24) {
+    let fault = match rng.random_range(0..27) {
         0..=3 => Fault::Loss(share),
         4 => Fault::Duplication(share),
         5 | 6 => Fault::Delay(share, Duration::from_millis(rng.random_range(1..3000))),
@@ -103,6 +107,8 @@ fn draw_one(rng: &mut StdRng, shape: &Shape) -> Planned {
         19 | 20 => Fault::NewKey(rng.random_range(0..shape.gateways + shape.mixes), rng.random()),
         21 => Fault::Hostile,
         22 => Fault::Famine,
+        23 => Fault::MixLeaves(rng.random_range(0..shape.mixes)),
+        24 | 25 => Fault::MixMoves(rng.random_range(0..shape.mixes), rng.random_range(1..=3)),
         _ => Fault::HostileProvider(client),
     };
     let start = rng.random_range(0.0..30.0);

@@ -8,6 +8,7 @@ mod apps;
 mod bounds;
 mod codec;
 mod damage;
+mod documents;
 mod endpoint;
 mod faults;
 mod hostile;

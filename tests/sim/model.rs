@@ -36,6 +36,8 @@ pub(crate) struct Plan {
     pub(crate) chunk: usize,
     /// Between two chunks.
     pub(crate) pause: Duration,
+    /// Nothing is written before: a server that has news after a long silence.
+    pub(crate) silent_until: Duration,
     /// Waits with its end until the other one has ended, as a server does that answers.
     pub(crate) answers: bool,
     /// How much it reads at a time, and how long it rests then.
@@ -54,11 +56,13 @@ impl Plan {
             _ => rng.random_range(200_000..1_500_000),
         };
         let pause = if rng.random_bool(0.3) { rng.random_range(1..500) } else { 0 };
+        let silent_until = if rng.random_bool(0.2) { rng.random_range(0..220) } else { 0 };
         let rest = if rng.random_bool(0.2) { rng.random_range(1..300) } else { 0 };
         Self {
             writes,
             chunk: rng.random_range(1..100_000).max(usize::try_from(writes).unwrap_or(1) / 100),
             pause: Duration::from_millis(pause),
+            silent_until: Duration::from_secs(silent_until),
             answers: rng.random_bool(0.4),
             reads: rng.random_range(10_000..65_536),
             rest: Duration::from_millis(rest),

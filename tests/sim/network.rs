@@ -15,7 +15,8 @@ use mixsocks_sphinx::{HopAddress, Packet, Peeled};
 use rand::RngExt;
 use rand::rngs::StdRng;
 
-use crate::codec::{Arrival, Codec, NodeKey};
+use crate::codec::{Arrival, Codec, KeyEpochs, NodeKey, Opening};
+use crate::documents::Document;
 use crate::faults::Memory;
 
 const REPLAY_TAGS: usize = 1 << 20;
@@ -35,26 +36,40 @@ pub(crate) struct Mix {
     max_held_bytes: usize,
     tags: ReplayFilter,
     pub(crate) is_down: bool,
+    document: (usize, Document),
 }
 
 impl Mix {
     pub(crate) fn new(
         rng: &mut StdRng,
-        topology: &Topology,
+        document: &Document,
         identity: Identity,
         key: NodeKey,
         max_held_packets: usize,
     ) -> Self {
-        let max_held_bytes = max_held_packets * topology.packet_bytes();
-        let core = MixCore::new(topology, &identity, max_held_bytes);
+        let max_held_bytes = max_held_packets * document.packet_bytes();
+        let core = MixCore::new(document, &identity, max_held_bytes);
         let tags = ReplayFilter::new(REPLAY_TAGS, rng);
-        Self { key, identity, core, max_held_bytes, tags, is_down: false }
+        let document = (0, document.clone());
+        Self { key, identity, core, max_held_bytes, tags, is_down: false, document }
+    }
+
+    /// A new document; where it changes who may send to whom, what is held is lost.
+    pub(crate) fn take_document(&mut self, number: usize, document: &Document) {
+        let (known, before) = &self.document;
+        if number <= *known {
+            return;
+        }
+        if !have_same_roles(before, document) {
+            self.core = MixCore::new(document, &self.identity, self.max_held_bytes);
+        }
+        self.document = (number, document.clone());
     }
 
     /// It comes back with what it remembers.
-    pub(crate) fn restart(&mut self, rng: &mut StdRng, topology: &Topology, memory: Memory) {
+    pub(crate) fn restart(&mut self, rng: &mut StdRng, memory: Memory) {
         if memory != Memory::All {
-            self.core = MixCore::new(topology, &self.identity, self.max_held_bytes);
+            self.core = MixCore::new(&self.document.1, &self.identity, self.max_held_bytes);
         }
         if memory == Memory::Nothing {
             self.tags = ReplayFilter::new(REPLAY_TAGS, rng);
@@ -64,7 +79,7 @@ impl Mix {
 
     /// Replays under the old key are no danger to the new one.
     pub(crate) fn renew_key(&mut self, rng: &mut StdRng) {
-        self.key.renew(rng);
+        self.key.renew();
         self.tags = ReplayFilter::new(REPLAY_TAGS, rng);
     }
 
@@ -77,31 +92,58 @@ impl Mix {
         if self.is_down { None } else { self.core.poll_timeout() }
     }
 
-    pub(crate) fn handle_packet<C: Codec>(&mut self, codec: &C, now: Instant, packet: Packet) {
+    /// Keys of the key epochs `count`.
+    pub(crate) fn handle_packet<C: Codec>(
+        &mut self,
+        codec: &C,
+        now: Instant,
+        count: &KeyEpochs,
+        packet: Packet,
+    ) -> Result<(), Outdated> {
         if self.is_down {
-            return;
+            return Ok(());
         }
         if let Some(Arrival::Forward { next_hop, delay, packet }) =
-            peel(codec, &self.key, &mut self.tags, packet)
+            peel(codec, &self.key, count, &mut self.tags, packet)?
         {
             // A full mix drops what would leave last.
             let _ = self.core.handle_peeled(now, Peeled::Forward { next_hop, delay, packet });
         }
+        Ok(())
     }
 }
+
+/// A packet was made for a key that does not count.
+pub(crate) struct Outdated;
 
 fn peel<C: Codec>(
     codec: &C,
     key: &NodeKey,
+    count: &KeyEpochs,
     tags: &mut ReplayFilter,
     packet: Packet,
-) -> Option<Arrival<C>> {
-    let (tag, opened) = codec.open(key, packet)?;
-    (tags.insert(&tag) == Admission::Fresh).then(|| codec.finish(opened))?
+) -> Result<Option<Arrival<C>>, Outdated> {
+    match codec.open(key, count, packet) {
+        Opening::Opened(tag, opened) if tags.insert(&tag) == Admission::Fresh => {
+            Ok(codec.finish(opened))
+        }
+        Opening::Opened(..) | Opening::Unreadable => Ok(None),
+        Opening::Outdated => Err(Outdated),
+    }
+}
+
+fn have_same_roles(one: &Topology, other: &Topology) -> bool {
+    let roles = |topology: &Topology| -> Vec<_> {
+        topology.nodes().iter().map(|node| (node.identity, node.role)).collect()
+    };
+    roles(one) == roles(other)
 }
 
 pub(crate) struct Gateway {
     pub(crate) key: NodeKey,
+    pub(crate) identity: Identity,
+    /// Number of the newest document that it has.
+    document: usize,
     pub(crate) next_hops: NextHops,
     tags: ReplayFilter,
     pub(crate) is_down: bool,
@@ -125,16 +167,25 @@ pub(crate) struct Inbox {
 impl Gateway {
     pub(crate) fn new(
         rng: &mut StdRng,
-        topology: &Topology,
-        identity: &Identity,
+        document: &Document,
+        identity: Identity,
         key: NodeKey,
     ) -> Self {
         Self {
             key,
-            next_hops: NextHops::new(topology, identity),
+            identity,
+            document: 0,
+            next_hops: NextHops::new(document, &identity),
             tags: ReplayFilter::new(REPLAY_TAGS, rng),
             is_down: false,
             clients: BTreeMap::new(),
+        }
+    }
+
+    pub(crate) fn take_document(&mut self, number: usize, document: &Document) {
+        if number > self.document {
+            self.document = number;
+            self.next_hops = NextHops::new(document, &self.identity);
         }
     }
 
@@ -150,29 +201,29 @@ impl Gateway {
     }
 
     pub(crate) fn renew_key(&mut self, rng: &mut StdRng) {
-        self.key.renew(rng);
+        self.key.renew();
         self.tags = ReplayFilter::new(REPLAY_TAGS, rng);
     }
 
-    /// A packet from the last layer; the endpoint whose inbox it is in.
+    /// A packet from the last layer; the endpoint whose inbox it is in. Keys of the key epochs `count`.
     pub(crate) fn handle_packet<C: Codec>(
         &mut self,
         codec: &C,
         now: Instant,
+        count: &KeyEpochs,
         packet: Packet,
-    ) -> Option<usize> {
+    ) -> Result<Option<usize>, Outdated> {
         if self.is_down {
-            return None;
+            return Ok(None);
         }
-        let Arrival::Forward { next_hop, packet, .. } =
-            peel(codec, &self.key, &mut self.tags, packet)?
+        let Some(Arrival::Forward { next_hop, packet, .. }) =
+            peel(codec, &self.key, count, &mut self.tags, packet)?
         else {
-            return None;
+            return Ok(None);
         };
-        let inbox = self.clients.get_mut(&next_hop)?;
+        let Some(inbox) = self.clients.get_mut(&next_hop) else { return Ok(None) };
         // A full inbox, or one of somebody long gone, takes nothing.
-        inbox.delivery.push(packet, now).ok()?;
-        Some(inbox.endpoint)
+        Ok(inbox.delivery.push(packet, now).ok().map(|()| inbox.endpoint))
     }
 
     /// An endpoint logs in, as [`Clients`](mixsocks_node::gateway) does it: the stream goes on if

@@ -22,6 +22,13 @@ const SETTLED_AFTER: Duration = Duration::from_secs(30);
 const WATCHED_FOR: Duration = Duration::from_secs(20 * 60);
 /// Packets of a session that is closed: CLOSE three times at most, with what is sent for it.
 const PACKETS_OF_A_CLOSE: u64 = 12;
+/// Packets of a session whose SURBs are replaced: forty in fives, each acknowledged, and as many again
+/// for those that were used for that.
+const PACKETS_OF_A_RENEWAL: u64 = 32;
+/// Events of an endpoint when keys change: it looks, replaces, and looks again.
+const EVENTS_OF_A_CHANGE: u64 = 4;
+/// Events of a document: it is published, and it comes.
+const EVENTS_OF_A_DOCUMENT: u64 = 2;
 /// Events of a link that is watched, at whose ends a PAD leaves every 20 s.
 const EVENTS_OF_A_LINK: u64 = 400;
 /// Events of a packet from end to end, with the timers and PADs that it leads to.
@@ -58,16 +65,22 @@ fn play<C: Codec>(world: &mut World<C>) -> Result<(), String> {
     while world.step(settled)? {}
     let before = world.packets_built;
     let happened = world.happened;
+    let delivered = world.documents.delivered;
     let (of_clients, of_provider) = world.sessions();
     let orphans = if world.may_have_orphans() { of_provider } else { 0 };
     let watched = settled + WATCHED_FOR;
     while world.step(watched)? {}
     let talk = world.packets_built - before;
-    if talk > of_clients * PACKETS_OF_A_CLOSE + orphans * PACKETS_TO_NOBODY {
+    let changes = world.key_changes(WATCHED_FOR);
+    let of_session = PACKETS_OF_A_CLOSE + changes * PACKETS_OF_A_RENEWAL;
+    if talk > of_clients * of_session + orphans * PACKETS_TO_NOBODY {
         return Err(format!("an idle network sends {talk} packets for {of_clients} sessions"));
     }
     let happened = world.happened - happened;
-    let may_happen = world.endpoints.len() as u64 * EVENTS_OF_A_LINK + talk * EVENTS_OF_A_PACKET;
+    let of_link = EVENTS_OF_A_LINK + changes * EVENTS_OF_A_CHANGE;
+    let may_happen = world.endpoints.len() as u64 * of_link
+        + talk * EVENTS_OF_A_PACKET
+        + (world.documents.delivered - delivered) * EVENTS_OF_A_DOCUMENT;
     if happened > may_happen {
         return Err(format!("an idle network is not idle: {happened} events, {talk} packets"));
     }

@@ -2,26 +2,25 @@
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use mixsocks_common::keys::IdentityKey;
 use mixsocks_common::session::SessionId;
-use mixsocks_common::topology::{
-    Epochs, LAYERS, NetworkName, Node, Parameters, Role, Topology, UnixTime, random_route,
-};
-use mixsocks_sphinx::{Identifier, Packet, SecretKey};
+use mixsocks_common::topology::{LAYERS, Parameters, Role, UnixTime, random_route};
+use mixsocks_sphinx::{HEADER_LEN, Identifier, Packet};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::codec::{Codec, NodeKey, codec};
+use crate::codec::{Codec, NodeKey, SealedRoute, codec};
 use crate::damage::{Start, Weather};
+use crate::documents::{Documents, Schedule, roles};
 use crate::endpoint::{Endpoint, Role as EndpointRole};
 use crate::faults::{self, Fault, Planned, Shape};
 use crate::model::{End, Stream};
-use crate::network::{Frame, Gateway, Inbox, Mix};
+use crate::network::{Frame, Gateway, Inbox, Mix, Outdated};
 
 pub(crate) const PAYLOAD_BYTES: usize = 2048;
+pub(crate) const PACKET_BYTES: usize = HEADER_LEN + PAYLOAD_BYTES;
 /// One way between two machines.
 pub(crate) const WIRE: Duration = Duration::from_millis(2);
 /// From one packet to the next on every wire, unless it is narrowed.
@@ -65,6 +64,10 @@ pub(crate) enum Event {
     Dialled(usize),
     FaultBegins(usize),
     FaultEnds(usize),
+    /// A document for the epoch at a time in milliseconds since 1970 is published.
+    Publish(u64),
+    /// A document comes to somebody.
+    Document(NodeRef, usize),
     /// The hostile endpoint sends something.
     Attack,
 }
@@ -108,7 +111,11 @@ pub(crate) struct World<C: Codec> {
     pub(crate) start: Instant,
     pub(crate) rng: StdRng,
     pub(crate) codec: C,
-    pub(crate) topology: Topology,
+    pub(crate) documents: Documents,
+    /// What nodes do unless a fault changes it, gateways first.
+    pub(crate) first_roles: Vec<Role>,
+    /// Packets that were dropped because they were made for a key that does not count any more.
+    pub(crate) outdated: u64,
     events: BinaryHeap<Reverse<Timed>>,
     serial: u64,
     timers: BTreeMap<NodeRef, Instant>,
@@ -140,6 +147,7 @@ pub(crate) struct Scenario {
     pub(crate) clients: usize,
     pub(crate) mixes_per_layer: usize,
     pub(crate) mean_delay: Duration,
+    pub(crate) schedule: Schedule,
     /// What each mix may hold.
     pub(crate) mix_packets: usize,
     pub(crate) faults: Vec<Planned>,
@@ -149,7 +157,7 @@ impl<C: Codec> World<C> {
     pub(crate) fn new(seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let clients = rng.random_range(1..=3);
-        let mixes_per_layer = rng.random_range(1..=2);
+        let mixes_per_layer = rng.random_range(1..=3);
         let shape = Shape { mixes: LAYERS * mixes_per_layer, gateways: 2, endpoints: 1 + clients };
         let scenario = Scenario {
             streams: rng.random_range(1..=12),
@@ -158,6 +166,7 @@ impl<C: Codec> World<C> {
             mean_delay: Duration::from_millis(
                 *[0, 5, 15, 15, 15, 60].get(rng.random_range(0..6)).expect("one of six"),
             ),
+            schedule: Schedule::draw(&mut rng),
             // Far more than senders need, or so few that some are dropped.
             mix_packets: if rng.random_bool(0.8) { 3500 } else { rng.random_range(20..200) },
             faults: faults::draw(&mut rng, &shape),
@@ -167,18 +176,37 @@ impl<C: Codec> World<C> {
 
     pub(crate) fn with(mut rng: StdRng, scenario: Scenario) -> Self {
         let start = Instant::now();
-        let keys: Vec<_> = (0..2 + LAYERS * scenario.mixes_per_layer)
-            .map(|_| (IdentityKey::generate(&mut rng).identity(), SecretKey::generate(&mut rng)))
-            .collect();
-        let topology = topology(&keys, &scenario);
-        let node_key = |number: usize| {
-            let (identity, key): &(_, SecretKey) = &keys[number];
-            NodeKey::new(*identity.as_bytes(), SecretKey::from_bytes(*key.to_bytes()))
+        let schedule = scenario.schedule;
+        let parameters = Parameters {
+            payload_bytes: PAYLOAD_BYTES,
+            mean_delay: scenario.mean_delay,
+            max_delay: Duration::from_secs(10),
+            epochs: schedule.epochs,
         };
-        let gateways: Vec<_> =
-            (0..2).map(|n| Gateway::new(&mut rng, &topology, &keys[n].0, node_key(n))).collect();
-        let mixes: Vec<_> = (2..keys.len())
-            .map(|n| Mix::new(&mut rng, &topology, keys[n].0, node_key(n), scenario.mix_packets))
+        let first_roles = roles(scenario.mixes_per_layer);
+        let mut node_keys: Vec<_> = first_roles
+            .iter()
+            .map(|_| {
+                let identity = IdentityKey::generate(&mut rng).identity();
+                let clock_error_ms = schedule.clock_error_ms(&mut rng);
+                (identity, NodeKey::new(*identity.as_bytes(), clock_error_ms))
+            })
+            .collect();
+        let mut documents = Documents::new(schedule, parameters, first_roles.clone());
+        let mut listed: Vec<_> =
+            node_keys.iter_mut().map(|(identity, key)| (*identity, key)).collect();
+        let document = documents.publish(&mut rng, WALL_START_MS, WALL_START_MS, &mut listed);
+        let mix_keys = node_keys.split_off(2);
+        let own_gateways = [node_keys[0].0, node_keys[1].0];
+        let gateways: Vec<_> = node_keys
+            .into_iter()
+            .map(|(identity, key)| Gateway::new(&mut rng, &document, identity, key))
+            .collect();
+        let mixes: Vec<_> = mix_keys
+            .into_iter()
+            .map(|(identity, key)| {
+                Mix::new(&mut rng, &document, identity, key, scenario.mix_packets)
+            })
             .collect();
         let gateway_refs = (0..2).map(|n| (gateways[n].key.address, NodeRef::Gateway(n)));
         let mix_refs = mixes.iter().enumerate().map(|(n, mix)| (mix.key.address, NodeRef::Mix(n)));
@@ -186,19 +214,24 @@ impl<C: Codec> World<C> {
         // The provider has the second gateway, clients the first.
         let endpoints: Vec<Endpoint<C>> = (0..=scenario.clients)
             .map(|number| {
-                let gateway = usize::from(number == 0);
-                Endpoint::new(&mut rng, start, WALL_START_MS, number, &topology, keys[gateway].0)
+                let [first, second] = own_gateways;
+                let gateways = if number == 0 { [second, first] } else { [first, second] };
+                let error_ms = schedule.clock_error_ms(&mut rng);
+                Endpoint::new(&mut rng, start, WALL_START_MS, number, &document, gateways, error_ms)
             })
             .collect();
         let streams: Vec<_> = (0..scenario.streams)
             .map(|number| Stream::draw(&mut rng, number, scenario.clients))
             .collect();
+        let provider_started_ms = endpoints[0].wall_ms(WALL_START_MS);
         let mut world = Self {
             now: start,
             start,
-            codec: codec(&topology),
+            codec: codec(&parameters),
             rng,
-            topology,
+            documents,
+            first_roles,
+            outdated: 0,
             events: BinaryHeap::new(),
             serial: 0,
             timers: BTreeMap::new(),
@@ -216,7 +249,7 @@ impl<C: Codec> World<C> {
             packets_built: 0,
             starts: BTreeMap::new(),
             provider_restarted: None,
-            provider_started_ms: WALL_START_MS,
+            provider_started_ms,
             happened: 0,
             at_once: 0,
         };
@@ -226,6 +259,13 @@ impl<C: Codec> World<C> {
         for number in 0..world.streams.len() {
             world.at(start + world.streams[number].opens_at, Event::Open(number));
         }
+        for number in 0..world.streams.len() {
+            for end in [End::Program, End::Target] {
+                let silent_until = world.streams[number].plan(end).silent_until;
+                world.at(start + silent_until, Event::App(number, end));
+            }
+        }
+        world.plan_next_document();
         for number in 0..world.faults.len() {
             let during = world.faults[number].during.clone();
             world.at(start + during.start, Event::FaultBegins(number));
@@ -286,6 +326,11 @@ impl<C: Codec> World<C> {
             Event::Dialled(stream) => self.dialled(stream)?,
             Event::FaultBegins(number) => self.change_fault(number, true)?,
             Event::FaultEnds(number) => self.change_fault(number, false)?,
+            Event::Publish(epoch_ms) => {
+                self.publish(epoch_ms);
+                self.plan_next_document();
+            }
+            Event::Document(party, number) => self.deliver(party, number)?,
             Event::Attack => self.attack(),
         }
         Ok(())
@@ -298,7 +343,7 @@ impl<C: Codec> World<C> {
             NodeRef::Gateway(n) => {
                 self.gateways[n].clients.values().filter_map(Inbox::poll_timeout).min()
             }
-            NodeRef::Endpoint(n) => self.endpoints[n].poll_timeout(self.now),
+            NodeRef::Endpoint(n) => self.endpoints[n].poll_timeout(self.now, self.wall_ms()),
         };
         let Some(due) = due else { return };
         let due = due.max(self.now);
@@ -389,16 +434,26 @@ impl<C: Codec> World<C> {
     }
 
     fn arrive(&mut self, node: NodeRef, packet: Packet) -> Result<(), String> {
-        match node {
-            NodeRef::Mix(n) => self.mixes[n].handle_packet(&self.codec, self.now, packet),
+        let counting = |world: &Self, key: &NodeKey| {
+            let wall_ms = world.wall_ms().saturating_add_signed(key.clock_error_ms);
+            world.documents.schedule.counting(wall_ms)
+        };
+        let taken = match node {
+            NodeRef::Mix(n) => {
+                let count = counting(self, &self.mixes[n].key);
+                let taken = self.mixes[n].handle_packet(&self.codec, self.now, &count, packet);
+                taken.map(|()| None)
+            }
             NodeRef::Gateway(n) => {
-                if let Some(endpoint) =
-                    self.gateways[n].handle_packet(&self.codec, self.now, packet)
-                {
-                    self.flush_down(endpoint);
-                }
+                let count = counting(self, &self.gateways[n].key);
+                self.gateways[n].handle_packet(&self.codec, self.now, &count, packet)
             }
             NodeRef::Endpoint(_) => return Err("packets come to endpoints in frames".to_owned()),
+        };
+        match taken {
+            Ok(Some(endpoint)) => self.flush_down(endpoint),
+            Ok(None) => {}
+            Err(Outdated) => self.on_outdated(node)?,
         }
         self.reschedule(node);
         Ok(())
@@ -431,17 +486,20 @@ impl<C: Codec> World<C> {
     pub(crate) fn flush_up(&mut self, endpoint: usize) {
         let spacing = self.weather.spacing.unwrap_or(SPACING);
         let provider = self.endpoints[0].address;
-        let Self { endpoints, rng, codec, topology, now, packets_built, .. } = self;
-        let frames = endpoints[endpoint].pull(*now, spacing, |contents| {
+        let wall = UnixTime(self.endpoints[endpoint].wall_ms(self.wall_ms()) / 1000);
+        let Self { endpoints, rng, codec, now, packets_built, .. } = self;
+        let frames = endpoints[endpoint].pull(*now, spacing, |topology, contents| {
             *packets_built += 1;
             match contents {
                 crate::endpoint::Contents::ToProvider(core) => {
                     let (identifier, mean) =
                         (Identifier::default(), topology.parameters.mean_delay);
-                    let route = random_route(topology, &provider, mean, identifier, rng).ok()?;
+                    let route =
+                        random_route(topology, &provider, wall, mean, identifier, rng).ok()?;
                     let mut out = Vec::new();
+                    let sealed = SealedRoute { route: &route, topology, now: wall };
                     core.next_packet(*now, route.total_delay(), &mut out)
-                        .then(|| (route.first_hop(), codec.build(rng, &route, &out)))
+                        .then(|| (route.first_hop(), codec.build(rng, &sealed, &out)))
                 }
                 crate::endpoint::Contents::Reply(surb, contents) => codec.use_surb(surb, &contents),
             }
@@ -505,7 +563,7 @@ impl<C: Codec> World<C> {
         }
         self.serial += 1;
         let connection = self.serial;
-        let packet_bytes = self.topology.packet_bytes();
+        let packet_bytes = PACKET_BYTES;
         let target = &mut self.endpoints[endpoint];
         let welcome = self.gateways[gateway].attach(
             &mut self.rng,
@@ -582,46 +640,4 @@ impl<C: Codec> World<C> {
             EndpointRole::Client(_) => unreachable!("endpoint 0 is the provider"),
         }
     }
-}
-
-fn topology(
-    keys: &[(mixsocks_common::keys::Identity, SecretKey)],
-    scenario: &Scenario,
-) -> Topology {
-    let nodes = keys
-        .iter()
-        .enumerate()
-        .map(|(number, (identity, key))| {
-            let port = u16::try_from(1000 + 2 * number).expect("few nodes");
-            let role = match number.checked_sub(2) {
-                None => {
-                    Role::Gateway { client_address: SocketAddr::from(([127, 0, 0, 1], port + 1)) }
-                }
-                Some(mix) => {
-                    let layer = 1 + mix / scenario.mixes_per_layer;
-                    Role::Mix { layer: u8::try_from(layer).expect("three layers") }
-                }
-            };
-            Node {
-                identity: *identity,
-                sphinx_key: key.public_key().into(),
-                next_sphinx_key: None,
-                link_address: SocketAddr::from(([127, 0, 0, 1], port)),
-                role,
-            }
-        })
-        .collect();
-    let parameters = Parameters {
-        payload_bytes: PAYLOAD_BYTES,
-        mean_delay: scenario.mean_delay,
-        max_delay: Duration::from_secs(10),
-        epochs: Epochs::STATIC,
-    };
-    with_nodes(parameters, nodes)
-}
-
-pub(crate) fn with_nodes(parameters: Parameters, nodes: Vec<Node>) -> Topology {
-    let network = NetworkName::new("sim").expect("a good name");
-    let validity = UnixTime(0)..UnixTime(u64::MAX);
-    Topology::new(network, 1, validity, parameters, nodes, Vec::new()).expect("a good topology")
 }

@@ -32,8 +32,8 @@ pub const DOWNLINK_QUEUE_PACKETS: usize = 256;
 /// What a link needs.
 #[derive(Debug)]
 pub struct GatewayLinkConfig {
-    /// The network.
-    pub topology: Arc<Topology>,
+    /// The network: each dial goes to where the newest document has the gateway.
+    pub topology: watch::Receiver<Arc<Topology>>,
     /// The gateway to register with: one of the topology.
     pub gateway: Identity,
     /// The client's own key.

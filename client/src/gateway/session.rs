@@ -1,5 +1,6 @@
 //! The task that keeps a link: logs in, carries frames, and starts over after a cut.
 
+use std::net::SocketAddr;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -11,6 +12,7 @@ use mixsocks_common::gateway::delivery::Delivery;
 use mixsocks_common::gateway::keepalive::{Due, Keepalive};
 use mixsocks_common::gateway::message::{ClientMessage, GatewayMessage, Refusal, Resume};
 use mixsocks_common::gateway::token::Token;
+use mixsocks_common::keys::Identity;
 use mixsocks_common::link::{FrameBody, FrameCodec, tls};
 use mixsocks_common::topology::Role;
 use mixsocks_sphinx::{HEADER_LEN, HopAddress, Packet};
@@ -22,6 +24,7 @@ use tracing::{debug, info, warn};
 
 use super::connection::{Connection, Dialler, Socket, control_frame, next_frame};
 use super::{GatewayLinkConfig, GatewayLinkError, LinkState, token_file};
+use crate::documents::Documents;
 
 /// From the first TCP packet to the end of the login: a dozen round trips around the world.
 const LOGIN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -42,6 +45,9 @@ type Outgoing = (HopAddress, Packet);
 
 pub(super) struct Session {
     config: GatewayLinkConfig,
+    documents: Documents,
+    /// The user was told that the gateway has left the network, and it has not come back since.
+    told_left: bool,
     dialler: Dialler,
     token: Option<Token>,
     /// What the gateway may ask for again, and how much of its stream has arrived; there once a
@@ -72,21 +78,17 @@ impl From<GatewayLinkError> for End {
 impl Session {
     pub(super) fn new(config: GatewayLinkConfig) -> Result<Self, GatewayLinkError> {
         let gateway = config.gateway;
-        let unknown = GatewayLinkError::UnknownGateway(gateway);
-        let Some(Role::Gateway { client_address: address }) =
-            config.topology.gateway(&gateway).map(|node| node.role)
-        else {
-            return Err(unknown);
-        };
+        let documents = Documents::new(config.topology.clone());
+        let address = client_address(&documents, gateway)?;
         let tls = tls::gateway_client_config(gateway)
             .map_err(|source| GatewayLinkError::Tls { address, source })?;
-        let codec = FrameCodec::new(config.topology.packet_bytes());
+        let codec = FrameCodec::new(documents.used().packet_bytes());
         let token =
             token_file::load(&config.token_file, &gateway, &config.identity.identity()).map_err(
                 |source| GatewayLinkError::TokenFile { path: config.token_file.clone(), source },
             )?;
         let dialler = Dialler { gateway, address, tls, codec };
-        Ok(Self { config, dialler, token, flow: None })
+        Ok(Self { config, documents, told_left: false, dialler, token, flow: None })
     }
 
     /// Dials and logs in; registers when there is no token, or none that the gateway knows.
@@ -101,7 +103,24 @@ impl Session {
         }
     }
 
+    /// Looks where the gateway is now.
+    fn find_gateway(&mut self) -> Result<(), GatewayLinkError> {
+        if let Err(unusable) = self.documents.refresh() {
+            debug!("a new topology is not used: {unusable}");
+        }
+        let found = client_address(&self.documents, self.dialler.gateway);
+        if let Err(error) = &found
+            && !self.told_left
+        {
+            warn!("{error}");
+        }
+        self.told_left = found.is_err();
+        self.dialler.address = found?;
+        Ok(())
+    }
+
     async fn try_log_in(&mut self) -> Result<Connection, GatewayLinkError> {
+        self.find_gateway()?;
         let address = self.dialler.address;
         let seconds = LOGIN_TIMEOUT.as_secs();
         let result = timeout(LOGIN_TIMEOUT, self.shake_hands())
@@ -119,7 +138,7 @@ impl Session {
     async fn shake_hands(&mut self) -> Result<Connection, GatewayLinkError> {
         let (mut connection, binding) = self.dialler.dial().await?;
         let setup = ClientSetup {
-            network: self.config.topology.network.clone(),
+            network: self.documents.used().network.clone(),
             gateway: self.dialler.gateway,
             key: self.config.identity.clone(),
             binding,
@@ -284,6 +303,17 @@ impl Session {
         }
         carrier.flow().delivery.detach(Instant::now().into_std());
         end
+    }
+}
+
+/// Where clients reach the gateway, by the document that is used.
+fn client_address(
+    documents: &Documents,
+    gateway: Identity,
+) -> Result<SocketAddr, GatewayLinkError> {
+    match documents.used().gateway(&gateway).map(|node| node.role) {
+        Some(Role::Gateway { client_address }) => Ok(client_address),
+        _ => Err(GatewayLinkError::UnknownGateway(gateway)),
     }
 }
 

@@ -41,6 +41,11 @@ pub const SESSION_SILENCE: Duration = Duration::from_secs(15 * 60);
 /// reconnects, and a wait more.
 const RENEW_AFTER: Duration = Duration::from_secs(15);
 
+/// How far the generation goes on when those before it are dead, and when the last one is only to be
+/// replaced: a provider keeps the generation before the newest, and none before that.
+const DEAD_GENERATIONS: u64 = 2;
+const RETIRED_GENERATIONS: u64 = 1;
+
 /// CLOSE is repeated so many times at most: the provider forgets silent sessions by itself.
 const CLOSE_ATTEMPTS: u32 = 3;
 
@@ -240,7 +245,21 @@ impl ClientSession {
     ///
     /// Without being told, a session does so when it hears nothing for long.
     pub fn renew_surbs(&mut self) {
-        self.surbs.renew(&mut self.transport.flight);
+        self.surbs.renew(&mut self.transport.flight, DEAD_GENERATIONS);
+    }
+
+    /// From now on SURBs are of a new generation, which replaces the one before: that one leads to the
+    /// client for a while yet, as the keys on its routes have been followed by others. The provider
+    /// uses it until it has enough new ones.
+    pub fn replace_surbs(&mut self) {
+        self.surbs.renew(&mut self.transport.flight, RETIRED_GENERATIONS);
+    }
+
+    /// Each mix delays by this on average from now on.
+    pub fn set_mean_delay(&mut self, mean_delay: Duration) {
+        let reply_quantile = delay_quantile(mean_delay, 3);
+        self.transport.set_unknown_delays(reply_quantile);
+        self.surbs.set_reply_quantile(reply_quantile);
     }
 
     // --- Replies.

@@ -33,6 +33,7 @@ mod outcome;
 mod provider;
 mod ranges;
 mod received;
+mod stock;
 mod streams;
 mod surb_window;
 mod table;
@@ -49,9 +50,10 @@ pub use halves::{
     StreamViolation,
 };
 pub use outcome::OpenOutcome;
-pub use provider::{MAX_STOCK_SURBS, PacketError, ProviderSession, RESERVE_SURBS};
+pub use provider::{PacketError, ProviderSession};
 pub use ranges::RangeSet;
 pub use received::{ACK_AFTER_PACKETS, ACK_DELAY, MAX_NUMBER_SPAN};
+pub use stock::{MAX_STOCK_SURBS, RESERVE_SURBS};
 pub use streams::{MAX_STREAMS, StreamEvent, Violation, WINDOW_POOL_BYTES};
 pub use table::{
     Dropped, Handled, MAX_REMEMBERED, MAX_SESSIONS, MAX_START_AGE, ProviderSessions, START_STEP,

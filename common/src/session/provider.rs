@@ -1,6 +1,5 @@
 //! The provider's end of a session: it answers on the SURBs it has been given.
 
-use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use bytes::BufMut;
@@ -12,19 +11,17 @@ use super::client::{SESSION_SILENCE, StreamReset};
 use super::estimate::Queueing;
 use super::flight::Sent;
 use super::frame::{CloseReason, Frame, FrameError, StreamId};
+use super::stock::{RESERVE_SURBS, SurbStock};
 use super::streams::{Side, StreamEvent, Violation};
 use super::transport::{Fill, Transport, take_number, wrapping_us};
 use crate::topology::delay_quantile;
 
-/// SURBs that only control frames may use, so that asking for SURBs never needs one that is not
-/// there: enough for an OPENED, a RESET and several reports, some of which are lost.
-pub const RESERVE_SURBS: usize = 8;
-
-/// Of those, SURBs that plain acknowledgements leave for the rest.
+/// Of the reserve, SURBs that plain acknowledgements leave for the rest.
 const ACK_RESERVE_SURBS: usize = 4;
 
-/// Most SURBs that a provider keeps for one session: 1.6 MB.
-pub const MAX_STOCK_SURBS: usize = 4096;
+/// Mixes that a reply and the packet that acknowledges it pass: the provider knows nothing about their
+/// delays.
+const PATH_MIXES: u32 = 6;
 
 /// How often a provider that waits for SURBs reports so, at most.
 const MAX_REPORT_INTERVAL: Duration = Duration::from_secs(60);
@@ -52,9 +49,7 @@ pub struct ProviderSession {
     began: Instant,
     max_packet_bytes: usize,
     transport: Transport,
-    generation: u64,
-    stock: VecDeque<Surb>,
-    surbs_refused: u64,
+    stock: SurbStock,
     /// Data waits for SURBs since then, and so many reports said so.
     starving: Option<Starving>,
     last_heard: Instant,
@@ -73,17 +68,13 @@ impl ProviderSession {
         Self {
             began: now,
             max_packet_bytes,
-            // The provider chooses no delays: a reply and the packet that acknowledges it pass six
-            // mixes that it knows nothing about.
             transport: Transport::new(
                 Side::Provider,
                 now,
-                delay_quantile(mean_delay, 6),
+                delay_quantile(mean_delay, PATH_MIXES),
                 Queueing::new(now, 6.0 * mean_delay.as_secs_f64()),
             ),
-            generation: 0,
-            stock: VecDeque::new(),
-            surbs_refused: 0,
+            stock: SurbStock::default(),
             starving: None,
             last_heard: now,
             ended: false,
@@ -112,12 +103,17 @@ impl ProviderSession {
 
     /// SURBs that were thrown away because there were too many or they did not parse.
     pub fn surbs_refused(&self) -> u64 {
-        self.surbs_refused
+        self.stock.refused()
     }
 
     /// Bytes of memory that its streams and SURBs take.
     pub fn held_bytes(&self) -> usize {
         self.transport.streams.held_bytes() + self.stock.len() * SURB_LEN
+    }
+
+    /// Each mix delays by this on average from now on.
+    pub fn set_mean_delay(&mut self, mean_delay: Duration) {
+        self.transport.set_unknown_delays(delay_quantile(mean_delay, PATH_MIXES));
     }
 
     // --- Streams: as in the client's session.
@@ -187,7 +183,7 @@ impl ProviderSession {
                     // The client knows the delays of replies, so it judges which are lost.
                     self.transport.lose_by_ack(None, ack);
                 }
-                Frame::Surbs { generation, surbs } => self.take_surbs(*generation, surbs),
+                Frame::Surbs { generation, surbs } => self.take_surbs(now, *generation, surbs),
                 Frame::Close(_) => self.ended = true,
                 Frame::Opened { .. } | Frame::Stock { .. } => {
                     return Err(Violation::Direction.into());
@@ -200,20 +196,8 @@ impl ProviderSession {
         Ok(())
     }
 
-    fn take_surbs(&mut self, generation: u64, surbs: &[[u8; SURB_LEN]]) {
-        if generation > self.generation {
-            self.generation = generation;
-            self.stock.clear();
-        }
-        if generation < self.generation {
-            return;
-        }
-        for bytes in surbs {
-            match Surb::from_bytes(bytes) {
-                Ok(surb) if self.stock.len() < MAX_STOCK_SURBS => self.stock.push_back(surb),
-                _ => self.surbs_refused += 1,
-            }
-        }
+    fn take_surbs(&mut self, now: Instant, generation: u64, surbs: &[[u8; SURB_LEN]]) {
+        self.stock.take_in(now, generation, surbs);
         if self.stock.len() > RESERVE_SURBS {
             self.starving = None;
         }
@@ -232,7 +216,8 @@ impl ProviderSession {
         let report = self.starving.filter(|_| !self.stock.is_empty());
         let report = report.map(|starving| starving.next_report);
         let silence = Some(self.last_heard + SESSION_SILENCE);
-        [self.ack_due(), report, self.transport.loss_deadline(), silence]
+        let retired = self.stock.poll_timeout();
+        [self.ack_due(), report, self.transport.loss_deadline(), retired, silence]
             .into_iter()
             .flatten()
             .min()
@@ -244,6 +229,7 @@ impl ProviderSession {
             self.ended = true;
             return;
         }
+        self.stock.handle_timeout(now);
         self.transport.lose_by_time(now);
     }
 
@@ -251,15 +237,15 @@ impl ProviderSession {
     /// `None` when there is nothing to send, or no SURB to send it with.
     pub fn poll_transmit(&mut self, now: Instant, out: &mut Vec<u8>) -> Option<Surb> {
         let fill = self.next_reply(now)?;
-        let surb = self.stock.pop_front()?;
+        let surb = self.stock.pop(fill.data)?;
         out.clear();
         out.put_u8(PacketKind::Reply as u8);
         self.transport.write_number(out);
         // Wraps after 71 minutes: the client compares neighbours only.
         let sent_us = wrapping_us(now.saturating_duration_since(self.began));
         out.put_u32(sent_us);
-        let count = self.stock.len() as u64;
-        Frame::Stock { generation: self.generation, count }.encode(out);
+        let count = self.stock.newest() as u64;
+        Frame::Stock { generation: self.stock.generation(), count }.encode(out);
         let cargo = self.transport.write_frames(now, out, self.max_packet_bytes, fill);
         debug_assert!(out.len() <= self.max_packet_bytes);
         let eliciting = !cargo.is_empty();
@@ -324,7 +310,7 @@ impl ProviderSession {
     /// The last words to a client whose session is ended by the provider: the contents of a reply
     /// and the SURB to send it with, when there is one.
     pub fn refuse(mut self, reason: CloseReason, out: &mut Vec<u8>) -> Option<Surb> {
-        let surb = self.stock.pop_front()?;
+        let surb = self.stock.pop(false)?;
         write_close(reason, out);
         Some(surb)
     }

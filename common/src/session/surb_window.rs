@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use super::estimate::{Queueing, Window, seconds};
 use super::flight::Flight;
-use super::provider::RESERVE_SURBS;
 use super::received::Received;
+use super::stock::RESERVE_SURBS;
 use super::transport::MIN_MARGIN;
 
 /// SURBs at the provider or under way in either direction: at first and at least, and at most. The
@@ -91,6 +91,11 @@ impl SurbWindow {
                 previous: 0,
             },
         }
+    }
+
+    /// From now on mixes hold replies for at most so long (p99.9).
+    pub(super) fn set_reply_quantile(&mut self, reply_quantile: Duration) {
+        self.reply_quantile = reply_quantile;
     }
 
     pub(super) fn generation(&self) -> u64 {
@@ -198,9 +203,9 @@ impl SurbWindow {
         self.marks.clear();
     }
 
-    /// From now on SURBs are of a new generation, and all older ones count as used.
-    pub(super) fn renew(&mut self, flight: &mut Flight) {
-        self.generation += 1;
+    /// From now on SURBs are `generations` further, and all older ones count as used.
+    pub(super) fn renew(&mut self, flight: &mut Flight, generations: u64) {
+        self.generation += generations;
         self.stock = 0;
         flight.forget_surbs();
     }

@@ -124,6 +124,12 @@ impl ProviderSessions {
         self.sessions.values()
     }
 
+    /// Each mix delays by this on average from now on.
+    pub fn set_mean_delay(&mut self, mean_delay: Duration) {
+        self.mean_delay = mean_delay;
+        self.sessions.values_mut().for_each(|session| session.set_mean_delay(mean_delay));
+    }
+
     /// How many sessions there are.
     pub fn len(&self) -> usize {
         self.sessions.len()

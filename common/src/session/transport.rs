@@ -77,6 +77,11 @@ impl Transport {
         }
     }
 
+    /// From now on mixes hold what the sender did not choose for at most so long (p99.9).
+    pub(super) fn set_unknown_delays(&mut self, unknown_delays: Duration) {
+        self.unknown_delays = unknown_delays;
+    }
+
     /// Room that is left for queues and timers when loss is judged.
     pub(super) fn margin(&self) -> Duration {
         MIN_MARGIN + seconds(self.queueing.room())

@@ -6,42 +6,78 @@ use mixsocks_sphinx::{Hop, Identifier, Route};
 use rand::seq::IteratorRandom;
 use rand::{Rng, RngExt};
 
-use super::{LAYERS, Node, Topology};
+use super::{LAYERS, Node, Topology, UnixTime};
 use crate::address::Address;
+use crate::keys::{EncryptionKey, Identity};
 
 /// There is no way to the recipient.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NoRoute {
-    /// Its gateway is not in the topology.
+    /// The document is not in force any more: nobody knows whether its nodes are still trusted.
     #[error(
-        "the gateway of the address is not in the topology: the address belongs to another network, or its gateway has left"
+        "the topology expired {seconds_ago} s ago: fetch a newer one, or set this machine's clock"
     )]
-    UnknownGateway,
+    Expired {
+        /// How long ago.
+        seconds_ago: u64,
+    },
+    /// The recipient's gateway is not in the topology.
+    #[error(
+        "the gateway {0} is not in the topology: it has left the network, or the address that names it belongs to another one"
+    )]
+    UnknownGateway(Identity),
+    /// The recipient's gateway has told no key for this time.
+    #[error(
+        "the topology has no key of the gateway {0} for this time: fetch a newer one, or set this machine's clock"
+    )]
+    GatewayWithoutKey(Identity),
+    /// No mix of a layer has told a key for this time.
+    #[error(
+        "the topology has no key of any mix in layer {0} for this time: fetch a newer one, or set this machine's clock"
+    )]
+    LayerWithoutKeys(u8),
+}
+
+/// Whether there are routes to clients of `gateway` at `now`.
+///
+/// # Errors
+/// [`NoRoute`] says why there are none.
+pub fn check_route(topology: &Topology, gateway: &Identity, now: UnixTime) -> Result<(), NoRoute> {
+    gateway_with_key(topology, gateway, now)?;
+    let lacks_keys = |layer: &u8| mixes_with_keys(topology, *layer, now).next().is_none();
+    match (1..).take(LAYERS).find(lacks_keys) {
+        Some(layer) => Err(NoRoute::LayerWithoutKeys(layer)),
+        None => Ok(()),
+    }
 }
 
 /// Draws a route to `recipient`: a mix of each layer, its gateway, itself.
 ///
 /// Each mix holds the packet for an exponentially distributed time of mean `mean_delay`, cut at the
 /// network's maximum; the gateway and the recipient do not delay. Choices are independent of each
-/// other and of earlier routes.
+/// other and of earlier routes. Each node's key is that of the key epoch at `now`; mixes that have
+/// told none for it are left out.
 ///
 /// # Errors
-/// [`NoRoute::UnknownGateway`].
+/// [`NoRoute`], as [`check_route`] tells it.
 pub fn random_route(
     topology: &Topology,
     recipient: &Address,
+    now: UnixTime,
     mean_delay: Duration,
     identifier: Identifier,
     rng: &mut impl Rng,
 ) -> Result<Route, NoRoute> {
-    let gateway = topology.gateway(&recipient.gateway).ok_or(NoRoute::UnknownGateway)?;
+    let (gateway, gateway_key) = gateway_with_key(topology, &recipient.gateway, now)?;
     let mut hops = Vec::with_capacity(LAYERS + 2);
     for layer in (1..).take(LAYERS) {
-        let mix = topology.mixes(layer).choose(rng).expect("a topology has a mix in each layer");
+        let (mix, key) = mixes_with_keys(topology, layer, now)
+            .choose(rng)
+            .ok_or(NoRoute::LayerWithoutKeys(layer))?;
         let delay = exponential(mean_delay, rng).min(topology.parameters.max_delay);
-        hops.push(hop(mix, delay));
+        hops.push(hop(mix, key, delay));
     }
-    hops.push(hop(gateway, Duration::ZERO));
+    hops.push(hop(gateway, gateway_key, Duration::ZERO));
     hops.push(Hop {
         address: *recipient.identity.as_bytes(),
         key: recipient.encryption.public_key(),
@@ -52,8 +88,31 @@ pub fn random_route(
         .expect("five hops and delays of at most a minute"))
 }
 
-fn hop(node: &Node, delay: Duration) -> Hop {
-    Hop { address: *node.identity.as_bytes(), key: node.sphinx_key.public_key(), delay }
+/// The gateway and its key at `now`, in a document that is in force.
+fn gateway_with_key<'a>(
+    topology: &'a Topology,
+    gateway: &Identity,
+    now: UnixTime,
+) -> Result<(&'a Node, EncryptionKey), NoRoute> {
+    if now >= topology.valid_until {
+        return Err(NoRoute::Expired { seconds_ago: now.0 - topology.valid_until.0 });
+    }
+    let node = topology.gateway(gateway).ok_or(NoRoute::UnknownGateway(*gateway))?;
+    let key = topology.sphinx_key(node, now).ok_or(NoRoute::GatewayWithoutKey(*gateway))?;
+    Ok((node, key))
+}
+
+/// The mixes of a layer that have told a key for `now`, and that key.
+fn mixes_with_keys(
+    topology: &Topology,
+    layer: u8,
+    now: UnixTime,
+) -> impl Iterator<Item = (&Node, EncryptionKey)> {
+    topology.mixes(layer).filter_map(move |mix| Some((mix, topology.sphinx_key(mix, now)?)))
+}
+
+fn hop(node: &Node, key: EncryptionKey, delay: Duration) -> Hop {
+    Hop { address: *node.identity.as_bytes(), key: key.public_key(), delay }
 }
 
 fn exponential(mean: Duration, rng: &mut impl Rng) -> Duration {
@@ -96,14 +155,15 @@ mod tests {
     use rand::SeedableRng;
     use rand::rngs::StdRng;
 
-    use super::super::{Epochs, NetworkName, Parameters, Role, UnixTime};
+    use super::super::{Epochs, NetworkName, Parameters, Role};
     use super::*;
-    use crate::keys::{Identity, IdentityKey};
+    use crate::keys::IdentityKey;
 
     const MIXES_PER_LAYER: usize = 4;
     const PAYLOAD_BYTES: usize = 1024;
     const MAX_DELAY: Duration = Duration::from_millis(20);
     const IDENTIFIER: Identifier = [7; 16];
+    const NOW: UnixTime = UnixTime(0);
 
     /// A network, and a recipient at its first gateway, with the keys of all.
     struct Fixture {
@@ -166,7 +226,20 @@ mod tests {
 
         fn route(&mut self) -> Route {
             let mean = self.topology.parameters.mean_delay;
-            random_route(&self.topology, &self.recipient, mean, IDENTIFIER, &mut self.rng).unwrap()
+            let (topology, recipient) = (&self.topology, &self.recipient);
+            random_route(topology, recipient, NOW, mean, IDENTIFIER, &mut self.rng).unwrap()
+        }
+
+        fn route_at(&mut self, now: UnixTime) -> Result<Route, NoRoute> {
+            let Self { topology, recipient, rng, .. } = self;
+            let route = random_route(topology, recipient, now, Duration::ZERO, IDENTIFIER, rng);
+            let checked = check_route(topology, &recipient.gateway, now);
+            assert_eq!(checked.err().as_ref(), route.as_ref().err());
+            route
+        }
+
+        fn no_route(&mut self, now: UnixTime) -> NoRoute {
+            self.route_at(now).err().unwrap()
         }
 
         /// Takes a packet along its route, each layer being taken off with the key of the very hop
@@ -266,10 +339,81 @@ mod tests {
     #[test]
     fn there_is_no_route_to_a_gateway_that_is_none() {
         let mut fixture = Fixture::new(3);
-        fixture.recipient.gateway = fixture.topology.mixes(1).next().unwrap().identity;
-        let Fixture { topology, recipient, rng, .. } = &mut fixture;
-        let route = random_route(topology, recipient, Duration::ZERO, IDENTIFIER, rng);
-        assert_eq!(route.err(), Some(NoRoute::UnknownGateway));
+        let mix = fixture.topology.mixes(1).next().unwrap().identity;
+        fixture.recipient.gateway = mix;
+        assert_eq!(fixture.no_route(NOW), NoRoute::UnknownGateway(mix));
+    }
+
+    #[test]
+    fn an_expired_topology_has_no_routes() {
+        let mut fixture = Fixture::new(4);
+        fixture.topology.valid_until = UnixTime(100);
+        fixture.route_at(UnixTime(99)).unwrap();
+        assert_eq!(fixture.no_route(UnixTime(100)), NoRoute::Expired { seconds_ago: 0 });
+        assert_eq!(fixture.no_route(UnixTime(107)), NoRoute::Expired { seconds_ago: 7 });
+    }
+
+    /// Key epoch 0 is over after 100 s, key epoch 1 after 200 s.
+    fn rotating(seed: u64) -> Fixture {
+        let mut fixture = Fixture::new(seed);
+        fixture.topology.parameters.epochs =
+            Epochs { epoch_seconds: 10, key_epochs: 10, overlap_seconds: 20 };
+        fixture.topology.valid_until = UnixTime(1000);
+        for node in &mut fixture.topology.nodes {
+            node.next_sphinx_key = Some(SecretKey::generate(&mut fixture.rng).public_key().into());
+        }
+        fixture
+    }
+
+    #[test]
+    fn packets_are_made_for_the_keys_of_their_time() {
+        let mut fixture = rotating(5);
+        let opens = |fixture: &Fixture, route: &Route, rng: &mut StdRng| {
+            let request = (route.clone(), &b"contents"[..]);
+            let packet = build_packets(rng, PAYLOAD_BYTES, &[request]).remove(0).unwrap();
+            let is_first =
+                |(identity, _): &&(Identity, SecretKey)| *identity.as_bytes() == route.first_hop();
+            let (_, key) = fixture.keys.iter().find(is_first).unwrap();
+            open_headers(key, vec![packet]).remove(0).is_ok()
+        };
+        let mut rng = StdRng::seed_from_u64(6);
+        let [before, after] = [99, 100].map(|second| fixture.route_at(UnixTime(second)).unwrap());
+        assert!(opens(&fixture, &before, &mut rng));
+        assert!(!opens(&fixture, &after, &mut rng), "that is for the next key");
+    }
+
+    #[test]
+    fn mixes_without_a_key_for_the_time_are_left_out() {
+        let mut fixture = rotating(7);
+        let silent = fixture.topology.mixes(1).next().unwrap().identity;
+        let node = |fixture: &mut Fixture, identity: Identity| {
+            let nodes = &mut fixture.topology.nodes;
+            let at = nodes.iter().position(|node| node.identity == identity).unwrap();
+            nodes[at].next_sphinx_key = None;
+        };
+        node(&mut fixture, silent);
+        let first_hops = |fixture: &mut Fixture, second| -> Vec<_> {
+            let mut hop = || fixture.route_at(UnixTime(second)).unwrap().first_hop();
+            (0..200).map(|_| hop()).collect()
+        };
+        // Each mix is drawn in 200 routes, but for a chance of 10^-25.
+        assert!(first_hops(&mut fixture, 99).contains(silent.as_bytes()));
+        assert!(!first_hops(&mut fixture, 100).contains(silent.as_bytes()));
+        let others: Vec<_> = fixture.topology.mixes(1).map(|mix| mix.identity).collect();
+        others.into_iter().for_each(|mix| node(&mut fixture, mix));
+        assert_eq!(fixture.no_route(UnixTime(100)), NoRoute::LayerWithoutKeys(1));
+        let gateway = fixture.recipient.gateway;
+        node(&mut fixture, gateway);
+        assert_eq!(fixture.no_route(UnixTime(100)), NoRoute::GatewayWithoutKey(gateway));
+        fixture.route_at(UnixTime(99)).unwrap();
+    }
+
+    #[test]
+    fn a_document_of_two_key_epochs_before_has_no_keys() {
+        let mut fixture = rotating(8);
+        let gateway = fixture.recipient.gateway;
+        fixture.route_at(UnixTime(199)).unwrap();
+        assert_eq!(fixture.no_route(UnixTime(200)), NoRoute::GatewayWithoutKey(gateway));
     }
 
     #[test]

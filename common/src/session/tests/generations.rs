@@ -109,3 +109,59 @@ fn a_download_survives_new_generations() {
     assert_eq!(renewals, 4);
     println!("{:?}", world.elapsed());
 }
+
+/// The longest time without a byte in a download of 4 MiB during which SURBs are renewed four times.
+fn longest_pause(renew: impl Fn(&mut World)) -> Duration {
+    let mut world = World::new(151, Network::perfect());
+    let stream = world.open();
+    let bytes = 4 << 20;
+    let (mut written, mut read, mut renewals) = (0, 0, 0);
+    let (mut last, mut longest) = (world.now, Duration::ZERO);
+    let mut chunk = vec![0; 1 << 16];
+    world.run_until(Duration::from_secs(60), |world| {
+        if read > (renewals + 1) * bytes / 5 {
+            renewals += 1;
+            renew(world);
+        }
+        written += world.provider().write(stream, &vec![0; bytes - written]).unwrap();
+        while let Some(n @ 1..) = world.client.read(stream, &mut chunk).unwrap() {
+            read += n;
+            longest = longest.max(world.now - last);
+            last = world.now;
+        }
+        read == bytes
+    });
+    assert_eq!(renewals, 4);
+    longest
+}
+
+/// Old SURBs are used until new ones are there: nobody waits for a change of keys.
+#[test]
+fn a_download_does_not_pause_when_surbs_are_replaced() {
+    let replaced = longest_pause(|world| world.client.replace_surbs());
+    let untouched = longest_pause(|_| ());
+    println!("{replaced:?}, without a change {untouched:?}");
+    assert!(replaced < untouched + Duration::from_millis(50), "{replaced:?}, {untouched:?}");
+}
+
+/// The provider has something to say when the old SURBs have died, long after the last packet.
+#[test]
+fn an_idle_session_gets_new_surbs_before_the_old_ones_die() {
+    let mut world = World::new(157, Network::perfect());
+    let stream = world.open();
+    world.run_for(Duration::from_secs(60));
+    let old: Vec<_> = world.surbs.keys().copied().collect();
+    world.client.replace_surbs();
+    world.run_for(Duration::from_secs(20));
+    let stock = world.provider().stock_surbs();
+    assert!((40 - RESERVE_SURBS..=40).contains(&stock), "{stock} SURBs: new ones only, and enough");
+    world.dead_surbs.extend(old);
+    let pushed = world.now;
+    world.provider().write(stream, b"news").unwrap();
+    let mut chunk = [0; 100];
+    world.run_until(Duration::from_secs(600), |world| {
+        world.client.read(stream, &mut chunk).unwrap().is_some()
+    });
+    let time = world.now - pushed;
+    assert!(time < Duration::from_millis(500), "{time:?}");
+}

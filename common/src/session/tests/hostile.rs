@@ -186,8 +186,8 @@ fn a_provider_keeps_a_bounded_stock_of_surbs() {
     }
     assert_eq!(provider.stock_surbs(), MAX_STOCK_SURBS);
     assert_eq!(provider.surbs_refused(), 1100 * 5 - MAX_STOCK_SURBS as u64);
-    // Older ones are not taken, newer ones replace all.
-    for (number, generation, stock) in [(1100, 2, MAX_STOCK_SURBS), (1101, 4, 4)] {
+    // Older ones are not taken; newer ones that skip a generation replace all.
+    for (number, generation, stock) in [(1100, 2, MAX_STOCK_SURBS), (1101, 5, 4)] {
         contents.clear();
         put_varint(&mut contents, number);
         put_varint(&mut contents, 0);
