@@ -101,7 +101,7 @@ async fn start(args: &ClientArgs) -> Result<Started> {
     let newest = topology.borrow().clone();
     let provider = choose_provider(&newest, &args.provider)?;
     let gateway = gateway(&dir, &newest, &provider.gateway)?;
-    let way = Way { topology: newest, gateway, provider };
+    let way = Way { topology, gateway, provider };
     let client = proxy::connect(&dir, way).await?;
     Ok(Started { client, provider, _following: following })
 }

@@ -350,7 +350,7 @@ mod tests {
         let text = "role = \"client\"\nsocks = \"[::1]:9050\"\ndata_dir = \"/x\"\n";
         let args = client(&[], text);
         assert_eq!(args.listen.socks.to_string(), "[::1]:9050");
-        assert_eq!(args.data_dir.as_deref(), Some(Path::new("/x")));
+        assert_eq!(args.run.data_dir.as_deref(), Some(Path::new("/x")));
         assert_eq!(client(&["--socks", "[::1]:1"], text).listen.socks.port(), 1);
         assert_eq!(client(&[], "role = 'client'").listen.socks.to_string(), "127.0.0.1:1080");
     }

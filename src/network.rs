@@ -47,7 +47,7 @@ pub(crate) struct NetworkOptions {
 pub(crate) struct Network {
     /// The first field, so that it is dropped before the parts.
     intact: logging::Intact,
-    topology: Arc<Topology>,
+    topology: watch::Receiver<Arc<Topology>>,
     provider_address: Address,
     client_gateway: Identity,
     mixes: Vec<Mix>,
@@ -88,7 +88,9 @@ impl Network {
         let authorities = topology_file::only(authority.identity())?;
         // From here on everybody knows what the file says, and nothing else.
         let file = dir.path().join(topology_file::FILE);
-        let topology = Arc::new(topology_file::read(&file, &authorities)?.topology);
+        // It does not change while the network runs.
+        let newest = Arc::new(topology_file::read(&file, &authorities)?.topology);
+        let topology = watch::channel(newest).1;
 
         let mut gateways = Vec::new();
         for seat in gateway_seats {
@@ -106,7 +108,7 @@ impl Network {
     }
 
     /// The topology, as it was read from its file.
-    pub(crate) fn topology(&self) -> &Arc<Topology> {
+    pub(crate) fn topology(&self) -> &watch::Receiver<Arc<Topology>> {
         &self.topology
     }
 
@@ -197,11 +199,11 @@ impl MixSeat {
         })
     }
 
-    fn start(self, topology: &Arc<Topology>) -> Result<Mix> {
+    fn start(self, topology: &watch::Receiver<Arc<Topology>>) -> Result<Mix> {
         let config = MixConfig {
             identity: self.identity,
             keys: self.keys,
-            topology: watch::channel(topology.clone()).1,
+            topology: topology.clone(),
             listener: self.listener,
             data_dir: self.data_dir,
         };
@@ -242,11 +244,11 @@ impl GatewaySeat {
         })
     }
 
-    fn start(self, topology: &Arc<Topology>) -> Result<Gateway> {
+    fn start(self, topology: &watch::Receiver<Arc<Topology>>) -> Result<Gateway> {
         let config = GatewayConfig {
             identity: self.identity,
             keys: self.keys,
-            topology: watch::channel(topology.clone()).1,
+            topology: topology.clone(),
             link_listener: self.link_listener,
             client_listener: self.client_listener,
             data_dir: self.data_dir,
@@ -280,11 +282,11 @@ impl ProviderKeys {
     async fn start(
         self,
         dir: &DataDir,
-        topology: &Arc<Topology>,
+        topology: &watch::Receiver<Arc<Topology>>,
         options: NetworkOptions,
     ) -> Result<Provider> {
         let config = ProviderConfig {
-            topology: tokio::sync::watch::channel(topology.clone()).1,
+            topology: topology.clone(),
             identity: self.identity,
             encryption: self.encryption,
             gateway: self.address.gateway,

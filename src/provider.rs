@@ -97,7 +97,7 @@ async fn start(args: &ProviderArgs, dir: &Arc<DataDir>, quiet: bool) -> Result<R
     let publisher = membership.publish(identity.clone(), move |_| Member::Provider(advert.clone()));
     let (topology, following) = membership.documents().await;
     let config = ProviderConfig {
-        topology: topology.borrow().clone(),
+        topology: topology.clone(),
         identity,
         encryption,
         gateway,

@@ -14,6 +14,7 @@ use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::topology::Topology;
 use mixsocks_sphinx::SecretKey;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 
 use crate::cli::ListenArgs;
 use crate::data_dir::DataDir;
@@ -71,7 +72,7 @@ fn handed_over() -> Result<Option<TcpListener>> {
 
 /// The way of a client through a network.
 pub(crate) struct Way {
-    pub(crate) topology: Arc<Topology>,
+    pub(crate) topology: watch::Receiver<Arc<Topology>>,
     /// The client's own gateway.
     pub(crate) gateway: Identity,
     pub(crate) provider: Address,
@@ -87,7 +88,7 @@ pub(crate) fn keys(dir: &DataDir) -> Result<(IdentityKey, SecretKey)> {
 pub(crate) async fn connect(dir: &DataDir, way: Way) -> Result<Client> {
     let (identity, encryption) = keys(dir)?;
     let config = ClientConfig {
-        topology: tokio::sync::watch::channel(way.topology).1,
+        topology: way.topology,
         identity: Arc::new(identity),
         encryption,
         gateway: way.gateway,

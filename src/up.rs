@@ -62,7 +62,7 @@ fn greeting(
     address: SocketAddr,
     profile: Profile,
 ) -> String {
-    let mean_delay = humantime::format_duration(network.topology().parameters.mean_delay);
+    let mean_delay = humantime::format_duration(network.topology().borrow().parameters.mean_delay);
     let provider = network.provider_address();
     let client = client.address();
     let data_dir = data_dir.display();
@@ -81,7 +81,7 @@ fn greeting(
          \n\
          Try it:   curl --socks5-hostname {address} https://example.com\n\
          Ctrl-C stops.",
-        if network.topology().parameters.mean_delay.is_zero() {
+        if network.topology().borrow().parameters.mean_delay.is_zero() {
             "Mixes hold nothing: neither order nor timing is hidden."
         } else {
             weakness(profile)

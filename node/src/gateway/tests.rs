@@ -160,7 +160,7 @@ impl GatewayNet {
 
     fn config(&self, person: &Person) -> GatewayLinkConfig {
         GatewayLinkConfig {
-            topology: self.net.topology.clone(),
+            topology: self.net.watch(),
             gateway: self.net.identity(EXIT),
             identity: person.key.clone(),
             token_file: person.token_file.clone(),
@@ -636,6 +636,11 @@ async fn a_link_survives_every_restart_and_packets_wait() {
     }
 }
 
+/// A topology that does not change.
+fn fixed(topology: Topology) -> watch::Receiver<Arc<Topology>> {
+    watch::channel(Arc::new(topology)).1
+}
+
 #[tokio::test]
 async fn errors_say_what_is_wrong() {
     let mut net = GatewayNet::new().await;
@@ -647,7 +652,7 @@ async fn errors_say_what_is_wrong() {
     };
     let mut nodes = net.net.topology.nodes().to_vec();
     nodes[EXIT].role = Role::Gateway { client_address: unused };
-    let nowhere = GatewayLinkConfig { topology: Arc::new(topology("test", nodes)), ..config() };
+    let nowhere = GatewayLinkConfig { topology: fixed(topology("test", nodes)), ..config() };
     let error = soon(connect(nowhere)).await.unwrap_err();
     assert!(matches!(error, GatewayLinkError::Unreachable { .. }), "{error}");
     assert!(error.to_string().contains(&unused.to_string()), "{error}");
@@ -663,7 +668,7 @@ async fn errors_say_what_is_wrong() {
 
     let wrong = GatewayLinkConfig { gateway: net.net.identity(ENTRY), ..config() };
     let nodes = net.net.topology.nodes().to_vec();
-    let other = GatewayLinkConfig { topology: Arc::new(topology("other", nodes)), ..config() };
+    let other = GatewayLinkConfig { topology: fixed(topology("other", nodes)), ..config() };
     let _gateway = net.start().await;
     let error = soon(connect(wrong)).await.unwrap_err();
     assert!(matches!(error, GatewayLinkError::WrongKey { .. }), "{error}");
