@@ -651,3 +651,40 @@ fn wall_ms() -> u64 {
     let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{KEY_EPOCH_SECONDS, TestNetwork};
+
+    #[test]
+    fn nothing_is_sent_by_an_expired_document_until_there_is_another() {
+        let network = TestNetwork::new();
+        let [own, peer] = network.gateways();
+        let [old, new] = [0, 1].map(|epoch| Arc::new(network.topology(epoch)));
+        let mut routes = Routes { checked: None, result: Ok(()) };
+        let end = 2 * KEY_EPOCH_SECONDS;
+        let mut check = |topology, second| routes.check(topology, [&own, &peer], UnixTime(second));
+        assert_eq!(check(&old, end - 1), Ok(()));
+        let expired = NoRoute::Expired { seconds_ago: 0 };
+        assert_eq!(check(&old, end), Err(expired.clone()));
+        assert_eq!(check(&new, end), Ok(()), "in the same second");
+        // Who opens a stream is told.
+        let error = OpenError::from(expired);
+        assert_eq!(error.outcome(), OpenOutcome::NetworkUnreachable);
+        assert!(error.to_string().contains("the topology expired 0 s ago"), "{error}");
+    }
+
+    #[test]
+    fn there_must_be_routes_to_both_gateways() {
+        let network = TestNetwork::new();
+        let stranger = TestNetwork::new().gateways()[0];
+        let [own, peer] = network.gateways();
+        let topology = Arc::new(network.topology(0));
+        for gateways in [[&own, &stranger], [&stranger, &peer]] {
+            let mut routes = Routes { checked: None, result: Ok(()) };
+            let result = routes.check(&topology, gateways, UnixTime(0));
+            assert_eq!(result, Err(NoRoute::UnknownGateway(stranger)));
+        }
+    }
+}

@@ -56,8 +56,10 @@ impl<C: Codec> World<C> {
                 }
             }
             Fault::NewKey(node, is_told) if begins => self.renew_key(node, is_told)?,
-            Fault::MixLeaves(mix) => self.change_role(mix, begins, None),
-            Fault::MixMoves(mix, layer) => {
+            Fault::MixLeaves(mix, for_good) if begins || !for_good => {
+                self.change_role(mix, begins, None);
+            }
+            Fault::MixMoves(mix, layer, for_good) if begins || !for_good => {
                 self.change_role(mix, begins, Some(NodeRole::Mix { layer }));
             }
             Fault::GatewayDown(gateway, memory) => {
@@ -207,7 +209,7 @@ impl<C: Codec> World<C> {
         Ok(())
     }
 
-    /// A mix has another role for a while, or none, if its layer can do without it; a new document
+    /// A mix has another role, or none, if its layer can do without it; a new document
     /// says so.
     fn change_role(&mut self, mix: usize, begins: bool, role: Option<NodeRole>) {
         let node = self.gateways.len() + mix;

@@ -263,12 +263,13 @@ impl<C: Codec> World<C> {
         if self.documents.schedule.is_static() { 0 } else { time.as_secs() / seconds + 1 }
     }
 
-    /// A node drops a packet for a key of its own that does not count.
+    /// A node drops a packet for a key of its own that does not count, or for a node to which it may not
+    /// send: what sender and SURB were told has changed since.
     pub(crate) fn on_outdated(&mut self, node: NodeRef) -> Result<(), String> {
         self.outdated += 1;
         let is_settled = self.elapsed() > FAULTS_END + KEYS_SETTLE && !self.may_have_orphans();
         if is_settled {
-            return Err(format!("a packet for a key that does not count any more at {node:?}"));
+            return Err(format!("an outdated packet at {node:?}"));
         }
         Ok(())
     }

@@ -36,10 +36,10 @@ pub(crate) enum Fault {
     /// Clients make new ones for the new key; only if `true` they also renew those that they have
     /// given away.
     NewKey(usize, bool),
-    /// A mix leaves the network for a while, with the documents that say so.
-    MixLeaves(usize),
-    /// A mix is in another layer for a while.
-    MixMoves(usize, u8),
+    /// A mix leaves the network, with a document that says so; if `true`, for good.
+    MixLeaves(usize, bool),
+    /// A mix is in another layer, with a document that says so; if `true`, for good.
+    MixMoves(usize, u8, bool),
     /// An endpoint stands still, as a machine does that is suspended.
     Suspended(usize),
     /// The provider is down; afterwards it has forgotten its sessions.
@@ -107,8 +107,11 @@ fn draw_one(rng: &mut StdRng, shape: &Shape) -> Planned {
         19 | 20 => Fault::NewKey(rng.random_range(0..shape.gateways + shape.mixes), rng.random()),
         21 => Fault::Hostile,
         22 => Fault::Famine,
-        23 => Fault::MixLeaves(rng.random_range(0..shape.mixes)),
-        24 | 25 => Fault::MixMoves(rng.random_range(0..shape.mixes), rng.random_range(1..=3)),
+        23 => Fault::MixLeaves(rng.random_range(0..shape.mixes), rng.random()),
+        24 | 25 => {
+            let layer = rng.random_range(1..=3);
+            Fault::MixMoves(rng.random_range(0..shape.mixes), layer, rng.random())
+        }
         _ => Fault::HostileProvider(client),
     };
     let start = rng.random_range(0.0..30.0);

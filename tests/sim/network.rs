@@ -9,6 +9,7 @@ use mixsocks_common::gateway::message::StreamId;
 use mixsocks_common::keys::Identity;
 use mixsocks_common::replay::{Admission, ReplayFilter};
 use mixsocks_common::topology::Topology;
+use mixsocks_node::counters::DropReason;
 use mixsocks_node::link::NextHops;
 use mixsocks_node::mix::MixCore;
 use mixsocks_sphinx::{HopAddress, Packet, Peeled};
@@ -107,13 +108,18 @@ impl Mix {
             peel(codec, &self.key, count, &mut self.tags, packet)?
         {
             // A full mix drops what would leave last.
-            let _ = self.core.handle_peeled(now, Peeled::Forward { next_hop, delay, packet });
+            let peeled = Peeled::Forward { next_hop, delay, packet };
+            if let Err(DropReason::WrongLayer | DropReason::UnknownNextHop) =
+                self.core.handle_peeled(now, peeled)
+            {
+                return Err(Outdated);
+            }
         }
         Ok(())
     }
 }
 
-/// A packet was made for a key that does not count.
+/// A packet was made for a key that does not count, or for a node that is not there any more.
 pub(crate) struct Outdated;
 
 fn peel<C: Codec>(

@@ -114,7 +114,7 @@ pub(crate) struct World<C: Codec> {
     pub(crate) documents: Documents,
     /// What nodes do unless a fault changes it, gateways first.
     pub(crate) first_roles: Vec<Role>,
-    /// Packets that were dropped because they were made for a key that does not count any more.
+    /// Packets that were dropped because the keys or nodes that they were made for do not count any more.
     pub(crate) outdated: u64,
     events: BinaryHeap<Reverse<Timed>>,
     serial: u64,
@@ -528,8 +528,10 @@ impl<C: Codec> World<C> {
         if let Some((next_hop, packet)) = frame.packet {
             inbox.received += 1;
             let is_cut_off = self.weather.blackout && endpoint != 0;
-            if !is_cut_off && self.gateways[gateway].next_hops.resolve(&next_hop).is_ok() {
-                self.send(NodeRef::Gateway(gateway), &next_hop, packet);
+            match self.gateways[gateway].next_hops.resolve(&next_hop) {
+                Ok(_) if is_cut_off => {}
+                Ok(_) => self.send(NodeRef::Gateway(gateway), &next_hop, packet),
+                Err(_) => self.on_outdated(NodeRef::Gateway(gateway))?,
             }
         }
         self.flush_down(endpoint);

@@ -509,7 +509,49 @@ impl Backoff {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use mixsocks_common::keys::IdentityKey;
+
     use super::*;
+    use crate::testing::TestNetwork;
+
+    #[test]
+    fn the_newest_document_tells_where_to_dial() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut network = TestNetwork::new();
+        let [gateway, _] = network.gateways();
+        let (documents, topology) = watch::channel(Arc::new(network.topology(0)));
+        let config = GatewayLinkConfig {
+            topology,
+            gateway,
+            identity: Arc::new(IdentityKey::generate(&mut rand::rng())),
+            token_file: folder.path().join("token"),
+            invitation: None,
+        };
+        let mut session = Session::new(config).unwrap();
+        let first = session.dialler.address;
+        let moved = SocketAddr::from(([127, 0, 0, 1], 77));
+        network.set_client_address(TestNetwork::OWN_GATEWAY, moved);
+        session.find_gateway().unwrap();
+        assert_eq!(session.dialler.address, first, "nothing new yet");
+        documents.send_replace(Arc::new(network.topology(0)));
+        session.find_gateway().unwrap();
+        assert_eq!(session.dialler.address, moved);
+
+        // It leaves: that is told once, and looked at again with each try.
+        let mut without = TestNetwork::new();
+        std::mem::swap(&mut network, &mut without);
+        documents.send_replace(Arc::new(network.topology(0)));
+        for _ in 0..2 {
+            let error = session.find_gateway().unwrap_err();
+            assert!(matches!(error, GatewayLinkError::UnknownGateway(left) if left == gateway));
+            assert!(session.told_left);
+        }
+        documents.send_replace(Arc::new(without.topology(0)));
+        session.find_gateway().unwrap();
+        assert!(!session.told_left);
+    }
 
     #[test]
     fn waits_double_up_to_the_longest_and_keep_to_what_the_gateway_asks() {
