@@ -152,30 +152,38 @@ pub(crate) fn source(network: &NetworkArgs) -> Result<(Source<'_>, Authorities)>
     Ok((source, authorities(&network.authority, network.signatures)?))
 }
 
-/// The newest document, for a look at it.
+/// The newest document, for a look at it. All places are asked, as each may have an old one or lie.
 pub(crate) async fn look(network: &NetworkArgs) -> Result<SignedTopology> {
     let (source, authorities) = source(network)?;
-    let (file, place) = match source {
+    let urls = match source {
         Source::File(path) => {
-            (topology_file::read(path, &authorities)?.bytes, path.display().to_string())
+            let file = topology_file::read(path, &authorities)?.bytes;
+            return Ok(SignedTopology::read(&file, &authorities)?);
         }
-        Source::Directory(urls) => fetch(urls).await?,
+        Source::Directory(urls) => urls,
     };
-    SignedTopology::read(&file, &authorities)
-        .with_context(|| format!("the topology of {place} cannot be used"))
-}
-
-/// The document of the first of `urls` that has one.
-async fn fetch(urls: &[Url]) -> Result<(Vec<u8>, String)> {
     let http = Http::default();
-    let mut problems = Vec::new();
+    let (mut newest, mut problems) = (None::<SignedTopology>, Vec::new());
     for url in urls {
-        match http.document(url).await {
-            Ok(file) => return Ok((file.to_vec(), url.to_string())),
-            Err(error) => problems.push(format!("{url}: {error}")),
+        let signed = match http.document(url).await {
+            Ok(file) => SignedTopology::read(&file, &authorities).map_err(|e| e.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        match signed {
+            Ok(signed) => {
+                let epoch = newest.as_ref().map_or(0, |newest| newest.topology().epoch);
+                newest = newest.filter(|_| signed.topology().epoch <= epoch).or(Some(signed));
+            }
+            Err(problem) => problems.push(format!("{url}: {problem}")),
         }
     }
-    bail!("there is no document: {}", problems.join("; "))
+    match newest {
+        Some(newest) => {
+            problems.iter().for_each(|problem| tracing::warn!("no document from {problem}"));
+            Ok(newest)
+        }
+        None => bail!("there is no document: {}", problems.join("; ")),
+    }
 }
 
 /// Follows documents from authorities and mirrors, once there is a first one.

@@ -34,16 +34,14 @@ pub(crate) async fn status(args: &ShowArgs) -> Result<()> {
 
 fn describe(signed: &SignedTopology, now: UnixTime) -> String {
     let topology = signed.topology();
-    let left = Duration::from_secs(topology.valid_until.0.saturating_sub(now.0));
     let parameters = &topology.parameters;
     let head = format!(
         "network   {}, epoch {}\n\
-         in force  for another {}{}\n\
+         in force  {}\n\
          packets   {} bytes of payload, held {} by each mix on average, {} at most\n",
         topology.network.as_str(),
         topology.epoch,
-        humantime::format_duration(left),
-        late(topology, now),
+        in_force(topology, now),
         parameters.payload_bytes,
         humantime::format_duration(parameters.mean_delay),
         humantime::format_duration(parameters.max_delay),
@@ -69,17 +67,24 @@ fn describe(signed: &SignedTopology, now: UnixTime) -> String {
     )
 }
 
-/// What is to be said of a document whose successor is missing.
-fn late(topology: &Topology, now: UnixTime) -> String {
-    let epoch = topology.parameters.epochs.at(now);
-    match epoch.saturating_sub(topology.epoch) {
-        // Networks without a directory merely count documents.
-        _ if topology.parameters.epochs == Epochs::STATIC => String::new(),
-        0 => String::new(),
-        missing => format!(
-            "; it is epoch {epoch}, but the last {missing} had no document, or it has not come yet"
+/// Until when a document is in force, and what is to be said if its successor is missing.
+fn in_force(topology: &Topology, now: UnixTime) -> String {
+    let seconds = |seconds| humantime::format_duration(Duration::from_secs(seconds));
+    let left = match topology.valid_until.0.checked_sub(now.0) {
+        None | Some(0) => format!(
+            "no more: it has ended {} ago, and nothing is sent until there is a new one",
+            seconds(now.0 - topology.valid_until.0)
         ),
+        Some(left) => format!("for another {}", seconds(left)),
+    };
+    let epochs = &topology.parameters.epochs;
+    let missing = epochs.at(now).saturating_sub(topology.epoch);
+    // Networks without a directory merely count documents.
+    if *epochs == Epochs::STATIC || missing == 0 {
+        return left;
     }
+    let epoch = epochs.at(now);
+    format!("{left}; it is epoch {epoch}, but the last {missing} had no document")
 }
 
 fn policy(provider: &Provider) -> String {

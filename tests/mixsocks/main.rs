@@ -6,14 +6,19 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod authorities;
 mod bad_input;
 mod browser;
+mod killed;
 mod lab;
 mod life;
+mod machines;
 mod operators;
 mod outcomes;
 mod process;
+mod rotation;
 mod servers;
 mod socks;
 mod tools;
+mod town;
 mod transfers;

@@ -88,6 +88,11 @@ impl Process {
         }
     }
 
+    /// What it has written to stderr so far.
+    pub(crate) fn stderr_so_far(&self) -> String {
+        self.stderr.so_far()
+    }
+
     /// Waits until stdout holds `word`, and returns what follows it on its line.
     pub(crate) fn wait_for(&self, word: &str) -> String {
         self.stdout.wait_for(word).unwrap_or_else(|| {

@@ -28,6 +28,7 @@ pub(crate) const PAGE_PARTS: usize = 20;
 /// - `GET /bytes/<length>/<seed>` answers [`body`] of that length and seed;
 /// - `GET /page` is a web page whose [`PAGE_PARTS`] scripts, `GET /part/<n>`, write "part <n>." into it;
 /// - `POST /hash` answers the body's SHA-256 in hexadecimal;
+/// - `GET /slow/<length>/<seed>/<seconds>` answers the same, evenly over that time;
 /// - `GET /endless` never stops.
 pub(crate) fn http() -> SocketAddr {
     // A client that leaves is none of this server's business.
@@ -70,6 +71,10 @@ fn answer_http(stream: TcpStream) -> std::io::Result<()> {
             reader.read_exact(&mut upload)?;
             sha256(&upload).into_bytes()
         }
+        ["GET", "", "slow", length, seed, seconds, ..] => {
+            let reply = body(length.parse().unwrap(), seed.parse().unwrap());
+            return answer_slowly(&mut writer, &reply, seconds.parse().unwrap());
+        }
         ["GET", "", "endless", ..] => {
             writer.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")?;
             loop {
@@ -83,6 +88,18 @@ fn answer_http(stream: TcpStream) -> std::io::Result<()> {
     let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
     writer.write_all(head.as_bytes())?;
     writer.write_all(&reply)
+}
+
+/// Ten pieces a second.
+fn answer_slowly(writer: &mut TcpStream, reply: &[u8], seconds: usize) -> std::io::Result<()> {
+    let length = reply.len();
+    let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
+    writer.write_all(head.as_bytes())?;
+    for piece in reply.chunks(length.div_ceil(10 * seconds)) {
+        writer.write_all(piece)?;
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    Ok(())
 }
 
 /// Bytes in which no place looks like another.

@@ -47,7 +47,7 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(15);
 /// Packets wait in the queue while the next dial is no further away than this, else they go.
 const DIAL_PATIENCE: Duration = Duration::from_secs(1);
 /// A link that lived this long was a good one: its end is news, and the next dial need not wait.
-const STABLE_AFTER: Duration = Duration::from_secs(30);
+const STABLE_AFTER: Duration = Duration::from_secs(10);
 
 /// What all links of a node have in common; cheap to clone.
 #[derive(Clone, Debug)]
