@@ -84,7 +84,10 @@ async fn serve(args: NodeArgs, quiet: bool) -> Result<()> {
         }
     }
     service.stopping();
-    node.shutdown().await;
+    tokio::select! {
+        () = node.shutdown() => {}
+        () = signals.next() => {}
+    }
     Ok(())
 }
 
@@ -269,7 +272,7 @@ impl Running {
 
     async fn shutdown(self) {
         match self.part {
-            Part::Mix(mix) => mix.shutdown().await,
+            Part::Mix(mix) => mix.drain().await,
             Part::Gateway(gateway) => gateway.shutdown().await,
         }
     }

@@ -239,8 +239,8 @@ impl Gateway {
         self.client_address
     }
 
-    /// Says goodbye to the clients and stops; returns when all connections and files are closed.
-    /// What is held for clients is lost.
+    /// Says goodbye to the clients, passes on what they have sent, and stops; returns when all
+    /// connections and files are closed. What is held for clients is lost.
     pub async fn shutdown(mut self) {
         self.stop.send_replace(true);
         // Stragglers are cut off below.
@@ -248,6 +248,7 @@ impl Gateway {
         self.acceptor.shutdown().await;
         let _ = timeout(SHUTDOWN_TIMEOUT, self.saver.join_next()).await;
         self.saver.shutdown().await;
+        let _ = timeout(SHUTDOWN_TIMEOUT, self.pool.flushed()).await;
         self.links.shutdown().await;
         self.tasks.shutdown().await;
         if let Some(pool) = Arc::into_inner(self.pool) {

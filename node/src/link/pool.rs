@@ -31,6 +31,8 @@ use crate::counters::DropReason;
 /// of the usual ones, some hundred milliseconds of what a node can peel, and 316 of the largest.
 /// What would wait longer is late anyway.
 pub const LINK_QUEUE_BYTES: usize = 10 * 1024 * 1024;
+/// How often it is looked whether all is written, when a node comes to its end.
+const FLUSH_POLL: Duration = Duration::from_millis(20);
 /// Packets per write: 32 of them fill five TLS records; more would bring nothing.
 const WRITE_PACKETS: usize = 32;
 
@@ -158,6 +160,23 @@ impl LinkPool {
         neighbour.queue.try_send(packet).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => DropReason::QueueFull,
             mpsc::error::TrySendError::Closed(_) => DropReason::LinkDown,
+        })
+    }
+
+    /// Waits until no packet is queued for a neighbour whose link is up.
+    pub async fn flushed(&self) {
+        while self.is_anything_queued() {
+            sleep(FLUSH_POLL).await;
+        }
+        // What was taken out of a queue last is being written.
+        sleep(FLUSH_POLL).await;
+    }
+
+    fn is_anything_queued(&self) -> bool {
+        let neighbours = self.neighbours.read().unwrap_or_else(PoisonError::into_inner);
+        neighbours.values().any(|neighbour| {
+            !neighbour.is_down.load(Ordering::Relaxed)
+                && neighbour.queue.capacity() < neighbour.queue.max_capacity()
         })
     }
 

@@ -14,7 +14,7 @@ mod tests;
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::link::LinkError;
@@ -23,6 +23,7 @@ use mixsocks_sphinx::{Packet, Peeled};
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tracing::warn;
 
 pub use self::core::{MAX_HELD_BYTES, MixCore};
@@ -39,6 +40,8 @@ use crate::upkeep::{Kind, Standing, Upkeep, sync_tags};
 const INBOUND_QUEUE_PACKETS: usize = 1024;
 /// Packets that a worker peels before it lets other tasks run: under 2 ms.
 const PEEL_BATCH_PACKETS: usize = 32;
+/// How long a mix that comes to its end passes on what it holds: more than nearly all delays.
+const DRAIN_TIME: Duration = Duration::from_secs(5);
 /// Batches between the workers and the core, which never waits: room for all workers at once.
 const PEELED_QUEUE_BATCHES: usize = 64;
 
@@ -84,6 +87,8 @@ pub struct Mix {
     peeler: Arc<Peeler>,
     counters: Arc<Counters>,
     listener: LinkListener,
+    /// Whoever has packets in hand: each ends when no more can come.
+    work: JoinSet<()>,
     tasks: JoinSet<()>,
     pool: Arc<LinkPool>,
 }
@@ -117,13 +122,14 @@ impl Mix {
         let (inbound, packets) = mpsc::channel(INBOUND_QUEUE_PACKETS);
         let (batches, peeled) = mpsc::channel(PEELED_QUEUE_BATCHES);
         let listener = LinkListener::start(context, listener, inbound)?;
-        let mut tasks = JoinSet::new();
+        let (mut work, mut tasks) = (JoinSet::new(), JoinSet::new());
         let packets = Arc::new(Mutex::new(packets));
         let workers = std::thread::available_parallelism().map_or(1, NonZero::get);
         for _ in 0..workers {
-            tasks.spawn(peel(packets.clone(), peeler.clone(), clock.clone(), batches.clone()));
+            work.spawn(peel(packets.clone(), peeler.clone(), clock.clone(), batches.clone()));
         }
-        tasks.spawn(hold(core, peeled, used_topology, pool.clone(), counters.clone()));
+        drop(batches);
+        work.spawn(hold(core, peeled, used_topology, pool.clone(), counters.clone()));
         tasks.spawn(sync_tags(peeler.clone()));
         let links = pool.clone();
         let use_topology = move |topology: &Arc<Topology>| {
@@ -142,7 +148,7 @@ impl Mix {
             use_topology,
         };
         tasks.spawn(upkeep.run());
-        Ok(Self { keys, peeler, counters, listener, tasks, pool })
+        Ok(Self { keys, peeler, counters, listener, work, tasks, pool })
     }
 
     /// What it has counted since its start.
@@ -160,10 +166,27 @@ impl Mix {
         self.peeler.replay_tags()
     }
 
+    /// Takes no more packets, passes on those that it has, though not for longer than 5 s, and stops.
+    pub async fn drain(mut self) {
+        self.listener.shutdown().await;
+        let passed_on = async {
+            while self.work.join_next().await.is_some() {}
+            self.pool.flushed().await;
+        };
+        // What is left is lost as with every stop.
+        let _ = timeout(DRAIN_TIME, passed_on).await;
+        self.work.shutdown().await;
+        self.tasks.shutdown().await;
+        if let Some(pool) = Arc::into_inner(self.pool) {
+            pool.shutdown().await;
+        }
+    }
+
     /// Stops it, and returns when its links are closed. Packets that it holds are lost; their
     /// senders send them again.
     pub async fn shutdown(mut self) {
         self.listener.shutdown().await;
+        self.work.shutdown().await;
         self.tasks.shutdown().await;
         if let Some(pool) = Arc::into_inner(self.pool) {
             pool.shutdown().await;
@@ -192,7 +215,7 @@ async fn peel(
     }
 }
 
-/// Drives the core.
+/// Drives the core, until no more packets can come and it holds none.
 async fn hold(
     mut core: MixCore,
     mut batches: mpsc::Receiver<Vec<Peeled>>,
@@ -200,13 +223,14 @@ async fn hold(
     pool: Arc<LinkPool>,
     counters: Arc<Counters>,
 ) {
-    loop {
+    let mut may_come = true;
+    while may_come || core.held() > 0 {
         let timeout = core.poll_timeout();
         let batch = tokio::select! {
-            batch = batches.recv() => match batch {
-                Some(batch) => batch,
-                None => return,
-            },
+            batch = batches.recv(), if may_come => {
+                may_come = batch.is_some();
+                batch.unwrap_or_default()
+            }
             () = sleep_until(timeout) => Vec::new(),
             () = changed(&mut topology) => {
                 core.set_topology(&topology.borrow_and_update());

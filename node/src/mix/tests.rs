@@ -144,6 +144,33 @@ async fn packets_for_a_mix_that_is_away_are_counted() {
     until_dropped(mix.counters(), DropReason::LinkDown, 20).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mix_that_comes_to_its_end_passes_on_what_it_holds() {
+    const PACKETS: usize = 50;
+    let mut net = TestNet::new().await;
+    let (_exit, mut arrived) = exit(&mut net);
+    let [_third, _second, first] = [3, 2, 1].map(|number| start(&mut net, number));
+    let entry = entry(&net);
+    for packet in net.packets(&ROUTE, &[MAX_DELAY; PACKETS]) {
+        entry.send(&net.identity(1), packet);
+    }
+    let taken = async {
+        while first.replay_tags() < PACKETS {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon(taken).await;
+    let counters = first.counters().clone();
+    let all = async {
+        for _ in 0..PACKETS {
+            arrived.recv().await.unwrap();
+        }
+    };
+    tokio::join!(soon(first.drain()), soon(all));
+    let counts = counters.snapshot();
+    assert_eq!((counts.packets_out, counts.dropped_total()), (50, 0), "{counts}");
+}
+
 #[tokio::test]
 async fn dropping_a_mix_closes_its_port() {
     let mut net = TestNet::new().await;
