@@ -16,7 +16,7 @@ pub(crate) fn packet(rng: &mut StdRng, wall_ms: u64) -> Vec<u8> {
     out.push(rng.random_range(0..64));
     out.push(0);
     if rng.random() {
-        Frame::Start { time_ms: wall_ms, key_agreement: &[] }.encode(&mut out);
+        Frame::Start { time_ms: wall_ms, access_token: None, key_agreement: &[] }.encode(&mut out);
     }
     let count = rng.random_range(0..20);
     put_frames(rng, count, 100, &mut out);
