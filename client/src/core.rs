@@ -274,8 +274,8 @@ impl<R> ClientCore<R> {
 
 #[cfg(test)]
 mod tests {
-    use mixsocks_common::session::OpenOutcome;
     use mixsocks_common::session::frame::{Frame, take_varint};
+    use mixsocks_common::session::{ACCESS_TOKEN_LEN, OpenOutcome};
     use mixsocks_sphinx::{SURB_LEN, Surb};
     use rand::SeedableRng;
     use rand::rngs::StdRng;
@@ -355,6 +355,28 @@ mod tests {
         core.handle_timeout(start + SESSION_AGE);
         assert!(core.next_packet(start + SESSION_AGE, DELAY, &mut out));
         assert_eq!(out[out.len() - 2..], [12, 0], "CLOSE, done");
+    }
+
+    #[test]
+    fn new_sessions_show_the_token() {
+        let (mut core, now) = core();
+        let mut shown = Vec::new();
+        let token = PresentedToken::from_bytes([7; ACCESS_TOKEN_LEN]);
+        for (time, token) in [(now, None), (now + SESSION_AGE, token.clone())] {
+            core.set_access_token(token);
+            open(&mut core, time);
+            let mut out = Vec::new();
+            while core.next_packet(time, DELAY, &mut out) {
+                let mut input = &out[17..];
+                take_varint(&mut input).unwrap();
+                take_varint(&mut input).unwrap();
+                if let Some(Frame::Start { access_token, .. }) = Frame::decode(&mut input).unwrap()
+                {
+                    shown.push(access_token);
+                }
+            }
+        }
+        assert_eq!(shown, [None, token]);
     }
 
     #[test]

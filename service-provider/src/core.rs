@@ -381,6 +381,24 @@ mod tests {
         assert_eq!(core.write((session(1), 1), &[0; 10]), None);
     }
 
+    /// Its client is told why, and tasks that wait for its streams hear of it.
+    #[test]
+    fn a_session_whose_token_is_removed_ends_for_everybody() {
+        let (mut core, now) = (core(), Instant::now());
+        core.handle_packet(now, WALL_MS, &packet(1, 0, &[open(1)])).unwrap();
+        core.set_access_tokens(now, Some(AccessTokens::default()));
+        assert_eq!(ended(&mut core), [session(1)]);
+        assert_eq!((core.held_bytes(), core.session_count(), core.poll_timeout()), (0, 0, None));
+        let mut out = Vec::new();
+        assert!(core.next_reply(now, &mut out).is_some());
+        assert_eq!(out[out.len() - 2..], [12, 5]);
+        // The next one is refused, and dials nothing.
+        core.handle_packet(now, WALL_MS, &packet(2, 0, &[open(1)])).unwrap();
+        assert_eq!((core.session_count(), core.poll_event()), (0, None));
+        assert!(core.next_reply(now, &mut out).is_some());
+        assert_eq!(out[out.len() - 2..], [12, 5]);
+    }
+
     #[test]
     fn refusals_that_wait_are_bounded() {
         let (mut core, now) = (core(), Instant::now());

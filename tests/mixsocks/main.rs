@@ -12,6 +12,7 @@ mod lab;
 mod life;
 mod operators;
 mod outcomes;
+mod private_provider;
 mod process;
 mod servers;
 mod socks;
