@@ -104,7 +104,7 @@ async fn serve(args: ProviderArgs, quiet: bool) -> Result<()> {
 
 /// Whom the provider serves: who has one of these, or everybody. The operator is told if that is hardly
 /// what was meant.
-fn access_tokens(args: &ProviderArgs, dir: &DataDir) -> Result<Option<AccessTokens>> {
+fn demanded_tokens(args: &ProviderArgs, dir: &DataDir) -> Result<Option<AccessTokens>> {
     let tokens = access_tokens::all(dir.path())?;
     match (args.require_token, tokens.is_empty()) {
         (true, true) => tracing::warn!(
@@ -120,7 +120,7 @@ fn access_tokens(args: &ProviderArgs, dir: &DataDir) -> Result<Option<AccessToke
 
 /// Reads the access tokens again.
 fn reload(provider: &Provider, args: &ProviderArgs, dir: &DataDir) {
-    match access_tokens(args, dir) {
+    match demanded_tokens(args, dir) {
         Ok(tokens) => {
             provider.set_access_tokens(tokens);
             tracing::info!("the access tokens were read again");
@@ -140,7 +140,7 @@ struct Running {
 async fn start(args: &ProviderArgs, dir: &Arc<DataDir>, quiet: bool) -> Result<Running> {
     let identity = Arc::new(dir.identity_key(KEY)?);
     let encryption = dir.sphinx_key(ENCRYPTION_KEY)?;
-    let access_tokens = access_tokens(args, dir)?;
+    let access_tokens = demanded_tokens(args, dir)?;
     let membership = Membership::learn(&args.member, dir, Pace::Client).await?;
     let gateway = gateway(args, dir, &membership).await?;
     let advert = advert(args, &identity, &encryption, gateway);

@@ -368,11 +368,11 @@ impl State {
                 ClientEvent::SessionEnded(id, reason) => {
                     tracing::debug!("a session ended: {reason}");
                     self.waiting.wake_session(id);
-                    let may_try_again = self.may_try_again(reason);
+                    let may_begin_anew = self.after_end(reason);
                     let ended = self.opening.extract_if(|key, _| key.0 == id);
                     for (_, answer) in ended {
                         // Whoever asked may have given up.
-                        let _ = answer.send(Err(match may_try_again {
+                        let _ = answer.send(Err(match may_begin_anew {
                             true => Attempt::Again(reason),
                             false => OpenError::SessionEnded(reason).into(),
                         }));
@@ -382,8 +382,8 @@ impl State {
         }
     }
 
-    /// Whether another session may be taken where one was refused.
-    fn may_try_again(&mut self, reason: CloseReason) -> bool {
+    /// Draws the conclusions from the end of a session; whether another one may be taken in its place.
+    fn after_end(&mut self, reason: CloseReason) -> bool {
         match reason {
             // The provider was restarted since it began.
             CloseReason::Unknown => true,
@@ -407,15 +407,16 @@ impl State {
         if std::mem::replace(&mut self.told_token, true) {
             return;
         }
-        tracing::warn!(
-            "{}",
-            match self.access_token {
-                None =>
-                    "streams cannot be opened: the provider serves only who has an access token; give yours with --access-token-file",
-                Some(_) =>
-                    "streams cannot be opened: the provider does not know the access token that --access-token-file names; ask its operator for another one",
-            }
-        );
+        match self.access_token {
+            None => tracing::warn!(
+                "streams cannot be opened: the provider serves only who has an access token; give \
+                 yours with --access-token-file"
+            ),
+            Some(_) => tracing::warn!(
+                "streams cannot be opened: the provider does not know the access token that \
+                 --access-token-file names; ask its operator for another one"
+            ),
+        }
     }
 
     fn handle_event(&mut self, id: SessionId, event: StreamEvent) {

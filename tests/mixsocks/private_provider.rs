@@ -69,6 +69,18 @@ impl Network {
         command
     }
 
+    /// Starts the provider, in place of one that runs.
+    fn start_provider(&mut self, options: &[&str]) {
+        if let Some(process) = self.provider.take() {
+            process.signal("TERM");
+            succeeded(&process.wait());
+        }
+        let mut command = self.member("provider", "provider-1");
+        let process = Process::start(command.arg("--allow-private").args(options));
+        process.wait_for("It works once");
+        self.provider = Some(process);
+    }
+
     /// A new token of the provider, in a file for somebody.
     fn token(&self, name: &str) -> PathBuf {
         let mut command = mixsocks();
@@ -80,9 +92,11 @@ impl Network {
         file
     }
 
-    fn client(&self, name: &str, token: &Path) -> Command {
+    fn client(&self, name: &str, token: Option<&Path>) -> Command {
         let mut command = self.command(&["client", "run", "--socks", "127.0.0.1:0"], name);
-        command.arg("--access-token-file").arg(token);
+        if let Some(token) = token {
+            command.arg("--access-token-file").arg(token);
+        }
         command
     }
 
@@ -132,12 +146,10 @@ fn friends_are_served_and_strangers_are_told_why_not() {
     let mut network = Network::start();
     succeeded(&run(&mut network.command(&["provider", "init"], "provider-1")));
     let friends = network.token("friends");
-    let mut command = network.member("provider", "provider-1");
-    command.args(["--require-token", "--allow-private"]);
-    network.provider = Some(Process::start(&mut command));
+    network.start_provider(&["--require-token"]);
     let target = echo();
 
-    let friend = Proxy::start(&mut network.client("friend", &friends));
+    let friend = Proxy::start(&mut network.client("friend", Some(&friends)));
     let mut stream = socks::connect(friend.address, target);
     stream.write_all(b"hello").unwrap();
     let mut echoed = [0; 5];
@@ -149,7 +161,7 @@ fn friends_are_served_and_strangers_are_told_why_not() {
     command.args(["providers", "--directory", &network.directory]);
     let shown = run(command.args(["--authority", &network.authority]));
     assert!(shown.stdout.contains("asks for a token"), "{shown:?}");
-    let ended = run(&mut network.command(&["client", "run", "--socks", "127.0.0.1:0"], "nobody"));
+    let ended = run(&mut network.client("nobody", None));
     assert_eq!(ended.status.code(), Some(1));
     assert!(ended.stderr.contains("--access-token-file"), "{ended:?}");
     assert_eq!(ended.stderr.lines().count(), 1, "{ended:?}");
@@ -157,7 +169,7 @@ fn friends_are_served_and_strangers_are_told_why_not() {
     // A token that the provider does not know is refused by it, which no waiting in vain looks like.
     let wrong = network.path("wrong");
     write_private(&wrong, &"1".repeat(32));
-    let stranger = Proxy::start(&mut network.client("stranger", &wrong));
+    let stranger = Proxy::start(&mut network.client("stranger", Some(&wrong)));
     for _ in 0..3 {
         assert_eq!(code(&stranger, target), FORBIDDEN);
     }
@@ -168,7 +180,7 @@ fn friends_are_served_and_strangers_are_told_why_not() {
 
     // A new token counts once the provider has read it.
     let late = network.token("late");
-    let newcomer = Proxy::start(&mut network.client("newcomer", &late));
+    let newcomer = Proxy::start(&mut network.client("newcomer", Some(&late)));
     assert_eq!(code(&newcomer, target), FORBIDDEN);
     network.reload();
     wait_for_code(&newcomer, target, SERVED);
@@ -183,4 +195,24 @@ fn friends_are_served_and_strangers_are_told_why_not() {
     assert!(matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof));
     assert_eq!(code(&friend, target), FORBIDDEN);
     assert_eq!(code(&newcomer, target), SERVED);
+}
+
+/// The document says that no token is demanded, as the provider has changed its mind since.
+#[test]
+fn a_document_that_is_behind() {
+    let mut network = Network::start();
+    network.start_provider(&[]);
+    let stranger = Proxy::start(&mut network.client("stranger", None));
+    let target = echo();
+    assert_eq!(code(&stranger, target), SERVED);
+
+    let token = network.token("friends");
+    network.start_provider(&["--require-token"]);
+    wait_for_code(&stranger, target, FORBIDDEN);
+    let friend = Proxy::start(&mut network.client("friend", Some(&token)));
+    assert_eq!(code(&friend, target), SERVED);
+    assert_eq!(code(&stranger, target), FORBIDDEN);
+    stranger.process.signal("INT");
+    let ended = stranger.process.wait();
+    assert_eq!(ended.stderr.matches("give yours with --access-token-file").count(), 1, "{ended:?}");
 }
