@@ -45,6 +45,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         gateway,
         token_file: folder.path().join("token"),
         provider,
+        access_token: None,
         mean_delay: None,
     })
     .await?;

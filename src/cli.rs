@@ -20,8 +20,8 @@ use mixsocks_directory::Url;
 
 pub(crate) use self::roles::{
     Allowed, DirectoryArgs, DirectoryCommand, DirectoryInitArgs, ExitArgs, InviteArgs, MemberArgs,
-    NodeArgs, NodeCommand, PeerChoice, ProviderArgs, ProviderCommand, RunArgs, kind_word,
-    parse_kind,
+    NodeArgs, NodeCommand, PeerChoice, ProviderArgs, ProviderCommand, RunArgs, TokenArgs,
+    kind_word, parse_kind,
 };
 use crate::config::{self, ConfigFile};
 
@@ -391,6 +391,9 @@ pub(crate) struct ClientArgs {
         value_delimiter = ',', value_parser = ProviderChoice::parse
     )]
     pub(crate) provider: Vec<ProviderChoice>,
+    /// File with the access token that a private provider's operator gave.
+    #[arg(long, value_name = "FILE", env = "MIXSOCKS_ACCESS_TOKEN_FILE")]
+    pub(crate) access_token_file: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) listen: ListenArgs,
     #[command(flatten)]

@@ -11,6 +11,7 @@ use mixsocks_directory::Following;
 use rand::seq::IteratorRandom;
 use tokio::sync::watch;
 
+use crate::access_tokens;
 use crate::cli::{ClientArgs, ProviderChoice};
 use crate::config;
 use crate::data_dir::DataDir;
@@ -82,12 +83,19 @@ pub(crate) fn init(args: &ClientArgs, config: &str) -> Result<()> {
 }
 
 async fn start(args: &ClientArgs) -> Result<Started> {
+    let access_token =
+        args.access_token_file.as_deref().map(access_tokens::read_secret).transpose()?;
+    let choose = |topology: &Topology| {
+        let provider = choose_provider(topology, &args.provider)?;
+        require_token(topology, &provider, access_token.is_some())?;
+        anyhow::Ok(provider)
+    };
     let (source, authorities) = membership::source(&args.network)?;
     let (dir, topology, following) = match source {
         Source::File(path) => {
             let file = topology_file::read(path, &authorities)?;
             // What the user has chosen wrongly is told before anything is stored.
-            choose_provider(&file.topology, &args.provider)?;
+            choose(&file.topology)?;
             let dir = open(args)?;
             topology_file::accept(&dir, path, &file, &authorities)?;
             (dir, watch::channel(Arc::new(file.topology)).1, None)
@@ -99,9 +107,9 @@ async fn start(args: &ClientArgs) -> Result<Started> {
         }
     };
     let newest = topology.borrow().clone();
-    let provider = choose_provider(&newest, &args.provider)?;
+    let provider = choose(&newest)?;
     let gateway = gateway(&dir, &newest, &provider.gateway)?;
-    let way = Way { topology, gateway, provider };
+    let way = Way { topology, gateway, provider, access_token };
     let client = proxy::connect(&dir, way).await?;
     Ok(Started { client, provider, _following: following })
 }
@@ -134,6 +142,18 @@ fn choose_provider(topology: &Topology, choices: &[ProviderChoice]) -> Result<Ad
         others.iter().find_map(|choice| provider(topology, choice).ok()).ok_or(error)
     })?;
     Ok(found)
+}
+
+/// Refuses a provider that is known to demand a token when there is none.
+fn require_token(topology: &Topology, provider: &Address, has_token: bool) -> Result<()> {
+    match topology.provider_at(provider) {
+        Some(advert) if advert.requires_token && !has_token => bail!(
+            "the provider {:?} serves only who has an access token: give the file that holds yours \
+             with --access-token-file, or choose another provider with --provider",
+            advert.name
+        ),
+        _ => Ok(()),
+    }
 }
 
 /// The provider of one choice.

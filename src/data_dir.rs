@@ -8,6 +8,7 @@
 //! mix-1 … mix-3/            up: identity.key; sphinx-<key epoch>.key and replay-<key epoch>.log
 //! gateway-1, gateway-2/     up: the same, and the registrations
 //! provider/                 up: identity.key, encryption.key, token
+//! tokens/<name>             provider: hashes of the access tokens that it has given out
 //! client/                   identity.key, encryption.key, token, gateway (the one that was chosen)
 //! ```
 //!
@@ -21,7 +22,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use etcetera::AppStrategy;
-use mixsocks_common::keys::{Identity, IdentityKey, KEY_LEN};
+use mixsocks_common::keys::{EncryptionKey, Identity, IdentityKey, KEY_LEN};
 use mixsocks_directory::Store;
 use mixsocks_sphinx::SecretKey;
 use rand::Rng;
@@ -29,6 +30,9 @@ use zeroize::Zeroizing;
 
 /// Room that a start asks for: several times what keys, a topology and registrations take.
 const NEEDED_BYTES: usize = 1024 * 1024;
+
+/// Longest file with a secret: 32 bytes take 44 characters.
+const MAX_SECRET_FILE_BYTES: u64 = 256;
 
 /// A data directory that this process alone uses, until the value is dropped.
 #[derive(Debug)]
@@ -98,12 +102,12 @@ impl DataDir {
 
     /// Who has the identity key in a file of a directory that another process may use.
     pub(crate) fn read_identity(path: &Path) -> Result<Identity> {
-        let text = fs::read(path).map_err(|error| explain(&error, path)).map(Zeroizing::new)?;
-        let mut secret = Zeroizing::new([0; KEY_LEN]);
-        match bs58::decode(text.trim_ascii()).onto(secret.as_mut()) {
-            Ok(KEY_LEN) => Ok(IdentityKey::from_bytes(&secret).identity()),
-            _ => bail!("the key file {} is damaged", path.display()),
-        }
+        Ok(IdentityKey::from_bytes(&*read_key(path)?).identity())
+    }
+
+    /// The public part of the Sphinx key in a file of a directory that another process may use.
+    pub(crate) fn read_encryption_key(path: &Path) -> Result<EncryptionKey> {
+        Ok(SecretKey::from_bytes(*read_key(path)?).public_key().into())
     }
 
     /// The Sphinx key in `file`; a new one is drawn and stored at the first use.
@@ -139,9 +143,8 @@ impl DataDir {
             Err(error) => return Err(explain(&error, &path)),
         };
         refuse_readable_by_others(&key, &path)?;
-        const LONGEST_KEY_FILE_BYTES: u64 = 256;
         let mut text = Zeroizing::new(Vec::new());
-        key.take(LONGEST_KEY_FILE_BYTES)
+        key.take(MAX_SECRET_FILE_BYTES)
             .read_to_end(&mut text)
             .map_err(|error| explain(&error, &path))?;
         Ok(Some(text))
@@ -194,6 +197,36 @@ impl Store for DataDir {
 
     fn write(&self, name: &str, contents: &[u8]) -> io::Result<()> {
         replace(&self.path.join(name), &self.path, contents)
+    }
+}
+
+fn read_key(path: &Path) -> Result<Zeroizing<[u8; KEY_LEN]>> {
+    let text = fs::read(path).map_err(|error| explain(&error, path)).map(Zeroizing::new)?;
+    let mut secret = Zeroizing::new([0; KEY_LEN]);
+    match bs58::decode(text.trim_ascii()).onto(secret.as_mut()) {
+        Ok(KEY_LEN) => Ok(secret),
+        _ => bail!("the key file {} is damaged", path.display()),
+    }
+}
+
+/// Reads a secret of 32 bytes in base58, such as an invitation (`what`), from a file that somebody was
+/// given and named with `option`; nobody else may read it.
+pub(crate) fn read_given_secret(
+    path: &Path,
+    what: &str,
+    option: &str,
+) -> Result<Zeroizing<[u8; KEY_LEN]>> {
+    let explain = |error: io::Error| {
+        anyhow!("cannot read the {what} {}: {error}; {option} names the file", path.display())
+    };
+    let file = File::open(path).map_err(explain)?;
+    refuse_readable_by_others(&file, path)?;
+    let mut text = Zeroizing::new(Vec::new());
+    file.take(MAX_SECRET_FILE_BYTES).read_to_end(&mut text).map_err(explain)?;
+    let mut secret = Zeroizing::new([0; KEY_LEN]);
+    match bs58::decode(text.trim_ascii()).onto(secret.as_mut()) {
+        Ok(KEY_LEN) => Ok(secret),
+        _ => bail!("{} holds no {what}; copy it anew from whoever gave it to you", path.display()),
     }
 }
 

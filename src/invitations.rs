@@ -11,7 +11,7 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, bail};
 use mixsocks_common::directory::{
     INVITATION_LEN, Invitation, InvitationHash, MAX_INVITATIONS, MemberKind,
 };
@@ -125,21 +125,6 @@ pub(crate) fn to_text(invitation: &Invitation) -> String {
 
 /// Reads an invitation from a file that nobody else may read.
 pub(crate) fn read_secret(path: &Path) -> Result<Invitation> {
-    let explain = |error: io::Error| {
-        anyhow!(
-            "cannot read the invitation {}: {error}; --invitation names the file",
-            path.display()
-        )
-    };
-    let file = fs::File::open(path).map_err(explain)?;
-    data_dir::refuse_readable_by_others(&file, path)?;
-    let mut text = Zeroizing::new(String::new());
-    io::Read::read_to_string(&mut io::Read::take(file, MAX_FILE_BYTES), &mut text)
-        .map_err(explain)?;
-    let mut secret = Zeroizing::new([0; INVITATION_LEN]);
-    match bs58::decode(text.trim()).onto(secret.as_mut()) {
-        Ok(INVITATION_LEN) => Ok(Invitation::from_bytes(*secret)),
-        _ => Err(anyhow!("{} holds no invitation", path.display()))
-            .context("copy it anew from whoever invited you"),
-    }
+    let secret = data_dir::read_given_secret(path, "invitation", "--invitation")?;
+    Ok(Invitation::from_bytes(*secret))
 }

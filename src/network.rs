@@ -291,6 +291,7 @@ impl ProviderKeys {
             encryption: self.encryption,
             gateway: self.address.gateway,
             token_file: dir.folder(Self::FOLDER)?.join("token"),
+            access_tokens: None,
             allow_private: options.allow_private,
             dns: options.dns,
         };

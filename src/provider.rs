@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use mixsocks_common::address::Address;
 use mixsocks_common::directory::{Member, MemberKind, Pace};
 use mixsocks_common::keys::{Identity, IdentityKey};
+use mixsocks_common::session::AccessTokens;
 use mixsocks_common::topology;
 use mixsocks_directory::{Following, Publisher, learn_descriptors, unix_time};
 use mixsocks_provider::{Provider, ProviderConfig};
@@ -13,14 +14,15 @@ use mixsocks_sphinx::SecretKey;
 use rand::seq::IteratorRandom;
 use tokio::time::sleep;
 
-use crate::cli::{ProviderArgs, ProviderCommand};
+use crate::access_tokens;
+use crate::cli::{ProviderArgs, ProviderCommand, TokenArgs};
 use crate::config;
 use crate::data_dir::DataDir;
 use crate::membership::{FIRST_WAIT, Membership};
 use crate::network::policy;
 use crate::open_files;
 use crate::service::{Report, Service};
-use crate::signals::Signals;
+use crate::signals::{Signals, Wish};
 
 const ROLE: &str = "provider";
 const KEY: &str = "identity.key";
@@ -36,6 +38,7 @@ pub(crate) async fn run(command: ProviderCommand, config: &str, quiet: bool) -> 
     match command {
         ProviderCommand::Init(args) => init(&args, config),
         ProviderCommand::Run(args) => serve(args, quiet).await,
+        ProviderCommand::Token(args) => make_token(&args),
     }
 }
 
@@ -55,6 +58,18 @@ fn init(args: &ProviderArgs, config: &str) -> Result<()> {
     Ok(())
 }
 
+/// Makes an access token, also while the provider runs.
+fn make_token(args: &TokenArgs) -> Result<()> {
+    let path = match &args.data_dir {
+        Some(path) => path.clone(),
+        None => DataDir::default_path(ROLE)?,
+    };
+    let key = DataDir::read_encryption_key(&path.join(ENCRYPTION_KEY))
+        .context("there is no provider; make one with `mixsocks provider init`")?;
+    crate::say(&access_tokens::to_text(&access_tokens::make(&path, &args.name, &key)?));
+    Ok(())
+}
+
 /// Runs until Ctrl-C or SIGTERM.
 async fn serve(args: ProviderArgs, quiet: bool) -> Result<()> {
     open_files::raise_limit();
@@ -64,15 +79,54 @@ async fn serve(args: ProviderArgs, quiet: bool) -> Result<()> {
     dir.require_space()?;
     service.watch(|| async { Report::sick("there is no document yet") });
     service.ready();
-    let running = tokio::select! {
-        started = Box::pin(start(&args, &dir, quiet)) => started?,
-        () = signals.next() => return Ok(()),
+    let mut starting = Box::pin(start(&args, &dir, quiet));
+    let mut is_reload_wanted = false;
+    let running = loop {
+        tokio::select! {
+            started = &mut starting => break started?,
+            wish = signals.wish() => match wish {
+                Wish::Stop => return Ok(()),
+                Wish::Reload => is_reload_wanted = true,
+            },
+        }
     };
     service.watch(running.source());
-    signals.next().await;
+    if is_reload_wanted {
+        reload(&running.provider, &args, &dir);
+    }
+    while signals.wish().await == Wish::Reload {
+        reload(&running.provider, &args, &dir);
+    }
     service.stopping();
     running.provider.shutdown().await;
     Ok(())
+}
+
+/// Whom the provider serves: who has one of these, or everybody. The operator is told if that is hardly
+/// what was meant.
+fn demanded_tokens(args: &ProviderArgs, dir: &DataDir) -> Result<Option<AccessTokens>> {
+    let tokens = access_tokens::all(dir.path())?;
+    match (args.require_token, tokens.is_empty()) {
+        (true, true) => tracing::warn!(
+            "nobody is served: there is no access token; `mixsocks provider token` makes one"
+        ),
+        (false, false) => tracing::warn!(
+            "everybody is served: access tokens are demanded only with --require-token"
+        ),
+        _ => {}
+    }
+    Ok(args.require_token.then_some(tokens))
+}
+
+/// Reads the access tokens again.
+fn reload(provider: &Provider, args: &ProviderArgs, dir: &DataDir) {
+    match demanded_tokens(args, dir) {
+        Ok(tokens) => {
+            provider.set_access_tokens(tokens);
+            tracing::info!("the access tokens were read again");
+        }
+        Err(error) => tracing::warn!("the access tokens are not read again: {error:#}"),
+    }
 }
 
 /// A running provider with what keeps it up to date.
@@ -86,6 +140,7 @@ struct Running {
 async fn start(args: &ProviderArgs, dir: &Arc<DataDir>, quiet: bool) -> Result<Running> {
     let identity = Arc::new(dir.identity_key(KEY)?);
     let encryption = dir.sphinx_key(ENCRYPTION_KEY)?;
+    let access_tokens = demanded_tokens(args, dir)?;
     let membership = Membership::learn(&args.member, dir, Pace::Client).await?;
     let gateway = gateway(args, dir, &membership).await?;
     let advert = advert(args, &identity, &encryption, gateway);
@@ -102,6 +157,7 @@ async fn start(args: &ProviderArgs, dir: &Arc<DataDir>, quiet: bool) -> Result<R
         encryption,
         gateway,
         token_file: dir.path().join("token"),
+        access_tokens,
         allow_private: args.exit.allow_private,
         dns: args.exit.dns,
     };
@@ -124,7 +180,7 @@ fn advert(
             gateway,
         },
         policy: policy(args.exit.allow_private).to_owned(),
-        requires_token: false,
+        requires_token: args.require_token,
     }
 }
 

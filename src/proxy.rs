@@ -11,6 +11,7 @@ use mixsocks_client::socks::SocksListener;
 use mixsocks_client::{Client, ClientConfig};
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::{Identity, IdentityKey};
+use mixsocks_common::session::AccessToken;
 use mixsocks_common::topology::Topology;
 use mixsocks_sphinx::SecretKey;
 use tokio::net::TcpListener;
@@ -76,6 +77,8 @@ pub(crate) struct Way {
     /// The client's own gateway.
     pub(crate) gateway: Identity,
     pub(crate) provider: Address,
+    /// For a provider that demands one.
+    pub(crate) access_token: Option<AccessToken>,
 }
 
 /// The client's identity, and the key of the last layer of packets for it.
@@ -94,6 +97,7 @@ pub(crate) async fn connect(dir: &DataDir, way: Way) -> Result<Client> {
         gateway: way.gateway,
         token_file: dir.folder(FOLDER)?.join("token"),
         provider: way.provider,
+        access_token: way.access_token,
         // Every client takes the network's: mixes read the delays of packets, so that other ones
         // would mark this client's packets at each of them.
         mean_delay: None,

@@ -45,6 +45,7 @@ async fn start(dir: &DataDir, args: &UpArgs) -> Result<(Network, Client)> {
         topology: network.topology().clone(),
         gateway: network.client_gateway(),
         provider: network.provider_address(),
+        access_token: None,
     };
     let client = proxy::connect(dir, way).await?;
     Ok((network, client))

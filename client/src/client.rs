@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::session::frame::CloseReason;
-use mixsocks_common::session::{OpenOutcome, SessionId, StreamEvent};
+use mixsocks_common::session::{AccessToken, OpenOutcome, PresentedToken, SessionId, StreamEvent};
 use mixsocks_common::target::Target;
 use mixsocks_common::topology::{NoRoute, Topology, UnixTime, check_route};
 use mixsocks_sphinx::{
@@ -19,6 +19,7 @@ use mixsocks_sphinx::{
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
+use zeroize::Zeroizing;
 
 use crate::core::{ClientCore, ClientEvent};
 use crate::drops::DropReason;
@@ -62,6 +63,8 @@ pub struct ClientConfig {
     pub token_file: PathBuf,
     /// The provider through which streams are opened.
     pub provider: Address,
+    /// What opens the provider if it demands a token. It is shown nothing unless it does.
+    pub access_token: Option<AccessToken>,
     /// Mean delay of each mix; `None` takes the network's.
     pub mean_delay: Option<Duration>,
 }
@@ -113,6 +116,8 @@ struct Shared {
 
 struct State {
     core: ClientCore<ReplyRecovery>,
+    /// The user's, whether the provider is shown it or not.
+    access_token: Option<PresentedToken>,
     headers: HeaderPool,
     renewal: Renewal,
     routes: Routes,
@@ -121,6 +126,8 @@ struct State {
     closed: bool,
     /// The user was told that nothing answers, and no stream was opened since.
     told_silent: bool,
+    /// The user was told that the provider demands a token, and no stream was opened since.
+    told_token: bool,
 }
 
 /// Whether there are routes to the provider and back, by a document and at a time.
@@ -174,6 +181,7 @@ impl Client {
             gateway,
             token_file,
             provider,
+            access_token,
             mean_delay,
         } = config;
         if provider.gateway == gateway {
@@ -185,8 +193,15 @@ impl Client {
         let (endpoint, receiver) = Endpoint::connect(config).await?;
         let topology = endpoint.topology();
         let (own, peer) = (endpoint.address().gateway, provider.gateway);
+        let access_token = access_token.map(|token| token.present(&provider.encryption));
+        let advert = topology.provider_at(&provider);
+        let mut core = ClientCore::new(endpoint.max_contents_bytes(), endpoint.mean_delay());
+        if advert.is_none_or(|advert| advert.requires_token) {
+            core.set_access_token(access_token.clone());
+        }
         let state = State {
-            core: ClientCore::new(endpoint.max_contents_bytes(), endpoint.mean_delay()),
+            core,
+            access_token,
             headers: HeaderPool::default(),
             renewal: Renewal::new(topology, own, peer, Instant::now(), unix_time()),
             routes: Routes { checked: None, result: Ok(()) },
@@ -194,6 +209,7 @@ impl Client {
             opening: HashMap::new(),
             closed: false,
             told_silent: false,
+            told_token: false,
         };
         let shared = Arc::new(Shared {
             endpoint: endpoint.clone(),
@@ -235,10 +251,8 @@ impl Client {
         target: Target,
         early: &[u8],
     ) -> Result<MixStream, OpenError> {
-        // A provider that was restarted does not know the session, and says so: the second try is in
-        // a new one. The first did nothing there.
         match self.try_open(target.clone(), early).await {
-            Err(Attempt::SessionEnded(CloseReason::Unknown)) => {
+            Err(Attempt::Again(_)) => {
                 self.try_open(target, early).await.map_err(Attempt::into_error)
             }
             result => result.map_err(Attempt::into_error),
@@ -298,7 +312,8 @@ impl Client {
 /// How an attempt to open a stream failed.
 enum Attempt {
     Failed(OpenError),
-    SessionEnded(CloseReason),
+    /// The session was refused, so that nothing was done in it: another one may be taken.
+    Again(CloseReason),
 }
 
 impl From<OpenError> for Attempt {
@@ -311,7 +326,7 @@ impl Attempt {
     fn into_error(self) -> OpenError {
         match self {
             Self::Failed(error) => error,
-            Self::SessionEnded(reason) => OpenError::SessionEnded(reason),
+            Self::Again(reason) => OpenError::SessionEnded(reason),
         }
     }
 }
@@ -353,20 +368,61 @@ impl State {
                 ClientEvent::SessionEnded(id, reason) => {
                     tracing::debug!("a session ended: {reason}");
                     self.waiting.wake_session(id);
+                    let may_begin_anew = self.after_end(reason);
                     let ended = self.opening.extract_if(|key, _| key.0 == id);
                     for (_, answer) in ended {
                         // Whoever asked may have given up.
-                        let _ = answer.send(Err(Attempt::SessionEnded(reason)));
+                        let _ = answer.send(Err(match may_begin_anew {
+                            true => Attempt::Again(reason),
+                            false => OpenError::SessionEnded(reason).into(),
+                        }));
                     }
                 }
             }
         }
     }
 
+    /// Draws the conclusions from the end of a session; whether another one may be taken in its place.
+    fn after_end(&mut self, reason: CloseReason) -> bool {
+        match reason {
+            // The provider was restarted since it began.
+            CloseReason::Unknown => true,
+            // The document did not say so.
+            CloseReason::TokenNeeded
+                if self.access_token.is_some() && !self.core.shows_access_token() =>
+            {
+                self.core.set_access_token(self.access_token.clone());
+                true
+            }
+            CloseReason::TokenNeeded => {
+                self.tell_token_needed();
+                false
+            }
+            _ => false,
+        }
+    }
+
+    /// The first time in a row, says what the user can do about a provider that demands a token.
+    fn tell_token_needed(&mut self) {
+        if std::mem::replace(&mut self.told_token, true) {
+            return;
+        }
+        match self.access_token {
+            None => tracing::warn!(
+                "streams cannot be opened: the provider serves only who has an access token; give \
+                 yours with --access-token-file"
+            ),
+            Some(_) => tracing::warn!(
+                "streams cannot be opened: the provider does not know the access token that \
+                 --access-token-file names; ask its operator for another one"
+            ),
+        }
+    }
+
     fn handle_event(&mut self, id: SessionId, event: StreamEvent) {
         match event {
             StreamEvent::Opened { stream, outcome } => {
-                self.told_silent = false;
+                (self.told_silent, self.told_token) = (false, false);
                 self.answer((id, stream), outcome);
             }
             StreamEvent::Readable(stream) => self.waiting.wake_reader((id, stream)),
@@ -456,7 +512,8 @@ impl Shared {
 
     /// Pulls packets out of the sessions whenever the link takes one: one of several equal tasks.
     async fn send_packets(self: Arc<Self>) {
-        let mut contents = Vec::new();
+        // An access token may stand in it.
+        let mut contents = Zeroizing::new(Vec::new());
         loop {
             self.wait_for_work().await;
             let permit = match self.endpoint.reserve().await {

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use mixsocks_common::session::frame::CloseReason;
 use mixsocks_common::session::{
-    ClientSession, ReplyError, SessionId, StreamEvent, StreamReset, start_time_ms,
+    ClientSession, PresentedToken, ReplyError, SessionId, StreamEvent, StreamReset, start_time_ms,
 };
 use mixsocks_common::target::Target;
 use mixsocks_sphinx::Identifier;
@@ -39,6 +39,7 @@ pub struct ClientCore<R> {
     surbs: SurbStore<R>,
     max_contents_bytes: usize,
     mean_delay: Duration,
+    access_token: Option<PresentedToken>,
 }
 
 impl<R> ClientCore<R> {
@@ -50,6 +51,7 @@ impl<R> ClientCore<R> {
             surbs: SurbStore::default(),
             max_contents_bytes,
             mean_delay,
+            access_token: None,
         }
     }
 
@@ -57,6 +59,16 @@ impl<R> ClientCore<R> {
     pub fn set_mean_delay(&mut self, mean_delay: Duration) {
         self.mean_delay = mean_delay;
         self.sessions.iter_mut().for_each(|session| session.set_mean_delay(mean_delay));
+    }
+
+    /// Sessions that begin from now on show the provider this token.
+    pub fn set_access_token(&mut self, access_token: Option<PresentedToken>) {
+        self.access_token = access_token;
+    }
+
+    /// Whether sessions show the provider a token.
+    pub fn shows_access_token(&self) -> bool {
+        self.access_token.is_some()
     }
 
     /// Opens a stream in the newest session, or in a new one if that is too old or has ended; bytes
@@ -73,13 +85,14 @@ impl<R> ClientCore<R> {
             session.closed().is_none() && now < session.began() + SESSION_AGE
         };
         if !self.sessions.last().is_some_and(usable) {
-            self.sessions.push(ClientSession::new(
+            let session = ClientSession::new(
                 SessionId(rng.random()),
                 start_time_ms(wall_ms),
                 now,
                 self.max_contents_bytes,
                 self.mean_delay,
-            ));
+            );
+            self.sessions.push(session.with_access_token(self.access_token.clone()));
         }
         let session = self.sessions.last_mut().expect("one was pushed if there was none");
         Some((session.id(), session.open(target)?))
@@ -261,8 +274,8 @@ impl<R> ClientCore<R> {
 
 #[cfg(test)]
 mod tests {
-    use mixsocks_common::session::OpenOutcome;
     use mixsocks_common::session::frame::{Frame, take_varint};
+    use mixsocks_common::session::{ACCESS_TOKEN_LEN, OpenOutcome};
     use mixsocks_sphinx::{SURB_LEN, Surb};
     use rand::SeedableRng;
     use rand::rngs::StdRng;
@@ -342,6 +355,28 @@ mod tests {
         core.handle_timeout(start + SESSION_AGE);
         assert!(core.next_packet(start + SESSION_AGE, DELAY, &mut out));
         assert_eq!(out[out.len() - 2..], [12, 0], "CLOSE, done");
+    }
+
+    #[test]
+    fn new_sessions_show_the_token() {
+        let (mut core, now) = core();
+        let mut shown = Vec::new();
+        let token = PresentedToken::from_bytes([7; ACCESS_TOKEN_LEN]);
+        for (time, token) in [(now, None), (now + SESSION_AGE, token.clone())] {
+            core.set_access_token(token);
+            open(&mut core, time);
+            let mut out = Vec::new();
+            while core.next_packet(time, DELAY, &mut out) {
+                let mut input = &out[17..];
+                take_varint(&mut input).unwrap();
+                take_varint(&mut input).unwrap();
+                if let Some(Frame::Start { access_token, .. }) = Frame::decode(&mut input).unwrap()
+                {
+                    shown.push(access_token);
+                }
+            }
+        }
+        assert_eq!(shown, [None, token]);
     }
 
     #[test]

@@ -45,6 +45,7 @@ impl OpenError {
             Self::Refused(outcome) => *outcome,
             Self::ProviderSilent => OpenOutcome::TimedOut,
             Self::NoRoute(_) => OpenOutcome::NetworkUnreachable,
+            Self::SessionEnded(CloseReason::TokenNeeded) => OpenOutcome::Forbidden,
             Self::NoGateway | Self::TooManyStreams | Self::SessionEnded(_) | Self::Closed => {
                 OpenOutcome::Failed
             }

@@ -233,7 +233,7 @@ impl InFlight {
         let stream = Self::STREAM;
         let target = "192.0.2.1:80".parse().expect("a good target");
         let contents = this.packet(&[
-            Frame::Start { time_ms: WALL_MS, key_agreement: &[] },
+            Frame::Start { time_ms: WALL_MS, access_token: None, key_agreement: &[] },
             Frame::Open { stream, target },
             Frame::Credit { stream, limit: VARINT_END - 1 },
         ]);

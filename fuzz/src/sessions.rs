@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use arbitrary::Arbitrary;
 use mixsocks_common::session::frame::{CloseReason, StreamId};
 use mixsocks_common::session::{
-    ClientSession, Dropped, Handled, MAX_STOCK_SURBS, OpenOutcome, PacketError, ProviderSession,
-    ProviderSessions, ReplyError, SESSION_ID_LEN, SESSION_SILENCE, SessionId, StreamEvent,
-    SurbSource,
+    ACCESS_TOKEN_LEN, AccessTokens, ClientSession, Dropped, Handled, MAX_STOCK_SURBS, OpenOutcome,
+    PacketError, PresentedToken, ProviderSession, ProviderSessions, ReplyError, SESSION_ID_LEN,
+    SESSION_SILENCE, SessionId, StreamEvent, SurbSource,
 };
 use mixsocks_sphinx::{SURB_LEN, Surb};
 
@@ -159,11 +159,16 @@ impl Default for World {
     fn default() -> Self {
         let start = Instant::now();
         let id = SessionId([7; SESSION_ID_LEN]);
+        let token = PresentedToken::from_bytes([3; ACCESS_TOKEN_LEN]).expect("not zero");
+        let mut sessions = ProviderSessions::new(0, PACKET_BYTES, MEAN_DELAY);
+        let access = AccessTokens::new([token.hash()]).expect("one may be");
+        sessions.set_access_tokens(Some(access));
+        let client = ClientSession::new(id, WALL_MS, start, PACKET_BYTES, MEAN_DELAY);
         Self {
             start,
             now: start,
-            client: ClientSession::new(id, WALL_MS, start, PACKET_BYTES, MEAN_DELAY),
-            sessions: ProviderSessions::new(0, PACKET_BYTES, MEAN_DELAY),
+            client: client.with_access_token(Some(token)),
+            sessions,
             surbs: Surbs { ready: 64, next: 0 },
             to_provider: Vec::new(),
             to_client: Vec::new(),

@@ -7,7 +7,7 @@ use std::ops::Range;
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use mixsocks_common::session::frame::{Ack, CloseReason, Frame, put_varint};
-use mixsocks_common::session::{OpenOutcome, PacketKind};
+use mixsocks_common::session::{ACCESS_TOKEN_LEN, OpenOutcome, PacketKind, PresentedToken};
 use mixsocks_fuzz::Edits;
 use mixsocks_fuzz::sessions::{End, Op, World};
 use mixsocks_sphinx::SURB_LEN;
@@ -58,6 +58,7 @@ impl From<Number> for u64 {
 enum AnyFrame<'a> {
     Start {
         is_late: bool,
+        access_token: [u8; ACCESS_TOKEN_LEN],
         key_agreement: &'a [u8],
     },
     Open {
@@ -144,9 +145,10 @@ impl AnyFrame<'_> {
         let data = [7; 255];
         let surbs = [surb(); 5];
         let frame = match self {
-            Self::Start { is_late, key_agreement } => {
+            Self::Start { is_late, access_token, key_agreement } => {
                 let time_ms = if *is_late { 0 } else { 1_000_000_000 };
-                Frame::Start { time_ms, key_agreement }
+                let access_token = PresentedToken::from_bytes(*access_token);
+                Frame::Start { time_ms, access_token, key_agreement }
             }
             Self::Open { stream } => Frame::Open {
                 stream: (*stream).into(),
@@ -181,12 +183,13 @@ impl AnyFrame<'_> {
                 surbs: &surbs[..usize::from(*count) % (surbs.len() + 1)],
             },
             Self::Ping => Frame::Ping,
-            Self::Close(code) => Frame::Close(match code % 5 {
+            Self::Close(code) => Frame::Close(match code % 6 {
                 0 => CloseReason::Done,
                 1 => CloseReason::Unknown,
                 2 => CloseReason::StaleStart,
                 3 => CloseReason::Protocol,
-                _ => CloseReason::Full,
+                4 => CloseReason::Full,
+                _ => CloseReason::TokenNeeded,
             }),
             Self::Bytes(bytes) => return out.extend_from_slice(bytes),
         };

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use mixsocks_client::stream::StreamKey;
 use mixsocks_common::session::frame::CloseReason;
 use mixsocks_common::session::{
-    Dropped, Handled, OpenOutcome, ProviderSession, ProviderSessions, SessionId, StreamEvent,
-    StreamReset,
+    AccessTokens, Dropped, Handled, OpenOutcome, ProviderSession, ProviderSessions, SessionId,
+    StreamEvent, StreamReset,
 };
 use mixsocks_sphinx::Surb;
 
@@ -69,6 +69,14 @@ impl ProviderCore {
     /// Each mix delays by this on average from now on.
     pub fn set_mean_delay(&mut self, mean_delay: Duration) {
         self.sessions.set_mean_delay(mean_delay);
+    }
+
+    /// From now on only sessions with one of these tokens are taken, or all (`None`). Those that began
+    /// with another one, or none, are closed.
+    pub fn set_access_tokens(&mut self, now: Instant, access: Option<AccessTokens>) {
+        for id in self.sessions.set_access_tokens(access) {
+            self.put_out(now, id, CloseReason::TokenNeeded);
+        }
     }
 
     /// All sessions, in no order.
@@ -138,13 +146,18 @@ impl ProviderCore {
         while self.held_bytes > self.max_held_bytes
             && let Some((_, id)) = self.held_of.iter().map(|(id, held)| (*held, *id)).max()
         {
-            let session = self.sessions.remove(id, now);
-            self.on_ended(id);
-            let mut contents = Vec::new();
-            let surb = session.and_then(|session| session.refuse(CloseReason::Full, &mut contents));
-            if let Some(surb) = surb {
-                self.refuse(contents, surb);
-            }
+            self.put_out(now, id, CloseReason::Full);
+        }
+    }
+
+    /// Ends a session. Its client is told if there is a SURB, and room for another refusal; otherwise it
+    /// is when it sends the next packet.
+    fn put_out(&mut self, now: Instant, id: SessionId, reason: CloseReason) {
+        let session = self.sessions.remove(id, now);
+        self.on_ended(id);
+        let mut contents = Vec::new();
+        if let Some(surb) = session.and_then(|session| session.refuse(reason, &mut contents)) {
+            self.refuse(contents, surb);
         }
     }
 
@@ -298,7 +311,7 @@ mod tests {
         out.extend_from_slice(&[id; SESSION_ID_LEN]);
         put_varint(&mut out, number);
         put_varint(&mut out, 0);
-        Frame::Start { time_ms: WALL_MS, key_agreement: &[] }.encode(&mut out);
+        Frame::Start { time_ms: WALL_MS, access_token: None, key_agreement: &[] }.encode(&mut out);
         let mut surb = [0; SURB_LEN];
         // The base point: a group element that a SURB may begin with.
         surb[0] = 9;
@@ -366,6 +379,24 @@ mod tests {
         assert_eq!((core.held_bytes(), core.session_count(), core.poll_timeout()), (0, 0, None));
         assert_eq!(core.read((session(1), 1), &mut [0; 10]), Err(StreamReset));
         assert_eq!(core.write((session(1), 1), &[0; 10]), None);
+    }
+
+    /// Its client is told why, and tasks that wait for its streams hear of it.
+    #[test]
+    fn a_session_whose_token_is_removed_ends_for_everybody() {
+        let (mut core, now) = (core(), Instant::now());
+        core.handle_packet(now, WALL_MS, &packet(1, 0, &[open(1)])).unwrap();
+        core.set_access_tokens(now, Some(AccessTokens::default()));
+        assert_eq!(ended(&mut core), [session(1)]);
+        assert_eq!((core.held_bytes(), core.session_count(), core.poll_timeout()), (0, 0, None));
+        let mut out = Vec::new();
+        assert!(core.next_reply(now, &mut out).is_some());
+        assert_eq!(out[out.len() - 2..], [12, 5]);
+        // The next one is refused, and dials nothing.
+        core.handle_packet(now, WALL_MS, &packet(2, 0, &[open(1)])).unwrap();
+        assert_eq!((core.session_count(), core.poll_event()), (0, None));
+        assert!(core.next_reply(now, &mut out).is_some());
+        assert_eq!(out[out.len() - 2..], [12, 5]);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use mixsocks_client::stream::{StreamHost, StreamKey, Waiting};
 use mixsocks_client::{Arrivals, Endpoint, EndpointConfig, MixStream, Reserved, worker_count};
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::{Identity, IdentityKey};
-use mixsocks_common::session::{OpenOutcome, SessionId, StreamEvent};
+use mixsocks_common::session::{AccessTokens, OpenOutcome, SessionId, StreamEvent};
 use mixsocks_common::target::Target;
 use mixsocks_common::topology::Topology;
 use mixsocks_sphinx::{
@@ -52,6 +52,8 @@ pub struct ProviderConfig {
     pub gateway: Identity,
     /// Where the gateway's token is kept; its directory must exist.
     pub token_file: PathBuf,
+    /// Who is served: whoever has one of these tokens, nobody if there are none, or everybody (`None`).
+    pub access_tokens: Option<AccessTokens>,
     /// Opens private and loopback addresses, for tests and networks of one's own.
     pub allow_private: bool,
     /// The DNS server; `None` takes the system's.
@@ -99,7 +101,15 @@ impl Provider {
         }?;
         let policy =
             ExitPolicy::new(own_addresses(), config.allow_private).with_source(source_towards);
-        let ProviderConfig { topology, identity, encryption, gateway, token_file, .. } = config;
+        let ProviderConfig {
+            topology,
+            identity,
+            encryption,
+            gateway,
+            token_file,
+            access_tokens,
+            ..
+        } = config;
         let config = EndpointConfig {
             topology,
             identity,
@@ -109,12 +119,11 @@ impl Provider {
             mean_delay: None,
         };
         let (endpoint, receiver) = Endpoint::connect(config).await?;
+        let mut core =
+            ProviderCore::new(wall_ms(), endpoint.max_contents_bytes(), endpoint.mean_delay());
+        core.set_access_tokens(Instant::now(), access_tokens);
         let state = State {
-            core: ProviderCore::new(
-                wall_ms(),
-                endpoint.max_contents_bytes(),
-                endpoint.mean_delay(),
-            ),
+            core,
             waiting: Waiting::default(),
             connections: JoinSet::new(),
             dialling: HashMap::new(),
@@ -140,6 +149,14 @@ impl Provider {
     /// Where packets for the provider go: what it advertises.
     pub fn address(&self) -> Address {
         self.shared.endpoint.address()
+    }
+
+    /// Serves whoever has one of these tokens from now on, or everybody (`None`). Sessions that began with
+    /// another token end, and their connections with them.
+    pub fn set_access_tokens(&self, access_tokens: Option<AccessTokens>) {
+        let mut state = self.shared.lock();
+        state.core.set_access_tokens(Instant::now(), access_tokens);
+        self.shared.settle(state);
     }
 
     /// Stops. Connections are closed, sessions forgotten.

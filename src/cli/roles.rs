@@ -45,6 +45,8 @@ pub(crate) enum ProviderCommand {
     Init(ProviderArgs),
     /// Start it.
     Run(ProviderArgs),
+    /// Make an access token for its users, and print it.
+    Token(TokenArgs),
 }
 
 /// What all roles that run for long have.
@@ -255,10 +257,27 @@ pub(crate) struct ProviderArgs {
     /// Identity of the gateway that it uses (else a random one, and then always the same).
     #[arg(long, value_name = "KEY", env = "MIXSOCKS_GATEWAY")]
     pub(crate) gateway: Option<Identity>,
+    /// Serve only those who have an access token (see `mixsocks provider token`).
+    #[arg(
+        long, env = "MIXSOCKS_REQUIRE_TOKEN", action = ArgAction::SetTrue,
+        value_parser = BoolishValueParser::new()
+    )]
+    pub(crate) require_token: bool,
     #[command(flatten)]
     pub(crate) exit: ExitArgs,
     #[command(flatten)]
     pub(crate) run: RunArgs,
+}
+
+/// Options of `mixsocks provider token`.
+#[derive(Debug, Args)]
+pub(crate) struct TokenArgs {
+    /// What the operator calls it, to find it again: 1 to 64 of the characters a-z, 0-9 and hyphen.
+    #[arg(long, value_name = "NAME", default_value = "friends", value_parser = parse_network)]
+    pub(crate) name: NetworkName,
+    /// The provider's data directory.
+    #[arg(long, value_name = "DIR", env = "MIXSOCKS_DATA_DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
 }
 
 /// Whereto a provider connects.

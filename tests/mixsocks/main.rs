@@ -15,6 +15,7 @@ mod life;
 mod machines;
 mod operators;
 mod outcomes;
+mod private_provider;
 mod process;
 mod rotation;
 mod servers;

@@ -96,6 +96,11 @@ impl<C: Codec> World<C> {
                     self.provider().release(key);
                     return Ok(());
                 };
+                if !self.access.serves(self.streams[number].client) {
+                    return Err(format!(
+                        "the target of stream {number}, of a stranger, is dialled"
+                    ));
+                }
                 let stream = &mut self.streams[number];
                 if stream.target_key.is_some() && !stream.is_lied_to {
                     return Err(format!("stream {number} is dialled twice"));
@@ -167,7 +172,7 @@ impl<C: Codec> World<C> {
         };
         let key = core.open(now, wall_ms, rng, target).ok_or("a client opens no stream")?;
         self.streams[number].key = Some(key);
-        let start = Start { began: now, time_ms: start_time_ms(wall_ms) };
+        let start = Start { client, began: now, time_ms: start_time_ms(wall_ms) };
         self.starts.entry(key.0).or_insert(start);
         self.note(format!("client {client} opens stream {number}"));
         self.run_app(number, End::Program)

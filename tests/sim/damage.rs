@@ -3,12 +3,13 @@
 use std::time::{Duration, Instant};
 
 use mixsocks_common::session::frame::CloseReason;
-use mixsocks_common::session::{MAX_START_AGE, START_STEP, SessionId};
+use mixsocks_common::session::{AccessTokens, MAX_START_AGE, START_STEP, SessionId};
 use mixsocks_common::topology::{Role as NodeRole, UnixTime, random_route};
 use mixsocks_sphinx::Identifier;
 use rand::RngExt;
 
 use crate::codec::{Codec, SealedRoute};
+use crate::endpoint::Access;
 use crate::faults::Fault;
 use crate::hostile;
 use crate::model::Stream;
@@ -29,6 +30,7 @@ pub(crate) struct Weather {
 
 /// What a session told the provider about its beginning.
 pub(crate) struct Start {
+    pub(crate) client: usize,
     pub(crate) began: Instant,
     pub(crate) time_ms: u64,
 }
@@ -108,6 +110,7 @@ impl<C: Codec> World<C> {
                     self.lose_endpoint(client);
                 }
             }
+            Fault::TokensRemoved if !self.access.is_public() => self.remove_tokens(begins)?,
             Fault::Hostile if begins => self.at(self.now, Event::Attack),
             _ => {}
         }
@@ -154,9 +157,40 @@ impl<C: Codec> World<C> {
     pub(crate) fn may_end(&self, session: SessionId, reason: CloseReason) -> bool {
         let Some(start) = self.starts.get(&session) else { return false };
         match reason {
-            CloseReason::Unknown => self.provider_restarted.is_some_and(|at| at >= start.began),
+            CloseReason::Unknown => {
+                let ended = [self.provider_restarted, self.tokens_removed].into_iter().flatten();
+                ended.max().is_some_and(|at| at >= start.began)
+            }
             CloseReason::StaleStart => self.may_be_stale(start),
+            CloseReason::TokenNeeded => {
+                !self.access.serves(start.client) || self.lacked_tokens_since(start.began)
+            }
             _ => false,
+        }
+    }
+
+    /// Whether the provider has had no tokens at some time since then.
+    fn lacked_tokens_since(&self, began: Instant) -> bool {
+        let began = began - self.start;
+        self.faults.iter().any(|planned| {
+            matches!(planned.fault, Fault::TokensRemoved)
+                && planned.during.start <= self.elapsed()
+                && planned.during.end >= began
+        })
+    }
+
+    /// A private provider knows no tokens any more, and its sessions end; or it has them again.
+    fn remove_tokens(&mut self, begins: bool) -> Result<(), String> {
+        let right = self.access.demanded(&self.endpoints[0].address.encryption);
+        let demanded = if begins { Some(AccessTokens::default()) } else { right };
+        if begins {
+            self.tokens_removed = Some(self.now);
+            self.streams.iter_mut().for_each(Stream::lose_session);
+        }
+        self.endpoints[0].take_access(self.now, Access { demanded, shown: None });
+        match self.endpoints[0].is_suspended {
+            true => Ok(()),
+            false => self.settle(0),
         }
     }
 
@@ -235,7 +269,9 @@ impl<C: Codec> World<C> {
         }
         let recipient = self.endpoints[self.rng.random_range(0..self.endpoints.len())].address;
         let wall_ms = self.wall_ms();
-        let contents = hostile::packet(&mut self.rng, wall_ms);
+        let token =
+            self.endpoints[self.rng.random_range(1..self.endpoints.len())].access.shown.clone();
+        let contents = hostile::packet(&mut self.rng, wall_ms, token);
         let identifier = if self.rng.random() { Identifier::default() } else { self.rng.random() };
         let topology = self.documents.published.last().expect("there is a first one");
         let (mean, now) = (topology.parameters.mean_delay, UnixTime(wall_ms / 1000));

@@ -11,6 +11,7 @@ use mixsocks_common::gateway::keepalive::{Due, Keepalive};
 use mixsocks_common::gateway::message::StreamId;
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::replay::{Admission, RecentTags};
+use mixsocks_common::session::{AccessTokens, PresentedToken};
 use mixsocks_common::topology::{Topology, UnixTime, check_route, random_route};
 use mixsocks_provider::core::ProviderCore;
 use mixsocks_sphinx::{HopAddress, Identifier, Packet, SecretKey, Surb, max_plaintext};
@@ -35,6 +36,15 @@ const PULL_AHEAD: u32 = 16;
 /// Share of the replies that a hostile provider makes up.
 const LIES: f64 = 0.2;
 
+/// What an endpoint has to do with access tokens.
+#[derive(Clone, Default)]
+pub(crate) struct Access {
+    /// What the provider demands.
+    pub(crate) demanded: Option<AccessTokens>,
+    /// What a client shows.
+    pub(crate) shown: Option<PresentedToken>,
+}
+
 /// What an endpoint is.
 pub(crate) enum Role<C: Codec> {
     Provider(Box<ProviderCore>),
@@ -56,6 +66,7 @@ pub(crate) struct Endpoint<C: Codec> {
     /// Number of its gateway.
     pub(crate) gateway: usize,
     pub(crate) role: Role<C>,
+    pub(crate) access: Access,
     pub(crate) connection: u64,
     pub(crate) is_connected: bool,
     pub(crate) is_suspended: bool,
@@ -109,6 +120,7 @@ impl<C: Codec> Endpoint<C> {
             address: Address { identity, encryption, gateway },
             gateway: usize::from(number == 0),
             role: role(number, wall_ms, topology),
+            access: Access::default(),
             connection: 0,
             is_connected: false,
             is_suspended: false,
@@ -129,10 +141,20 @@ impl<C: Codec> Endpoint<C> {
     /// It has forgotten everything but its keys and the document. Its clock says `wall_ms`.
     pub(crate) fn restart(&mut self, now: Instant, wall_ms: u64) {
         self.role = role(self.number, wall_ms, &self.document.1);
+        self.take_access(now, self.access.clone());
         self.begin_renewal(now, wall_ms);
         self.tags = RecentTags::new(now, REPLAY_SPAN, REPLAY_TAGS, &mut self.rng);
         self.flow = None;
         self.making = None;
+    }
+
+    /// From now on it demands, or shows, these tokens.
+    pub(crate) fn take_access(&mut self, now: Instant, access: Access) {
+        match &mut self.role {
+            Role::Provider(core) => core.set_access_tokens(now, access.demanded.clone()),
+            Role::Client(core) => core.set_access_token(access.shown.clone()),
+        }
+        self.access = access;
     }
 
     /// Milliseconds since 1970 by its own clock.

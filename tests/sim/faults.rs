@@ -50,6 +50,8 @@ pub(crate) enum Fault {
     WrongClock(usize, i64),
     /// The provider answers this client with nonsense; at the end the client is started anew.
     HostileProvider(usize),
+    /// A private provider takes all tokens back, and then gives them out again.
+    TokensRemoved,
     /// Somebody sends valid packets with nonsense inside to everybody.
     Hostile,
 }
@@ -90,7 +92,7 @@ fn draw_one(rng: &mut StdRng, shape: &Shape) -> Planned {
     let client = rng.random_range(1..shape.endpoints);
     let share = *[0.01, 0.05, 0.2].get(rng.random_range(0..3)).expect("one of three");
     let memory = [Memory::All, Memory::Tags, Memory::Nothing][rng.random_range(0..3)];
-    let fault = match rng.random_range(0..27) {
+    let fault = match rng.random_range(0..28) {
         0..=3 => Fault::Loss(share),
         4 => Fault::Duplication(share),
         5 | 6 => Fault::Delay(share, Duration::from_millis(rng.random_range(1..3000))),
@@ -112,6 +114,7 @@ fn draw_one(rng: &mut StdRng, shape: &Shape) -> Planned {
             let layer = rng.random_range(1..=3);
             Fault::MixMoves(rng.random_range(0..shape.mixes), layer, rng.random())
         }
+        27 => Fault::TokensRemoved,
         _ => Fault::HostileProvider(client),
     };
     let start = rng.random_range(0.0..30.0);

@@ -1,22 +1,26 @@
 //! What the hostile say: contents that begin like honest ones and go on with anything.
 
-use mixsocks_common::session::OpenOutcome;
 use mixsocks_common::session::frame::{Ack, CloseReason, Frame, put_varint};
+use mixsocks_common::session::{OpenOutcome, PresentedToken};
 use mixsocks_sphinx::max_plaintext;
 use rand::RngExt;
 use rand::rngs::StdRng;
 
 use crate::world::PAYLOAD_BYTES;
 
-/// A packet of a session, for a provider or a client.
-pub(crate) fn packet(rng: &mut StdRng, wall_ms: u64) -> Vec<u8> {
+/// A packet of a session, for a provider or a client; somebody's token may have got about.
+pub(crate) fn packet(
+    rng: &mut StdRng,
+    wall_ms: u64,
+    access_token: Option<PresentedToken>,
+) -> Vec<u8> {
     let mut out = vec![rng.random_range(0..4)];
     // Some sessions are hit twice.
     out.extend_from_slice(&[rng.random_range(0..5); 16]);
     out.push(rng.random_range(0..64));
     out.push(0);
     if rng.random() {
-        Frame::Start { time_ms: wall_ms, key_agreement: &[] }.encode(&mut out);
+        Frame::Start { time_ms: wall_ms, access_token, key_agreement: &[] }.encode(&mut out);
     }
     let count = rng.random_range(0..20);
     put_frames(rng, count, 100, &mut out);

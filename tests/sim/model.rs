@@ -268,9 +268,14 @@ impl Stream {
     /// The provider was started anew. Whose OPEN had not arrived asks once more; all others have lost
     /// their stream.
     pub(crate) fn lose_target(&mut self) {
+        self.lose_session();
+        self.target_key = None;
+    }
+
+    /// The provider ends all sessions.
+    pub(crate) fn lose_session(&mut self) {
         let has_arrived = self.opened.is_some() || self.target_key.is_some();
         self.was_killed |= has_arrived && !self.is_over();
-        self.target_key = None;
     }
 
     /// What was to arrive has arrived.

@@ -11,10 +11,11 @@ use mixsocks_sphinx::{HEADER_LEN, Identifier, Packet};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
+use crate::access::Access;
 use crate::codec::{Codec, NodeKey, SealedRoute, codec};
 use crate::damage::{Start, Weather};
 use crate::documents::{Documents, Schedule, roles};
-use crate::endpoint::{Endpoint, Role as EndpointRole};
+use crate::endpoint::{self, Endpoint, Role as EndpointRole};
 use crate::faults::{self, Fault, Planned, Shape};
 use crate::model::{End, Stream};
 use crate::network::{Frame, Gateway, Inbox, Mix, Outdated};
@@ -125,6 +126,7 @@ pub(crate) struct World<C: Codec> {
     nodes: BTreeMap<[u8; 32], NodeRef>,
     wires: BTreeMap<(NodeRef, NodeRef), Instant>,
     pub(crate) streams: Vec<Stream>,
+    pub(crate) access: Access,
     pub(crate) faults: Vec<Planned>,
     pub(crate) weather: Weather,
     pub(crate) max_held_packets: usize,
@@ -135,6 +137,8 @@ pub(crate) struct World<C: Codec> {
     pub(crate) starts: BTreeMap<SessionId, Start>,
     /// When the provider last forgot everything, and the latest of its starts by its own clock.
     pub(crate) provider_restarted: Option<Instant>,
+    /// When it last took its tokens back.
+    pub(crate) tokens_removed: Option<Instant>,
     pub(crate) provider_started_ms: u64,
     /// Events so far.
     pub(crate) happened: u64,
@@ -150,6 +154,7 @@ pub(crate) struct Scenario {
     pub(crate) schedule: Schedule,
     /// What each mix may hold.
     pub(crate) mix_packets: usize,
+    pub(crate) access: Access,
     pub(crate) faults: Vec<Planned>,
 }
 
@@ -169,6 +174,7 @@ impl<C: Codec> World<C> {
             schedule: Schedule::draw(&mut rng),
             // Far more than senders need, or so few that some are dropped.
             mix_packets: if rng.random_bool(0.8) { 3500 } else { rng.random_range(20..200) },
+            access: Access::draw(&mut rng, clients),
             faults: faults::draw(&mut rng, &shape),
         };
         Self::with(rng, scenario)
@@ -212,7 +218,7 @@ impl<C: Codec> World<C> {
         let mix_refs = mixes.iter().enumerate().map(|(n, mix)| (mix.key.address, NodeRef::Mix(n)));
         let nodes = gateway_refs.chain(mix_refs).collect();
         // The provider has the second gateway, clients the first.
-        let endpoints: Vec<Endpoint<C>> = (0..=scenario.clients)
+        let mut endpoints: Vec<Endpoint<C>> = (0..=scenario.clients)
             .map(|number| {
                 let [first, second] = own_gateways;
                 let gateways = if number == 0 { [second, first] } else { [first, second] };
@@ -220,6 +226,15 @@ impl<C: Codec> World<C> {
                 Endpoint::new(&mut rng, start, WALL_START_MS, number, &document, gateways, error_ms)
             })
             .collect();
+        let access = scenario.access;
+        let provider = endpoints[0].address.encryption;
+        for (number, endpoint) in endpoints.iter_mut().enumerate() {
+            let tokens = match number {
+                0 => endpoint::Access { demanded: access.demanded(&provider), shown: None },
+                _ => endpoint::Access { demanded: None, shown: access.shown(number, &provider) },
+            };
+            endpoint.take_access(start, tokens);
+        }
         let streams: Vec<_> = (0..scenario.streams)
             .map(|number| Stream::draw(&mut rng, number, scenario.clients))
             .collect();
@@ -241,6 +256,7 @@ impl<C: Codec> World<C> {
             nodes,
             wires: BTreeMap::new(),
             streams,
+            access,
             faults: scenario.faults,
             weather: Weather::default(),
             max_held_packets: scenario.mix_packets,
@@ -249,6 +265,7 @@ impl<C: Codec> World<C> {
             packets_built: 0,
             starts: BTreeMap::new(),
             provider_restarted: None,
+            tokens_removed: None,
             provider_started_ms,
             happened: 0,
             at_once: 0,
@@ -607,7 +624,12 @@ impl<C: Codec> World<C> {
     pub(crate) fn trace(&self) -> String {
         let faults: Vec<_> = self.faults.iter().map(|planned| format!("{planned:?}")).collect();
         let lines: Vec<_> = self.trace.iter().map(String::as_str).collect();
-        format!("faults:\n  {}\nlast events:\n  {}", faults.join("\n  "), lines.join("\n  "))
+        format!(
+            "{:?}\nfaults:\n  {}\nlast events:\n  {}",
+            self.access,
+            faults.join("\n  "),
+            lines.join("\n  ")
+        )
     }
 
     /// Sessions that clients have, and that the provider has.
@@ -630,6 +652,7 @@ impl<C: Codec> World<C> {
                 planned.fault,
                 Fault::ClientDown(_)
                     | Fault::Hostile
+                    | Fault::TokensRemoved
                     | Fault::HostileProvider(_)
                     | Fault::NewKey(_, false)
             )

@@ -12,7 +12,7 @@ use super::frame::{Ack, CloseReason, Frame, FrameError, StreamId, put_surbs_head
 use super::streams::{Side, StreamEvent, Violation};
 use super::surb_window::SurbWindow;
 use super::transport::{Fill, Transport, take_number, wrapping_us};
-use super::{PacketKind, SESSION_ID_LEN};
+use super::{PacketKind, PresentedToken, SESSION_ID_LEN};
 use crate::target::Target;
 use crate::topology::delay_quantile;
 
@@ -91,6 +91,8 @@ pub enum ReplyError {
 pub struct ClientSession {
     id: SessionId,
     started_ms: u64,
+    /// Until the provider has answered.
+    access_token: Option<PresentedToken>,
     began: Instant,
     max_packet_bytes: usize,
     transport: Transport,
@@ -129,6 +131,7 @@ impl ClientSession {
         Self {
             id,
             started_ms,
+            access_token: None,
             began: now,
             max_packet_bytes,
             transport: Transport::new(Side::Client, now, reply_quantile, Queueing::new(now, 0.0)),
@@ -143,6 +146,12 @@ impl ClientSession {
             closing: Closing::No,
             closed: None,
         }
+    }
+
+    /// The same with a token for the provider that it is with.
+    #[must_use]
+    pub fn with_access_token(self, access_token: Option<PresentedToken>) -> Self {
+        Self { access_token, ..self }
     }
 
     /// Its name.
@@ -298,6 +307,7 @@ impl ClientSession {
         }
         self.last_heard = now;
         self.confirmed = true;
+        self.access_token = None;
         // Both clocks are arbitrary: only differences count. It wraps after 71 minutes, which looks
         // like a jump and is forgotten with the shortest trip.
         let now_us = wrapping_us(now.saturating_duration_since(self.began));
@@ -546,7 +556,8 @@ impl ClientSession {
         out.put_slice(&self.id.0);
         self.transport.write_number(out);
         if !self.confirmed {
-            Frame::Start { time_ms: self.started_ms, key_agreement: &[] }.encode(out);
+            let (time_ms, access_token) = (self.started_ms, self.access_token.clone());
+            Frame::Start { time_ms, access_token, key_agreement: &[] }.encode(out);
         }
         let surbs_first = if purpose == Purpose::Refill {
             REFILL_SURBS.min((self.max_packet_bytes - out.len() - SURBS_HEADER_BYTES) / SURB_LEN)

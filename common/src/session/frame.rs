@@ -5,7 +5,7 @@
 //!
 //! | type | frame | fields after the type |
 //! |--:|---|---|
-//! | 1 | START | version u16, time u64 (ms since 1970), key agreement: length varint and bytes |
+//! | 1 | START | version u16, time u64 (ms since 1970), access token 32 bytes (zeros: none), key agreement: length varint and bytes |
 //! | 2 | OPEN | stream varint, target (RFC 1928 address form) |
 //! | 3 | OPENED | stream varint, code u8 |
 //! | 4 | DATA | stream varint, offset varint, length with fin in the lowest bit varint, bytes |
@@ -23,14 +23,14 @@
 use bytes::BufMut;
 use mixsocks_sphinx::SURB_LEN;
 
-use super::OpenOutcome;
+use super::{ACCESS_TOKEN_LEN, OpenOutcome, PresentedToken};
 use crate::target::{Target, TargetError};
 
 /// One past the largest number that a frame can hold.
 pub const VARINT_END: u64 = 1 << 62;
 
 /// Version of the session protocol.
-pub const SESSION_VERSION: u16 = 1;
+pub const SESSION_VERSION: u16 = 2;
 
 /// Longest key agreement in a START: an ML-KEM-768 public key and an X25519 one fit.
 pub const MAX_KEY_AGREEMENT_LEN: usize = 1216;
@@ -77,6 +77,9 @@ pub enum Frame<'a> {
     Start {
         /// Milliseconds since 1970 on the client's clock.
         time_ms: u64,
+        /// What opens a private provider. Its bytes are there without it as well: packets have the same
+        /// room for SURBs then, so that their number does not tell who has a token.
+        access_token: Option<PresentedToken>,
         /// Kept for a hybrid post-quantum key agreement; empty today.
         key_agreement: &'a [u8],
     },
@@ -157,6 +160,9 @@ pub enum CloseReason {
     /// 4: the provider has no room for another session.
     #[error("the provider is full")]
     Full,
+    /// 5: the provider serves only who has one of its access tokens, and this session has none of them.
+    #[error("the provider demands an access token that it knows")]
+    TokenNeeded,
 }
 
 impl CloseReason {
@@ -167,6 +173,7 @@ impl CloseReason {
             Self::StaleStart => 2,
             Self::Protocol => 3,
             Self::Full => 4,
+            Self::TokenNeeded => 5,
         }
     }
 
@@ -177,6 +184,7 @@ impl CloseReason {
             2 => Self::StaleStart,
             3 => Self::Protocol,
             4 => Self::Full,
+            5 => Self::TokenNeeded,
             _ => return Err(FrameError::Value("close reason")),
         })
     }
@@ -218,11 +226,12 @@ impl Frame<'_> {
                     return Err(FrameError::Version(version));
                 }
                 let time_ms = u64::from_be_bytes(take_array(input)?);
+                let access_token = PresentedToken::from_bytes(take_array(input)?);
                 let len = take_len(input)?;
                 if len > MAX_KEY_AGREEMENT_LEN {
                     return Err(FrameError::Value("key agreement"));
                 }
-                Frame::Start { time_ms, key_agreement: take(input, len)? }
+                Frame::Start { time_ms, access_token, key_agreement: take(input, len)? }
             }
             OPEN => Frame::Open { stream: take_stream(input)?, target: Target::decode(input)? },
             OPENED => {
@@ -284,10 +293,12 @@ impl Frame<'_> {
     /// When a number is not below 2^62 or a count does not fit its byte: local mistakes.
     pub fn encode(&self, out: &mut Vec<u8>) {
         match self {
-            Frame::Start { time_ms, key_agreement } => {
+            Frame::Start { time_ms, access_token, key_agreement } => {
                 out.put_u8(START);
                 out.put_u16(SESSION_VERSION);
                 out.put_u64(*time_ms);
+                let token = access_token.as_ref().map(PresentedToken::as_bytes);
+                out.put_slice(token.unwrap_or(&[0; ACCESS_TOKEN_LEN]));
                 put_varint(out, key_agreement.len() as u64);
                 out.put_slice(key_agreement);
             }
@@ -492,8 +503,12 @@ mod tests {
     fn every_frame_round_trips() {
         let surbs = [[7u8; SURB_LEN], [8u8; SURB_LEN]];
         for frame in [
-            Frame::Start { time_ms: 1_700_000_000_000, key_agreement: b"" },
-            Frame::Start { time_ms: 0, key_agreement: &[9; MAX_KEY_AGREEMENT_LEN] },
+            Frame::Start { time_ms: 1_700_000_000_000, access_token: None, key_agreement: b"" },
+            Frame::Start {
+                time_ms: 0,
+                access_token: PresentedToken::from_bytes([7; ACCESS_TOKEN_LEN]),
+                key_agreement: &[9; MAX_KEY_AGREEMENT_LEN],
+            },
             Frame::Open { stream: 1, target: "example.com:443".parse().unwrap() },
             Frame::Opened { stream: 70, outcome: OpenOutcome::Refused },
             Frame::Data { stream: 3, offset: 1 << 40, fin: true, bytes: b"bytes" },
@@ -520,6 +535,7 @@ mod tests {
             Frame::Surbs { generation: 1, surbs: &surbs },
             Frame::Ping,
             Frame::Close(CloseReason::Full),
+            Frame::Close(CloseReason::TokenNeeded),
         ] {
             round_trip(&frame);
         }
@@ -550,7 +566,9 @@ mod tests {
             (&[200], FrameError::UnknownType(200)),
             (&[7, 0], FrameError::Value("stream")),
             (&[12, 99], FrameError::Value("close reason")),
-            (&[1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0], FrameError::Version(2)),
+            (&[12, 6], FrameError::Value("close reason")),
+            (&[1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0], FrameError::Version(1)),
+            (&[1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0], FrameError::Truncated),
             // A range beyond the span, an empty range, two ranges that touch.
             (&[5, 0, 0, 0, 4, 0, 1, 0, 5], FrameError::Value("acknowledged range")),
             (&[5, 0, 0, 0, 4, 0, 1, 0, 0], FrameError::Value("acknowledged range")),

@@ -24,6 +24,7 @@
 //! | | 4 | time of sending in µs since the session began, modulo 2^32 |
 //! | | | frames, see [`frame`] |
 
+mod access;
 mod client;
 mod estimate;
 mod flight;
@@ -41,6 +42,10 @@ mod table;
 mod tests;
 mod transport;
 
+pub use access::{
+    ACCESS_TOKEN_LEN, AccessToken, AccessTokenHash, AccessTokens, MAX_ACCESS_TOKENS,
+    PresentedToken, TooManyAccessTokens,
+};
 pub use client::{
     ClientSession, FIRST_KEEPALIVE, KEEPALIVE, ReplyError, SESSION_SILENCE, SessionId, StreamReset,
     SurbSource,

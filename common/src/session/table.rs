@@ -9,7 +9,7 @@ use super::client::SessionId;
 use super::frame::{CloseReason, Frame};
 use super::provider::{PacketError, ProviderSession, write_close};
 use super::transport::take_number;
-use super::{PacketKind, SESSION_ID_LEN};
+use super::{AccessTokenHash, AccessTokens, PacketKind, PresentedToken, SESSION_ID_LEN};
 
 /// Sessions that a provider keeps at once. An idle one takes a few KiB.
 pub const MAX_SESSIONS: usize = 4096;
@@ -75,6 +75,10 @@ pub enum Dropped {
 #[derive(Debug)]
 pub struct ProviderSessions {
     sessions: HashMap<SessionId, ProviderSession>,
+    /// Who is served: whoever has one of these tokens, or everybody.
+    access: Option<AccessTokens>,
+    /// With which token each session began, if one was demanded.
+    begun_with: HashMap<SessionId, AccessTokenHash>,
     /// When each ended session may be forgotten.
     ended: HashMap<SessionId, Instant>,
     ended_order: BTreeSet<(Instant, SessionId)>,
@@ -103,6 +107,8 @@ impl ProviderSessions {
     ) -> Self {
         Self {
             sessions: HashMap::new(),
+            access: None,
+            begun_with: HashMap::new(),
             ended: HashMap::new(),
             ended_order: BTreeSet::new(),
             put_out: Vec::new(),
@@ -128,6 +134,20 @@ impl ProviderSessions {
     pub fn set_mean_delay(&mut self, mean_delay: Duration) {
         self.mean_delay = mean_delay;
         self.sessions.values_mut().for_each(|session| session.set_mean_delay(mean_delay));
+    }
+
+    /// From now on only sessions with one of these tokens begin; `None` takes them all.
+    ///
+    /// Returns the sessions that began with another token or none, in the order of their ids: the caller
+    /// ends them.
+    pub fn set_access_tokens(&mut self, access: Option<AccessTokens>) -> Vec<SessionId> {
+        self.access = access;
+        let Some(access) = &self.access else { return Vec::new() };
+        let may_stay =
+            |id: &SessionId| self.begun_with.get(id).is_some_and(|hash| access.know(hash));
+        let mut others: Vec<_> = self.sessions.keys().copied().filter(|id| !may_stay(id)).collect();
+        others.sort_unstable();
+        others
     }
 
     /// How many sessions there are.
@@ -185,6 +205,7 @@ impl ProviderSessions {
     /// Takes an ended session out and remembers its id, so that a replayed START begins nothing.
     pub fn remove(&mut self, id: SessionId, now: Instant) -> Option<ProviderSession> {
         let session = self.sessions.remove(&id)?;
+        self.begun_with.remove(&id);
         let until = now + REMEMBER_ENDED;
         self.ended.insert(id, until);
         self.ended_order.insert((until, id));
@@ -204,7 +225,9 @@ impl ProviderSessions {
             self.ended_order.pop_first();
             self.ended.remove(&ended);
         }
-        let started_ms = start_time(packet).ok_or(CloseReason::Unknown)?;
+        let (started_ms, token) = start(packet).ok_or(CloseReason::Unknown)?;
+        // Before anything else: strangers put no other session out, and are told what they lack.
+        let token = self.admit(token)?;
         if self.ended.contains_key(&id) {
             return Err(CloseReason::Unknown);
         }
@@ -220,7 +243,17 @@ impl ProviderSessions {
             return Err(CloseReason::Full);
         }
         self.sessions.insert(id, ProviderSession::new(now, self.max_packet_bytes, self.mean_delay));
+        if let Some(token) = token {
+            self.begun_with.insert(id, token);
+        }
         Ok(())
+    }
+
+    /// The token with which a session may begin; `None` when none is demanded.
+    fn admit(&self, token: Option<PresentedToken>) -> Result<Option<AccessTokenHash>, CloseReason> {
+        let Some(access) = &self.access else { return Ok(None) };
+        let known = token.map(|token| token.hash()).filter(|hash| access.know(hash));
+        known.map(Some).ok_or(CloseReason::TokenNeeded)
     }
 }
 
@@ -238,12 +271,12 @@ impl ProviderSessions {
     }
 }
 
-/// The time in the START of a packet that has one.
-fn start_time(packet: &[u8]) -> Option<u64> {
+/// Time and token in the START of a packet that has one.
+fn start(packet: &[u8]) -> Option<(u64, Option<PresentedToken>)> {
     let mut input = packet;
     take_number(&mut input).ok()?;
     match Frame::decode(&mut input) {
-        Ok(Some(Frame::Start { time_ms, .. })) => Some(time_ms),
+        Ok(Some(Frame::Start { time_ms, access_token, .. })) => Some((time_ms, access_token)),
         _ => None,
     }
 }

@@ -203,6 +203,11 @@ impl Topology {
         self.providers.iter().find(|provider| provider.name == name)
     }
 
+    /// The provider with this address; not all are advertised.
+    pub fn provider_at(&self, address: &Address) -> Option<&Provider> {
+        self.providers.iter().find(|provider| provider.address == *address)
+    }
+
     /// Whether a packet may go from one node straight to the other, by their roles.
     pub fn may_forward(&self, from: &Identity, to: &Identity) -> bool {
         let (Some(from), Some(to)) = (self.node(from), self.node(to)) else { return false };

@@ -65,7 +65,7 @@ fn a_reset_and_an_acknowledgement_in_one_packet() {
 fn frames_of_streams_without_an_open_take_up_little() {
     let now = Instant::now();
     let id = SessionId([5; SESSION_ID_LEN]);
-    let start = Frame::Start { time_ms: 1_000_000, key_agreement: &[] };
+    let start = Frame::Start { time_ms: 1_000_000, access_token: None, key_agreement: &[] };
     let mut sessions = ProviderSessions::new(0, MAX_PACKET_BYTES, MEAN_DELAY);
     let credits = (1..100).map(|stream| Frame::Credit { stream, limit: 1 << 40 });
     let frames: Vec<_> = [start.clone()].into_iter().chain(credits).collect();
@@ -90,7 +90,7 @@ fn frames_of_streams_without_an_open_take_up_little() {
 fn an_open_that_comes_after_its_reset_dials_nothing() {
     let now = Instant::now();
     let id = SessionId([5; SESSION_ID_LEN]);
-    let start = Frame::Start { time_ms: 1_000_000, key_agreement: &[] };
+    let start = Frame::Start { time_ms: 1_000_000, access_token: None, key_agreement: &[] };
     let mut sessions = ProviderSessions::new(0, MAX_PACKET_BYTES, MEAN_DELAY);
     let open = Frame::Open { stream: 1, target: "example.com:80".parse().unwrap() };
     sessions.handle_packet(now, 1_000_000, &packet(id, 1, &[start, Frame::Reset { stream: 1 }]));
@@ -102,7 +102,7 @@ fn an_open_that_comes_after_its_reset_dials_nothing() {
 fn more_streams_than_allowed_end_the_session() {
     let now = Instant::now();
     let id = SessionId([5; SESSION_ID_LEN]);
-    let start = Frame::Start { time_ms: 1_000_000, key_agreement: &[] };
+    let start = Frame::Start { time_ms: 1_000_000, access_token: None, key_agreement: &[] };
     let mut sessions = ProviderSessions::new(0, MAX_PACKET_BYTES, MEAN_DELAY);
     for stream in 1..=2 * MAX_STREAMS as u64 + 1 {
         let data = Frame::Data { stream, offset: 0, fin: false, bytes: b"x" };

@@ -12,6 +12,7 @@ use rand::{RngExt, SeedableRng};
 use super::frame::StreamId;
 use super::*;
 
+mod access;
 mod endings;
 mod fairness;
 mod generations;
