@@ -177,6 +177,12 @@ fn with_file(root: clap::Command, words: &[OsString]) -> anyhow::Result<clap::Co
     Ok(change(root, path, |command| file.apply(command)))
 }
 
+/// The options with which a role runs.
+#[cfg(test)]
+pub(crate) fn options_of(role: &str) -> Option<clap::Command> {
+    options(&Cli::command(), role)
+}
+
 /// Says what is wrong with a file.
 pub(crate) fn check_config(path: &Path) -> anyhow::Result<()> {
     let role = config::role_of(path)?;

@@ -384,7 +384,7 @@ mod tests {
             ),
             (
                 "role = \"client\"\n\nxyzzy = 1",
-                "line 3: there is no key xyzzy; there are topology,",
+                "line 3: there is no key xyzzy; there are directory, topology,",
             ),
             ("role = \"client\"\nquiet = true", "there is no key quiet"),
             ("role = \"client\"\nsocks = 1080", "line 2: socks: \"1080\" is wrong: expected an IP"),
@@ -413,6 +413,71 @@ mod tests {
         let long = file(&format!("role = \"client\"\n{}", "# long\n".repeat(200_000)));
         let error = parse(&["mixsocks", "client", "run"], long.path()).unwrap_err();
         assert!(error.contains("more than 1 MiB"), "{error}");
+    }
+
+    /// What has no wrong text: paths, and a provider's name.
+    const TAKES_ANY_TEXT: [&str; 5] =
+        ["topology", "data_dir", "invitation", "access_token_file", "provider"];
+
+    /// Each key of each role's file, wrong in each way.
+    #[test]
+    fn each_key_may_be_wrong_in_each_way() {
+        let mut keys = 0;
+        for role in ["up", "client", "directory", "node", "provider"] {
+            let command = crate::cli::options_of(role).unwrap();
+            for argument in settings(&command) {
+                keys += 1;
+                let key = key_of(argument);
+                let text = |entry: &str| format!("role = \"{role}\"\n{entry}\n");
+                let check = |entry: String| {
+                    let file = file(&text(&entry));
+                    let result = check_config(file.path()).map_err(|error| format!("{error:#}"));
+                    if let Err(line) = &result {
+                        assert!(
+                            !line.contains('\n') && line.contains("line 2: "),
+                            "{entry}: {line}"
+                        );
+                    }
+                    result
+                };
+                let type_error = check(format!("{key} = {{a = 1}}")).unwrap_err();
+                assert!(type_error.contains(&format!("{key} must be a text")), "{type_error}");
+                let twice = format!("{}{}", key, key.chars().last().unwrap());
+                let unknown = check(format!("{twice} = 1")).unwrap_err();
+                let expected = format!("no key {twice}; did you mean {key}?");
+                assert!(unknown.contains(&expected), "{unknown}");
+                let wrong = check(format!("{key} = \"\\u0001?\""));
+                assert_eq!(wrong.is_ok(), TAKES_ANY_TEXT.contains(&&*key), "{key}: {wrong:?}");
+            }
+        }
+        assert!(keys > 50, "{keys}");
+    }
+
+    #[test]
+    fn values_out_of_their_range_are_refused() {
+        for (role, entry, expected) in [
+            ("directory", "epoch = \"0s\"", "between 1 second and 7 days"),
+            ("directory", "epoch = \"8d\"", "between 1 second and 7 days"),
+            ("directory", "epoch = \"1500ms\"", "whole seconds"),
+            ("directory", "key_epochs = 0", "1.."),
+            ("directory", "valid_epochs = 1", "2..=1000"),
+            ("directory", "payload_bytes = 1023", "1024..=32768"),
+            ("directory", "mean_delay = \"11s\"", "longer than 10s"),
+            ("directory", "minimum = \"mix=x\"", "no number"),
+            ("directory", "minimum = \"mixes=3\"", "mix, gateway or provider"),
+            ("directory", "peer = \"http://127.0.0.1:1\"", "KEY@URL"),
+            ("directory", "allow = \"abc=mix\"", "the key"),
+            ("directory", "network = \"UPPER\"", "a-z, 0-9 and hyphen"),
+            ("node", "kind = \"provider\"", "mix or gateway"),
+            ("node", "directory = \"https://a\"", "documents are signed"),
+            ("node", "listen = 9001", "an IP address and a port"),
+            ("provider", "name = \"\"", "a-z, 0-9 and hyphen"),
+            ("client", "signatures = -1", "invalid digit"),
+        ] {
+            let file = file(&format!("role = \"{role}\"\n{entry}\n"));
+            let error = format!("{:#}", check_config(file.path()).unwrap_err());
+            assert!(error.contains(expected), "{entry}: {error}");
+        }
     }
 
     #[test]

@@ -165,7 +165,10 @@ mod tests {
             (&["up", "--quite"], "did you mean --quiet?"),
             (&["up", "--xyzzy=1"], "no option --xyzzy (see `mixsocks up --help`)"),
             (&["pu"], "did you mean \"up\"?"),
-            (&["frobnicate"], "there are up, client, providers, network, config, bench"),
+            (
+                &["frobnicate"],
+                "there are up, client, directory, node, provider, providers, network,",
+            ),
             (&["client", "rnu"], "did you mean \"run\"?"),
             (&["client", "--sokcs", "x"], "as in `mixsocks client run --socks …`"),
             (

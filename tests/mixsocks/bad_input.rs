@@ -182,7 +182,11 @@ fn a_network_and_its_signatures() {
     let one = ["providers", "--signatures", "1"];
     fails(&mut show(&one, &[&key, &other]), 1, &["more than half of the authorities"]);
     fails(&mut show(&["providers"], &[]), 1, &["no authority is given", "--authority"]);
-    fails(mixsocks().args(["network", "status"]), 1, &["no topology is given", "--topology"]);
+    fails(
+        mixsocks().args(["network", "status"]),
+        1,
+        &["no network is given", "--directory", "--topology"],
+    );
 }
 
 #[test]
