@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use mixsocks_client::Client;
+use mixsocks_client::gateway::{GatewayState, LinkState};
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::Identity;
 use mixsocks_common::topology::{self, Topology};
@@ -18,7 +19,7 @@ use crate::data_dir::DataDir;
 use crate::membership::{self, Source};
 use crate::nearest::nearest;
 use crate::proxy::{self, Way};
-use crate::service::Service;
+use crate::service::{Report, Service};
 use crate::signals::Signals;
 use crate::topology_file;
 use crate::up::{proxy_line, weakness};
@@ -32,7 +33,7 @@ pub(crate) async fn run(args: ClientArgs, quiet: bool) -> Result<()> {
     let service = Service::start("client", args.run.metrics).await?;
     let listener = proxy::bind(&args.listen)?;
     let address = listener.local_addr()?;
-    let Started { client, provider, _following } = tokio::select! {
+    let Started { client, provider, topology, _following } = tokio::select! {
         started = Box::pin(start(&args)) => started?,
         () = signals.next() => return Ok(()),
     };
@@ -53,16 +54,32 @@ pub(crate) async fn run(args: ClientArgs, quiet: bool) -> Result<()> {
              Ctrl-C stops."
         ));
     }
+    service.watch(source(client.link(), topology));
     service.ready();
     proxy::serve(listener, client, &mut signals, std::future::ready(())).await;
     service.stopping();
     Ok(())
 }
 
+/// What the client has to tell.
+fn source(
+    link: GatewayState,
+    topology: watch::Receiver<Arc<Topology>>,
+) -> impl crate::service::Source {
+    move || {
+        let mut report = Report::of_document(&topology.borrow());
+        if !matches!(*link.borrow(), LinkState::Connected) {
+            report.complain("there is no link to the gateway");
+        }
+        async move { report }
+    }
+}
+
 /// A client that runs, and what keeps its topology up to date.
 struct Started {
     client: Client,
     provider: Address,
+    topology: watch::Receiver<Arc<Topology>>,
     _following: Option<Following>,
 }
 
@@ -109,9 +126,9 @@ async fn start(args: &ClientArgs) -> Result<Started> {
     let newest = topology.borrow().clone();
     let provider = choose(&newest)?;
     let gateway = gateway(&dir, &newest, &provider.gateway)?;
-    let way = Way { topology, gateway, provider, access_token };
+    let way = Way { topology: topology.clone(), gateway, provider, access_token };
     let client = proxy::connect(&dir, way).await?;
-    Ok(Started { client, provider, _following: following })
+    Ok(Started { client, provider, topology, _following: following })
 }
 
 fn open(args: &ClientArgs) -> Result<Arc<DataDir>> {

@@ -9,10 +9,10 @@ use mixsocks_common::directory::{Hop, Member, MemberKind, Pace};
 use mixsocks_common::keys::IdentityKey;
 use mixsocks_common::topology::{Topology, UnixTime};
 use mixsocks_directory::{Following, Publisher, unix_time};
-use mixsocks_node::counters::Counters;
 use mixsocks_node::gateway::{Gateway, GatewayConfig};
 use mixsocks_node::keys::SphinxKeys;
 use mixsocks_node::mix::{Mix, MixConfig};
+use mixsocks_node::monitor::Monitor;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -252,10 +252,10 @@ impl Part {
         }
     }
 
-    fn counters(&self) -> &Arc<Counters> {
+    fn monitor(&self) -> Monitor {
         match self {
-            Self::Mix(mix) => mix.counters(),
-            Self::Gateway(gateway) => gateway.counters(),
+            Self::Mix(mix) => mix.monitor(),
+            Self::Gateway(gateway) => gateway.monitor(),
         }
     }
 }
@@ -263,9 +263,9 @@ impl Part {
 impl Running {
     /// What the node has to tell.
     fn source(&self) -> impl service::Source + use<> {
-        let (counters, topology) = (self.part.counters().clone(), self.topology.clone());
+        let (monitor, topology) = (self.part.monitor(), self.topology.clone());
         move || {
-            let report = report(&counters, &topology.borrow());
+            let report = report(&monitor, &topology.borrow());
             async move { report }
         }
     }
@@ -278,15 +278,13 @@ impl Running {
     }
 }
 
-fn report(counters: &Counters, topology: &Topology) -> Report {
-    let mut report = match topology.valid_until > unix_time() {
-        true => Report::healthy(),
-        false => Report::sick("the newest document has ended"),
-    };
-    report.gauge("document_epoch", "Epoch of the newest document.", topology.epoch);
-    let until = topology.valid_until.0;
-    report.gauge("document_until_seconds", "Until when it is in force, since 1970.", until);
-    let counts = counters.snapshot();
+fn report(monitor: &Monitor, topology: &Topology) -> Report {
+    let mut report = Report::of_document(topology);
+    let help = "Key epoch of the present Sphinx key.";
+    report.gauge("key_epoch", help, monitor.key_epoch());
+    let help = "Packets remembered, so that none is processed twice.";
+    report.gauge("replay_tags", help, monitor.replay_tags() as u64);
+    let counts = monitor.counters().snapshot();
     report.counter("packets_in", "Packets from other nodes.", counts.packets_in);
     report.counter("packets_out", "Packets to other nodes.", counts.packets_out);
     let help = "Packets dropped, by reason.";

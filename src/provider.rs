@@ -8,7 +8,7 @@ use mixsocks_common::directory::{Member, MemberKind, Pace};
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::session::AccessTokens;
 use mixsocks_common::topology;
-use mixsocks_directory::{Following, Publisher, learn_descriptors, unix_time};
+use mixsocks_directory::{Following, Publisher, learn_descriptors};
 use mixsocks_provider::{Provider, ProviderConfig};
 use mixsocks_sphinx::SecretKey;
 use rand::seq::IteratorRandom;
@@ -98,7 +98,10 @@ async fn serve(args: ProviderArgs, quiet: bool) -> Result<()> {
         reload(&running.provider, &args, &dir);
     }
     service.stopping();
-    running.provider.shutdown().await;
+    tokio::select! {
+        () = running.provider.drain() => {}
+        () = signals.next() => {}
+    }
     Ok(())
 }
 
@@ -235,18 +238,8 @@ impl Running {
     fn source(&self) -> impl crate::service::Source + use<> {
         let topology = self.topology.clone();
         move || {
-            let (epoch, until) = {
-                let topology = topology.borrow();
-                (topology.epoch, topology.valid_until)
-            };
-            async move {
-                let mut report = match until > unix_time() {
-                    true => Report::healthy(),
-                    false => Report::sick("the newest document has ended"),
-                };
-                report.gauge("document_epoch", "Epoch of the newest document.", epoch);
-                report
-            }
+            let report = Report::of_document(&topology.borrow());
+            async move { report }
         }
     }
 }

@@ -16,6 +16,8 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use mixsocks_common::topology::Topology;
+use mixsocks_directory::unix_time;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -46,6 +48,24 @@ impl Report {
     /// It does its work.
     pub(crate) fn healthy() -> Self {
         Self { problem: None, metrics: String::new() }
+    }
+
+    /// How whoever follows documents is with the newest one.
+    pub(crate) fn of_document(topology: &Topology) -> Self {
+        let until = topology.valid_until;
+        let mut report = match until > unix_time() {
+            true => Self::healthy(),
+            false => Self::sick("the newest document has ended"),
+        };
+        report.gauge("document_epoch", "Epoch of the newest document.", topology.epoch);
+        let help = "Until when it is in force, since 1970.";
+        report.gauge("document_until_seconds", help, until.0);
+        report
+    }
+
+    /// It does not do its work, if nothing else is the matter.
+    pub(crate) fn complain(&mut self, problem: impl Display) {
+        self.problem.get_or_insert(problem.to_string());
     }
 
     /// It does not.

@@ -24,7 +24,7 @@ use zeroize::Zeroizing;
 use crate::core::{ClientCore, ClientEvent};
 use crate::drops::DropReason;
 use crate::endpoint::{Arrivals, Endpoint, EndpointConfig, Reserved, unix_time, worker_count};
-use crate::gateway::{GatewayLinkError, LinkState};
+use crate::gateway::{GatewayLinkError, GatewayState, LinkState};
 use crate::headers::HeaderPool;
 use crate::renewal::{Renewal, Stale};
 use crate::stream::{MixStream, OpenError, StreamHost, StreamKey, Waiting};
@@ -232,6 +232,11 @@ impl Client {
     /// This client's address.
     pub fn address(&self) -> Address {
         self.shared.endpoint.address()
+    }
+
+    /// How the link to the gateway is.
+    pub fn link(&self) -> GatewayState {
+        self.shared.endpoint.state().clone()
     }
 
     /// Opens a stream to `target` and waits for the provider's real outcome.

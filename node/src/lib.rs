@@ -9,6 +9,7 @@ pub mod gateway;
 pub mod keys;
 pub mod link;
 pub mod mix;
+pub mod monitor;
 pub mod peel;
 pub mod replay_log;
 mod sources;

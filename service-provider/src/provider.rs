@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mixsocks_client::drops::DropReason;
 use mixsocks_client::gateway::GatewayLinkError;
@@ -25,7 +25,7 @@ use tokio::io::copy_bidirectional_with_sizes;
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::sleep_until;
+use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::core::{ProviderCore, ProviderEvent};
 use crate::dial::Dialer;
@@ -35,6 +35,10 @@ use crate::resolver::{Resolver, ResolverSetupError};
 /// Connections, and attempts at one, of all sessions. Each is an open file, of which systems allow
 /// few at first, often 1,024: `mixsocks up` raises the limit, and says when that is not enough.
 const MAX_CONNECTIONS: usize = 8192;
+
+/// How long a provider that comes to its end lets streams run, and how often it looks at them.
+const DRAIN_TIME: Duration = Duration::from_secs(5);
+const DRAIN_POLL: Duration = Duration::from_millis(20);
 
 /// What a relay copies at a time, each way.
 const RELAY_BYTES: usize = 16 * 1024;
@@ -128,6 +132,7 @@ impl Provider {
             connections: JoinSet::new(),
             dialling: HashMap::new(),
             told_full: false,
+            is_draining: false,
             told_left: false,
         };
         let shared = Arc::new_cyclic(|this| Shared {
@@ -159,6 +164,19 @@ impl Provider {
         self.shared.settle(state);
     }
 
+    /// Opens no more streams, lets those that are open come to their end, though not for longer than
+    /// 5 s, and stops.
+    pub async fn drain(self) {
+        self.shared.lock().is_draining = true;
+        let _ = timeout(DRAIN_TIME, async {
+            while self.shared.has_connections() {
+                sleep(DRAIN_POLL).await;
+            }
+        })
+        .await;
+        self.shutdown().await;
+    }
+
     /// Stops. Connections are closed, sessions forgotten.
     pub async fn shutdown(mut self) {
         self.tasks.shutdown().await;
@@ -182,6 +200,8 @@ struct State {
     dialling: HashMap<StreamKey, oneshot::Sender<()>>,
     /// The operator was told that streams are refused, and none was taken since.
     told_full: bool,
+    /// No streams are taken any more.
+    is_draining: bool,
     /// The operator was told that the gateway has left the network, and it has not come back since.
     told_left: bool,
 }
@@ -189,6 +209,12 @@ struct State {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has_connections(&self) -> bool {
+        let connections = &mut self.lock().connections;
+        while connections.try_join_next().is_some() {}
+        !connections.is_empty()
     }
 
     /// Sees to what follows from a change of the core.
@@ -224,6 +250,11 @@ impl Shared {
 
     fn start_connection(&self, state: &mut State, key: StreamKey, target: Target) {
         while state.connections.try_join_next().is_some() {}
+        if state.is_draining {
+            state.core.opened(key, OpenOutcome::Failed);
+            state.core.release(key);
+            return;
+        }
         let Some(this) = self.this.upgrade() else { return };
         let is_full = state.connections.len() >= MAX_CONNECTIONS || state.core.is_memory_short();
         if is_full {

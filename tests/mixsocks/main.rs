@@ -23,3 +23,4 @@ mod socks;
 mod tools;
 mod town;
 mod transfers;
+mod watching;

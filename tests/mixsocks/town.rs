@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use crate::lab::Lab;
-use crate::process::{DEADLINE, Process, mixsocks, run};
+use crate::process::{DEADLINE, Ended, Process, mixsocks, run};
 
 /// How the network is.
 pub(crate) struct Plan {
@@ -36,6 +36,8 @@ const LINK_PORT: u16 = 9001;
 const CLIENT_PORT: u16 = 9002;
 const DIRECTORY_PORT: u16 = 9000;
 const PROXY_PORT: u16 = 1080;
+/// Where each serves its metrics.
+pub(crate) const METRICS_PORT: u16 = 9300;
 
 /// A network; its processes end with it.
 pub(crate) struct Town {
@@ -202,8 +204,14 @@ impl Town {
             }
             None => self.member_options(&mut command, name),
         }
-        command.arg("--data-dir").arg(self.folder(name));
+        let metrics = self.address(name, METRICS_PORT).to_string();
+        command.args(["--metrics", &metrics]).arg("--data-dir").arg(self.folder(name));
         command
+    }
+
+    /// Waits for one of them to end.
+    pub(crate) fn end(&mut self, name: &str) -> Ended {
+        self.running.remove(name).unwrap().wait()
     }
 
     fn authority_options(&self, command: &mut Command, number: usize) {

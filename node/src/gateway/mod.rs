@@ -46,6 +46,7 @@ use crate::clock::Clock;
 use crate::counters::{Counters, DropReason};
 use crate::keys::SphinxKeys;
 use crate::link::{LinkContext, LinkFailure, LinkListener, LinkPool};
+use crate::monitor::Monitor;
 use crate::peel::{MAX_REPLAY_TAGS, Peeler};
 use crate::replay_log::ReplayLogError;
 use crate::upkeep::{Kind, Standing, Upkeep, sync_tags};
@@ -224,14 +225,11 @@ impl Gateway {
         &self.counters
     }
 
-    /// The key epoch whose Sphinx key is the present one.
-    pub fn key_epoch(&self) -> u64 {
-        self.keys.key_epoch()
-    }
-
-    /// Replay tags in its memory; there may be up to [`MAX_REPLAY_TAGS`] for each key.
-    pub fn replay_tags(&self) -> usize {
-        self.peeler.replay_tags()
+    /// A look at it that outlives this value.
+    pub fn monitor(&self) -> Monitor {
+        let (counters, keys, peeler) =
+            (self.counters.clone(), self.keys.clone(), self.peeler.clone());
+        Monitor { counters, keys, peeler }
     }
 
     /// Where it takes clients.

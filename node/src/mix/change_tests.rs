@@ -39,7 +39,7 @@ impl Running {
     async fn set_clock(&self, now: u64) {
         self.clock.send_replace(UnixTime(now));
         let key_epoch = self.net.topology.parameters.epochs.key_epoch_at(UnixTime(now));
-        until(|| self.mix.key_epoch() == key_epoch).await;
+        until(|| self.mix.monitor().key_epoch() == key_epoch).await;
     }
 
     fn send(&self, packet: &Packet) {
@@ -95,7 +95,7 @@ async fn a_neighbour_that_records_and_repeats_gets_nothing_through() {
     let recorded = running.packet(5);
     running.passes(&recorded).await;
     running.is_dropped(&recorded, DropReason::Replayed).await;
-    assert_eq!(running.mix.replay_tags(), 1);
+    assert_eq!(running.mix.monitor().replay_tags(), 1);
 
     // Dropped without a farewell, and started again on the same directory.
     let address = running.net.address(MIX);
@@ -113,7 +113,7 @@ async fn a_neighbour_that_records_and_repeats_gets_nothing_through() {
     let epochs = net.topology.parameters.epochs;
     let keys = Arc::new(SphinxKeys::open(&net.data_dir(MIX), epochs, NOW).unwrap());
     let mix = start(&net, keys, listener, &clock, &documents);
-    assert_eq!(mix.replay_tags(), 1);
+    assert_eq!(mix.monitor().replay_tags(), 1);
     let mut running = Running { net, clock, documents, mix, entry, _next, arrived };
     // Until the link is up again, what is sent is lost.
     let replayed = || running.mix.counters().snapshot().dropped(DropReason::Replayed);
@@ -145,14 +145,14 @@ async fn a_packet_under_the_other_key_passes_during_the_overlap_and_not_outside(
     running.set_clock(590).await;
     running.passes(&next[1]).await;
     running.set_clock(619).await;
-    assert_eq!(running.mix.key_epoch(), 6);
+    assert_eq!(running.mix.monitor().key_epoch(), 6);
     running.passes(&old).await;
     running.passes(&next[2]).await;
     running.is_dropped(&old, DropReason::Replayed).await;
     running.set_clock(620).await;
     running.is_dropped(&late, DropReason::BadMac).await;
     // The old key, its tags and its log go, and new ones come.
-    until(|| running.mix.replay_tags() == 2).await;
+    until(|| running.mix.monitor().replay_tags() == 2).await;
     let files = || {
         let names = std::fs::read_dir(running.net.data_dir(MIX)).unwrap();
         let mut names: Vec<_> =

@@ -31,6 +31,7 @@ use crate::clock::Clock;
 use crate::counters::Counters;
 use crate::keys::SphinxKeys;
 use crate::link::{LinkContext, LinkFailure, LinkListener, LinkPool, changed};
+use crate::monitor::Monitor;
 use crate::peel::{MAX_REPLAY_TAGS, Peeler};
 use crate::replay_log::ReplayLogError;
 use crate::upkeep::{Kind, Standing, Upkeep, sync_tags};
@@ -156,14 +157,11 @@ impl Mix {
         &self.counters
     }
 
-    /// The key epoch whose Sphinx key is the present one.
-    pub fn key_epoch(&self) -> u64 {
-        self.keys.key_epoch()
-    }
-
-    /// Replay tags in its memory; there may be up to [`MAX_REPLAY_TAGS`] for each key.
-    pub fn replay_tags(&self) -> usize {
-        self.peeler.replay_tags()
+    /// A look at it that outlives this value.
+    pub fn monitor(&self) -> Monitor {
+        let (counters, keys, peeler) =
+            (self.counters.clone(), self.keys.clone(), self.peeler.clone());
+        Monitor { counters, keys, peeler }
     }
 
     /// Takes no more packets, passes on those that it has, though not for longer than 5 s, and stops.

@@ -59,7 +59,7 @@ async fn three_mixes_carry_a_thousand_packets_each_once() {
     numbers.sort_unstable();
     assert!(numbers.into_iter().eq(0..PACKETS), "each once");
     for mix in mixes {
-        assert_eq!((mix.replay_tags(), mix.key_epoch()), (PACKETS, 0));
+        assert_eq!((mix.monitor().replay_tags(), mix.monitor().key_epoch()), (PACKETS, 0));
         let counts = mix.counters().clone();
         soon(mix.shutdown()).await;
         let counts = counts.snapshot();
@@ -155,7 +155,7 @@ async fn a_mix_that_comes_to_its_end_passes_on_what_it_holds() {
         entry.send(&net.identity(1), packet);
     }
     let taken = async {
-        while first.replay_tags() < PACKETS {
+        while first.monitor().replay_tags() < PACKETS {
             tokio::task::yield_now().await;
         }
     };
