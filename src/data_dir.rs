@@ -241,7 +241,7 @@ pub(crate) fn replace(path: &Path, folder: &Path, content: &[u8]) -> io::Result<
     Ok(())
 }
 
-fn create_private_dir(path: &Path) -> Result<()> {
+pub(crate) fn create_private_dir(path: &Path) -> Result<()> {
     let mut builder = fs::DirBuilder::new();
     builder.recursive(true);
     #[cfg(unix)]

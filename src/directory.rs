@@ -20,6 +20,7 @@ use crate::cli::{
 use crate::config;
 use crate::data_dir::DataDir;
 use crate::invitations::{self, Invitations};
+use crate::open_files;
 use crate::service::{self, Service};
 use crate::signals::{Signals, Wish};
 
@@ -29,7 +30,8 @@ const ROLE: &str = "directory";
 const KEY: &str = "authority.key";
 /// Its public key, for members and clients.
 const PUBLIC_KEY: &str = "authority.pub";
-/// There until it has kept a record for the first time: from then on a missing one is a lost one.
+/// Names the key until it has kept a record for the first time: from then on a missing one is a lost
+/// one.
 const NEW: &str = "new";
 const RECORD: &str = "record";
 
@@ -106,6 +108,7 @@ fn invite(args: &InviteArgs) -> Result<()> {
 
 /// Runs until Ctrl-C or SIGTERM.
 async fn serve(args: DirectoryArgs, quiet: bool) -> Result<()> {
+    open_files::raise_limit();
     let mut signals = Signals::new()?;
     let service = Service::start(ROLE, args.run.metrics).await?;
     let dir = Arc::new(DataDir::open_for(ROLE, args.run.data_dir.as_deref())?);
@@ -114,17 +117,17 @@ async fn serve(args: DirectoryArgs, quiet: bool) -> Result<()> {
     let identity = key.identity();
     let rules = rules(&args, &key)?;
     let listener = service::bind(args.listen, "--listen").await?;
-    let has_run = !dir.has(NEW);
+    let is_new = dir.read_text(NEW)?.is_some_and(|of| of == identity.to_string());
     let allowed = Arc::new(Mutex::new(args.allow.clone()));
     let (list, folder) = (allowed.clone(), dir.path().to_owned());
     let invited = Invitations::new(dir.path());
-    let server = DirectoryServer::start(DirectoryConfig {
+    let mut server = DirectoryServer::start(DirectoryConfig {
         key,
         rules,
         peers: peers(&args),
         listener,
         store: Arc::new(DirectoryStore(dir)),
-        has_run,
+        has_run: !is_new,
         admission: Box::new(move || admission(&list, &folder)),
         invited: Box::new(move |hash: InvitationHash, who| invited.take(&hash, who)),
     })
@@ -137,7 +140,14 @@ async fn serve(args: DirectoryArgs, quiet: bool) -> Result<()> {
     } else {
         crate::say(&greeting(&args, address, identity));
     }
-    while signals.wish().await == Wish::Reload {
+    loop {
+        tokio::select! {
+            wish = signals.wish() => match wish {
+                Wish::Stop => break,
+                Wish::Reload => {}
+            },
+            () = server.ended() => bail!("a part of the authority has failed; see the log"),
+        }
         match reread() {
             Ok(newest) => {
                 *allowed.lock().unwrap_or_else(PoisonError::into_inner) = newest.allow;
@@ -175,11 +185,14 @@ fn greeting(args: &DirectoryArgs, address: SocketAddr, identity: Identity) -> St
     )
 }
 
+/// The key; a new one is marked as such, by name: one that was put back from a backup may have signed.
 fn key(dir: &DataDir) -> Result<IdentityKey> {
-    if !dir.has(KEY) {
-        dir.write(NEW, b"")?;
+    let is_new = !dir.has(KEY);
+    let key = dir.identity_key(KEY)?;
+    if is_new {
+        dir.write(NEW, key.identity().to_string().as_bytes())?;
     }
-    dir.identity_key(KEY)
+    Ok(key)
 }
 
 fn peers(args: &DirectoryArgs) -> Vec<Peer> {

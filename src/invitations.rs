@@ -7,8 +7,8 @@
 //!
 //! Each is a file of its own, so that a new one can be added while the authority runs.
 
-use std::fs::{self, OpenOptions};
-use std::io::{self, ErrorKind, Write};
+use std::fs;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
@@ -36,24 +36,19 @@ impl Invitations {
     /// Adds one that nobody has used.
     pub(crate) fn add(&self, hash: &InvitationHash, kind: MemberKind) -> Result<()> {
         let path = self.file(hash);
-        let write = || {
-            fs::create_dir_all(&self.0)?;
-            if fs::read_dir(&self.0)?.count() >= MAX_INVITATIONS {
-                return Err(io::Error::other(format!(
-                    "there are {MAX_INVITATIONS} invitations already; list members who have used \
-                     one with --allow and delete their files"
-                )));
-            }
-            let mut file = OpenOptions::new().write(true).create_new(true).open(&path)?;
-            writeln!(file, "{}", kind_word(kind))?;
-            file.sync_all()
-        };
-        match write() {
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                bail!("this authority has that invitation already")
-            }
-            result => result.map_err(|error| data_dir::explain(&error, &path)),
+        if path.exists() {
+            bail!("this authority has that invitation already");
         }
+        data_dir::create_private_dir(&self.0)?;
+        let count = fs::read_dir(&self.0).map_err(|e| data_dir::explain(&e, &self.0))?.count();
+        if count >= MAX_INVITATIONS {
+            bail!(
+                "there are {MAX_INVITATIONS} invitations already; list members who have used one \
+                 with --allow and delete their files in {}",
+                self.0.display()
+            );
+        }
+        self.put(&path, kind_word(kind)).map_err(|error| data_dir::explain(&error, &path))
     }
 
     /// Notes who has used one.
@@ -61,10 +56,16 @@ impl Invitations {
         let path = self.file(hash);
         let kind = fs::read_to_string(&path)?;
         let kind = kind.split_whitespace().next().unwrap_or_default();
-        data_dir::replace(&path, &self.0, format!("{kind} {who}\n").as_bytes())
+        self.put(&path, &format!("{kind} {who}"))
     }
 
-    /// All of them.
+    /// Replaces a file whole. It is made beside the folder, so that no part of one is ever in it.
+    fn put(&self, path: &Path, line: &str) -> io::Result<()> {
+        let beside = self.0.parent().unwrap_or(&self.0);
+        data_dir::replace(path, beside, format!("{line}\n").as_bytes())
+    }
+
+    /// All of them; the operator is told of files that are none.
     pub(crate) fn all(&self) -> io::Result<Vec<(InvitationHash, MemberKind, Option<Identity>)>> {
         let entries = match fs::read_dir(&self.0) {
             Ok(entries) => entries,
@@ -74,10 +75,10 @@ impl Invitations {
         let mut all = Vec::new();
         for entry in entries {
             let path = entry?.path();
-            let read = read(&path);
-            all.push(read.ok_or_else(|| {
-                io::Error::other(format!("{} is no invitation; delete it", path.display()))
-            })?);
+            match read(&path) {
+                Some(invitation) => all.push(invitation),
+                None => tracing::warn!("{} is no invitation; delete it", path.display()),
+            }
         }
         Ok(all)
     }

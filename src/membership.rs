@@ -94,9 +94,18 @@ impl Membership {
     }
 
     /// Waits for a document, and follows those after it for as long as the second result lives.
-    pub(crate) async fn documents(mut self) -> (watch::Receiver<Arc<Topology>>, Following) {
+    ///
+    /// # Errors
+    /// When it is of another network than the rules that were told.
+    pub(crate) async fn documents(mut self) -> Result<(watch::Receiver<Arc<Topology>>, Following)> {
         let first = self.follow.first().await;
-        self.follow.spawn(first)
+        let epochs = self.rules.parameters.epochs;
+        if first.network != self.rules.network || first.parameters.epochs != epochs {
+            bail!(
+                "the document has another network name or other epochs than the rules: start again"
+            );
+        }
+        Ok(self.follow.spawn(first))
     }
 }
 

@@ -68,19 +68,32 @@ async fn serve(args: NodeArgs, quiet: bool) -> Result<()> {
         true => line,
         false => format!("{line}\nIt works once a document has it. Ctrl-C stops."),
     });
-    let start = start(&args, &dir, identity, listeners, addresses.clone());
-    let node = tokio::select! {
-        started = Box::pin(start) => started?,
-        () = signals.next() => return Ok(()),
+    let bound = listeners.bound()?;
+    let reload = || match reread().and_then(|args| Addresses::moved(&args, &bound)) {
+        Ok(newest) => {
+            *addresses.lock().unwrap_or_else(PoisonError::into_inner) = newest;
+            tracing::info!("the addresses were read again");
+        }
+        Err(error) => tracing::warn!("the settings are not read again: {error:#}"),
+    };
+    let mut starting = Box::pin(start(&args, &dir, identity, listeners, addresses.clone()));
+    let mut node = loop {
+        tokio::select! {
+            started = &mut starting => break started?,
+            wish = signals.wish() => match wish {
+                Wish::Stop => return Ok(()),
+                Wish::Reload => reload(),
+            },
+        }
     };
     service.watch(node.source());
-    while signals.wish().await == Wish::Reload {
-        match reread().and_then(|args| Addresses::moved(&args, &node.bound)) {
-            Ok(newest) => {
-                *addresses.lock().unwrap_or_else(PoisonError::into_inner) = newest;
-                tracing::info!("the addresses were read again");
-            }
-            Err(error) => tracing::warn!("the settings are not read again: {error:#}"),
+    loop {
+        tokio::select! {
+            wish = signals.wish() => match wish {
+                Wish::Stop => break,
+                Wish::Reload => reload(),
+            },
+            () = node.ended() => bail!("a part of the node has failed; see the log"),
         }
     }
     service.stopping();
@@ -178,10 +191,9 @@ fn reachable(given: Option<SocketAddr>, bound: SocketAddr, option: &str) -> Resu
 /// A running node with what keeps it up to date.
 struct Running {
     part: Part,
-    bound: Bound,
     topology: watch::Receiver<Arc<Topology>>,
-    _following: Following,
-    _publisher: Publisher,
+    following: Following,
+    publisher: Publisher,
 }
 
 enum Part {
@@ -196,7 +208,6 @@ async fn start(
     listeners: Listeners,
     addresses: Arc<Mutex<Addresses>>,
 ) -> Result<Running> {
-    let bound = listeners.bound()?;
     let membership = Membership::learn(&args.member, dir, Pace::Node).await?;
     let epochs = membership.rules().parameters.epochs;
     let folder = dir.path().to_owned();
@@ -204,9 +215,9 @@ async fn start(
     let told = keys.clone();
     let publisher =
         membership.publish(identity.clone(), move |now| describe(&told, &addresses, now));
-    let (topology, following) = membership.documents().await;
+    let (topology, following) = membership.documents().await?;
     let part = Part::start(identity, keys, topology.clone(), listeners, folder)?;
-    Ok(Running { part, bound, topology, _following: following, _publisher: publisher })
+    Ok(Running { part, topology, following, publisher })
 }
 
 /// What the node says of itself.
@@ -252,6 +263,13 @@ impl Part {
         }
     }
 
+    async fn ended(&mut self) {
+        match self {
+            Self::Mix(mix) => mix.ended().await,
+            Self::Gateway(gateway) => gateway.ended().await,
+        }
+    }
+
     fn monitor(&self) -> Monitor {
         match self {
             Self::Mix(mix) => mix.monitor(),
@@ -267,6 +285,15 @@ impl Running {
         move || {
             let report = report(&monitor, &topology.borrow());
             async move { report }
+        }
+    }
+
+    /// Waits until a part of it has ended by itself, which is a mistake in this program.
+    async fn ended(&mut self) {
+        tokio::select! {
+            () = self.following.ended() => {}
+            () = self.publisher.ended() => {}
+            () = self.part.ended() => {}
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use mixsocks_common::address::Address;
 use mixsocks_common::directory::{Member, MemberKind, Pace};
 use mixsocks_common::keys::{Identity, IdentityKey};
@@ -81,7 +81,7 @@ async fn serve(args: ProviderArgs, quiet: bool) -> Result<()> {
     service.ready();
     let mut starting = Box::pin(start(&args, &dir, quiet));
     let mut is_reload_wanted = false;
-    let running = loop {
+    let mut running = loop {
         tokio::select! {
             started = &mut starting => break started?,
             wish = signals.wish() => match wish {
@@ -94,8 +94,15 @@ async fn serve(args: ProviderArgs, quiet: bool) -> Result<()> {
     if is_reload_wanted {
         reload(&running.provider, &args, &dir);
     }
-    while signals.wish().await == Wish::Reload {
-        reload(&running.provider, &args, &dir);
+    loop {
+        tokio::select! {
+            wish = signals.wish() => match wish {
+                Wish::Stop => break,
+                Wish::Reload => reload(&running.provider, &args, &dir),
+            },
+            () = running.following.ended() => bail!("following the documents has failed"),
+            () = running.publisher.ended() => bail!("publishing has failed"),
+        }
     }
     service.stopping();
     tokio::select! {
@@ -136,8 +143,8 @@ fn reload(provider: &Provider, args: &ProviderArgs, dir: &DataDir) {
 struct Running {
     provider: Provider,
     topology: tokio::sync::watch::Receiver<Arc<topology::Topology>>,
-    _following: Following,
-    _publisher: Publisher,
+    following: Following,
+    publisher: Publisher,
 }
 
 async fn start(args: &ProviderArgs, dir: &Arc<DataDir>, quiet: bool) -> Result<Running> {
@@ -153,7 +160,7 @@ async fn start(args: &ProviderArgs, dir: &Arc<DataDir>, quiet: bool) -> Result<R
         false => format!("{line}\nIt works once a document has it. Ctrl-C stops."),
     });
     let publisher = membership.publish(identity.clone(), move |_| Member::Provider(advert.clone()));
-    let (topology, following) = membership.documents().await;
+    let (topology, following) = membership.documents().await?;
     let config = ProviderConfig {
         topology: topology.clone(),
         identity,
@@ -165,7 +172,7 @@ async fn start(args: &ProviderArgs, dir: &Arc<DataDir>, quiet: bool) -> Result<R
         dns: args.exit.dns,
     };
     let provider = Provider::start(config).await.context("the provider does not start")?;
-    Ok(Running { provider, topology, _following: following, _publisher: publisher })
+    Ok(Running { provider, topology, following, publisher })
 }
 
 /// What documents say of it.

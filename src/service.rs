@@ -17,7 +17,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use mixsocks_common::topology::Topology;
-use mixsocks_directory::unix_time;
+use mixsocks_directory::{BoundedListener, unix_time};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -124,7 +124,7 @@ impl Service {
             }
             let router = router(Arc::new(Shared { role, sources }));
             server.spawn(async move {
-                if let Err(error) = axum::serve(listener, router).await {
+                if let Err(error) = axum::serve(BoundedListener::new(listener), router).await {
                     tracing::warn!("metrics are not served any more: {error}");
                 }
             });

@@ -1,16 +1,19 @@
 //! Keeps up with the documents of a network.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use hyper::header::HeaderValue;
 use mixsocks_common::directory::{Follower, News, Pace};
 use mixsocks_common::topology::{Authorities, MAX_DOCUMENT_BYTES, Topology, TopologyError};
+use rand::RngExt;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::clock::{now, sleep_towards};
 use crate::http::{Fetched, Http, HttpError};
+use crate::server::etag;
 use crate::service::Store;
 use crate::url::Url;
 
@@ -35,8 +38,6 @@ pub struct FollowConfig {
 pub struct Follow {
     config: FollowConfig,
     follower: Follower,
-    /// The place of the URL that gave the latest answer, and what names that.
-    known: Option<(usize, HeaderValue)>,
     problem: Option<String>,
     told: bool,
 }
@@ -50,13 +51,7 @@ impl Follow {
     pub fn new(config: FollowConfig) -> std::io::Result<Result<Self, TopologyError>> {
         let stored = config.store.read(FILE)?;
         let follower = Follower::new(config.authorities.clone(), stored.as_deref(), config.pace);
-        Ok(follower.map(|follower| Self {
-            config,
-            follower,
-            known: None,
-            problem: None,
-            told: false,
-        }))
+        Ok(follower.map(|follower| Self { config, follower, problem: None, told: false }))
     }
 
     /// The document that was accepted last, in force or not.
@@ -87,23 +82,52 @@ impl Follow {
                 self.step().await;
                 let newest = self.follower.in_force(now());
                 if let Some(newest) = newest.filter(|newest| **newest != **sender.borrow()) {
-                    info!("the document of epoch {} is in force", newest.epoch);
-                    sender.send_replace(Arc::new(newest.clone()));
+                    let newest = Arc::new(newest.clone());
+                    let old = sender.borrow().clone();
+                    self.wait_for_use(&old, &newest).await;
+                    info!("the document of epoch {} is used", newest.epoch);
+                    sender.send_replace(newest);
                 }
             }
         });
         (receiver, Following(task))
     }
 
+    /// When a client changes to another document, its provider may see (other SURBs come, through other
+    /// mixes), and who has given it the document saw when and to whom. So the one says nothing about
+    /// the other: it is used at a random time in the second eighth of its epoch, or after a random
+    /// eighth of an epoch if it came later. Only when the old one ends, that cannot be.
+    async fn wait_for_use(&self, old: &Topology, new: &Topology) {
+        if self.config.pace == Pace::Node {
+            return;
+        }
+        let epochs = &new.parameters.epochs;
+        let eighth = Duration::from_secs(epochs.epoch_seconds) / 8;
+        let begin = Duration::from_secs(epochs.start(new.epoch).0) + eighth;
+        let random = eighth.mul_f64(rand::rng().random());
+        let end = Duration::from_secs(old.valid_until.0);
+        let then = (begin.max(now()) + random).min(end);
+        let latest = Instant::now() + then.saturating_sub(now());
+        while now() < then && Instant::now() < latest {
+            sleep_towards(then).await;
+        }
+    }
+
     /// Waits until it is time, and fetches once.
     async fn step(&mut self) {
-        while self.follower.poll_timeout() > now() {
+        // By the clock, but if that is set back not for longer than it was to be.
+        let wait = self.follower.poll_timeout().saturating_sub(now());
+        let latest = Instant::now() + wait;
+        while self.follower.poll_timeout() > now() && Instant::now() < latest {
             sleep_towards(self.follower.poll_timeout()).await;
         }
         let at = self.follower.url(self.config.urls.len());
         let url = self.config.urls[at].clone();
-        let etag = self.known.as_ref().filter(|(place, _)| *place == at).map(|(_, etag)| etag);
-        let fetched = self.config.http.get(url.join("/topology"), etag, MAX_DOCUMENT_BYTES).await;
+        // The document's own digest: what a server makes up could mark who comes again.
+        let known = self.follower.latest().map(etag);
+        let request =
+            self.config.http.get(url.join("/topology"), known.as_ref(), MAX_DOCUMENT_BYTES);
+        let fetched = request.await;
         let is_early = self.follower.latest().is_none()
             && matches!(fetched, Err(HttpError::Refused { status: 404, .. }));
         let problem = match fetched {
@@ -111,13 +135,7 @@ impl Follow {
                 self.follower.handle_failure(now(), &mut rand::rng());
                 None
             }
-            Ok(Fetched::New { body, etag }) => {
-                let result = self.take(&body);
-                if result.is_ok() {
-                    self.known = etag.map(|etag| (at, etag));
-                }
-                result.err()
-            }
+            Ok(Fetched::New(body)) => self.take(&body).err(),
             Err(error) => {
                 self.follower.handle_failure(now(), &mut rand::rng());
                 Some(error.to_string())
@@ -152,6 +170,14 @@ impl Follow {
 /// The task that follows; it ends with this.
 #[derive(Debug)]
 pub struct Following(JoinHandle<()>);
+
+impl Following {
+    /// Waits until it has ended by itself, which is a mistake in this program.
+    pub async fn ended(&mut self) {
+        // It never returns, so this is its panic, which is in the log.
+        let _ = (&mut self.0).await;
+    }
+}
 
 impl Drop for Following {
     fn drop(&mut self) {

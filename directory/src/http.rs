@@ -5,7 +5,7 @@ use std::time::Duration;
 use axum::http::StatusCode;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use hyper::header::{ETAG, HeaderValue, IF_NONE_MATCH};
+use hyper::header::{HeaderValue, IF_NONE_MATCH};
 use hyper::{Method, Request, Uri};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -52,8 +52,8 @@ pub enum HttpError {
 pub(crate) enum Fetched {
     /// The known one is the newest.
     NotModified,
-    /// A newer one, and what to name when asking again.
-    New { body: Bytes, etag: Option<HeaderValue> },
+    /// Another one.
+    New(Bytes),
 }
 
 impl Default for Http {
@@ -72,7 +72,7 @@ impl Http {
     /// [`HttpError`].
     pub async fn document(&self, url: &Url) -> Result<Bytes, HttpError> {
         match self.get(url.join("/topology"), None, MAX_DOCUMENT_BYTES).await? {
-            Fetched::New { body, .. } => Ok(body),
+            Fetched::New(body) => Ok(body),
             Fetched::NotModified => Ok(Bytes::new()),
         }
     }
@@ -89,10 +89,9 @@ impl Http {
         if let Some(etag) = etag {
             request.headers_mut().insert(IF_NONE_MATCH, etag.clone());
         }
-        let (status, etag, body) = self.send(request, max).await?;
-        match status {
-            StatusCode::NOT_MODIFIED => Ok(Fetched::NotModified),
-            _ => Ok(Fetched::New { body, etag }),
+        match self.send(request, max).await? {
+            (StatusCode::NOT_MODIFIED, _) => Ok(Fetched::NotModified),
+            (_, body) => Ok(Fetched::New(body)),
         }
     }
 
@@ -103,10 +102,24 @@ impl Http {
         body: impl Into<Bytes>,
         max: usize,
     ) -> Result<Bytes, HttpError> {
+        self.post_with(uri, body, None, max).await
+    }
+
+    /// The same with a header.
+    pub(crate) async fn post_with(
+        &self,
+        uri: Uri,
+        body: impl Into<Bytes>,
+        header: Option<(&'static str, HeaderValue)>,
+        max: usize,
+    ) -> Result<Bytes, HttpError> {
         let mut request = Request::new(Full::new(body.into()));
+        if let Some((name, value)) = header {
+            request.headers_mut().insert(name, value);
+        }
         *request.uri_mut() = uri;
         *request.method_mut() = Method::POST;
-        let (_, _, body) = self.send(request, max).await?;
+        let (_, body) = self.send(request, max).await?;
         Ok(body)
     }
 
@@ -114,7 +127,7 @@ impl Http {
         &self,
         request: Request<Full<Bytes>>,
         max: usize,
-    ) -> Result<(StatusCode, Option<HeaderValue>, Bytes), HttpError> {
+    ) -> Result<(StatusCode, Bytes), HttpError> {
         let exchange = async {
             let response = self.0.request(request).await.map_err(|e| connection(&e))?;
             let (head, body) = response.into_parts();
@@ -129,7 +142,7 @@ impl Http {
                 Err(_) => Bytes::new(),
             };
             if is_good {
-                return Ok((head.status, head.headers.get(ETAG).cloned(), body));
+                return Ok((head.status, body));
             }
             let explanation = String::from_utf8_lossy(&body);
             let explanation = explanation.chars().map(|c| if c.is_control() { ' ' } else { c });

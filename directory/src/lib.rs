@@ -5,9 +5,11 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
 
+mod body_pass;
 mod clock;
 mod follow;
 mod http;
+mod listener;
 mod publish;
 mod server;
 mod service;
@@ -18,7 +20,9 @@ mod url;
 pub use clock::{now, unix_time};
 pub use follow::{Follow, FollowConfig, Following};
 pub use http::{Http, HttpError};
+pub use listener::{
+    Bounded, BoundedListener, MAX_CONNECTION_TIME, MAX_CONNECTIONS, MAX_CONNECTIONS_PER_SOURCE,
+};
 pub use publish::{PublishConfig, Publisher, learn_descriptors, learn_rules};
-pub use server::MAX_LARGE_MESSAGES;
 pub use service::{Asker, DirectoryConfig, DirectoryServer, Peer, StartError, Store};
 pub use url::{BadUrl, Url};

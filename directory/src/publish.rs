@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use mixsocks_common::directory::{
-    Descriptor, Endorsement, Invitation, MAX_DESCRIPTOR_BYTES, MAX_HELD, Member, SignedDescriptor,
-    SignedRules, Upload,
+    CLOCK_SKEW, Descriptor, Endorsement, Invitation, MAX_DESCRIPTOR_BYTES, MAX_HELD, Member,
+    SignedDescriptor, SignedRules, Upload,
 };
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::topology::{Authorities, UnixTime};
@@ -28,7 +28,8 @@ const MAX_LIST_BYTES: usize = MAX_HELD * (2 * MAX_DESCRIPTOR_BYTES);
 /// longer.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 
-/// Asks the authorities at `urls` in turn for the rules of their network, until one tells them.
+/// Asks the authorities at `urls` for the rules of their network, and believes what as many of them say
+/// as must sign documents: one that lies could else keep newcomers out.
 ///
 /// # Errors
 /// What went wrong at each of them, in one line.
@@ -37,13 +38,26 @@ pub async fn learn_rules(
     urls: &[Url],
     authorities: &Authorities,
 ) -> Result<SignedRules, String> {
-    let mut problems = Vec::new();
+    let (mut told, mut problems) = (BTreeMap::new(), Vec::new());
     for url in urls {
         match rules_of(http, url, authorities).await {
-            Ok(rules) => return Ok(rules),
+            Ok(rules) => drop(told.insert(rules.authority, rules)),
             Err(problem) => problems.push(format!("{url}: {problem}")),
         }
     }
+    let same =
+        |a: &SignedRules, b: &SignedRules| (&a.network, a.parameters) == (&b.network, b.parameters);
+    for rules in told.values() {
+        let agreeing = told.values().filter(|other| same(rules, other)).count();
+        if agreeing >= authorities.threshold() {
+            return Ok(rules.clone());
+        }
+    }
+    problems.push(format!(
+        "{} of {} needed authorities tell the same rules",
+        told.len().min(authorities.threshold() - 1),
+        authorities.threshold()
+    ));
     Err(problems.join("; "))
 }
 
@@ -54,7 +68,7 @@ async fn rules_of(
 ) -> Result<SignedRules, String> {
     let answer = http.get(url.join("/rules"), None, MAX_RULES_BYTES).await;
     let text = match answer.map_err(|error| error.to_string())? {
-        Fetched::New { body, .. } => body,
+        Fetched::New(body) => body,
         Fetched::NotModified => return Err("it answers what was not asked".to_owned()),
     };
     let rules = SignedRules::read(&text).map_err(|error| error.to_string())?;
@@ -73,7 +87,7 @@ pub async fn learn_descriptors(http: &Http, urls: &[Url]) -> Result<Vec<Descript
     let mut problems = Vec::new();
     for url in urls {
         let body = match http.get(url.join("/descriptors"), None, MAX_LIST_BYTES).await {
-            Ok(Fetched::New { body, .. }) => body,
+            Ok(Fetched::New(body)) => body,
             Ok(Fetched::NotModified) => Bytes::new(),
             Err(error) => {
                 problems.push(format!("{url}: {error}"));
@@ -114,6 +128,14 @@ pub struct PublishConfig {
 /// Publishes a member's descriptor in every epoch, and whenever it has changed; it ends with this.
 #[derive(Debug)]
 pub struct Publisher(JoinHandle<()>);
+
+impl Publisher {
+    /// Waits until it has ended by itself, which is a mistake in this program.
+    pub async fn ended(&mut self) {
+        // It never returns, so this is its panic, which is in the log.
+        let _ = (&mut self.0).await;
+    }
+}
 
 impl Drop for Publisher {
     fn drop(&mut self) {
@@ -193,7 +215,11 @@ impl Publishing {
         let spread = Duration::from_secs(epochs.epoch_seconds) / 8;
         let spread = spread.mul_f64(rand::rng().random());
         let next = Duration::from_secs(epochs.start(epoch.saturating_add(1)).0) + spread;
-        while now() < next && (self.config.member)(unix_time()) == *member {
+        // A clock that was set back leads to an earlier epoch.
+        while now() < next
+            && epochs.at(unix_time()) >= epoch
+            && (self.config.member)(unix_time()) == *member
+        {
             // Members change when keys or addresses do: a second is soon enough.
             sleep_towards(next.min(now() + Duration::from_secs(1))).await;
         }
@@ -202,8 +228,13 @@ impl Publishing {
     /// Brings a new descriptor to every authority, and once more with the endorsements that it got.
     /// It is published when as many took it as must sign.
     async fn publish(&mut self, member: Member) -> Result<(), String> {
-        let published = UnixTime(unix_time().0.max(self.last.0 + 1));
+        let now = unix_time();
+        // If the last one was made by a clock that has been set back, nobody has taken it.
+        let is_ahead = self.last.0 > now.0 + CLOCK_SKEW.as_secs();
+        let published = if is_ahead { now } else { UnixTime(now.0.max(self.last.0 + 1)) };
         self.last = published;
+        let epoch = self.config.rules.parameters.epochs.at(now);
+        self.endorsements.retain(|_, endorsement| endorsement.until >= epoch);
         let descriptor = Descriptor {
             network: self.config.rules.network.clone(),
             identity: self.config.identity.identity(),
@@ -224,7 +255,11 @@ impl Publishing {
         for at in 0..self.config.urls.len() {
             match self.upload_to(at, descriptor).await {
                 Ok(endorsement) => {
-                    self.endorsements.insert(endorsement.authority, endorsement);
+                    let kept =
+                        self.endorsements.entry(endorsement.authority).or_insert(endorsement);
+                    if kept.until < endorsement.until {
+                        *kept = endorsement;
+                    }
                     taken += 1;
                 }
                 Err(problem) => problems.push(format!("{}: {problem}", self.config.urls[at])),
@@ -260,7 +295,14 @@ impl Publishing {
             invitation,
         };
         let answer = http.post(url.join("/descriptors"), upload.to_bytes(), Endorsement::LEN).await;
-        let answer = answer.map_err(|error| error.to_string())?;
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(error) => {
+                // Whoever is there may not be who it was taken for.
+                self.invited.remove(&at);
+                return Err(error.to_string());
+            }
+        };
         let endorsement = answer[..].try_into().ok().and_then(Endorsement::from_bytes);
         endorsement
             .filter(|e| authorities.contains(&e.authority) && e.is_of(descriptor.descriptor()))

@@ -11,8 +11,9 @@
 //!
 //! What is refused is explained in a line of text.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
@@ -22,25 +23,29 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Limited};
-use mixsocks_common::directory::{AuthorityStatus, MAX_MESSAGE_BYTES, MAX_UPLOAD_BYTES};
-use mixsocks_common::topology::SignedTopology;
+use mixsocks_common::directory::{AuthorityStatus, MAX_MESSAGE_BYTES, MAX_UPLOAD_BYTES, Rules};
+use mixsocks_common::keys::Identity;
+use mixsocks_common::topology::{NetworkName, SignedTopology};
 use serde_json::json;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot, watch};
 use tokio::time::timeout;
 use tracing::warn;
 
+use crate::body_pass::BodyPass;
+use crate::clock::unix_time;
+use crate::listener::BoundedListener;
 use crate::service::{Refusal, Request};
 
-/// Messages that are larger than [`SMALL_MESSAGE_BYTES`] and being received at a time: each may take
-/// 48 MiB.
-pub const MAX_LARGE_MESSAGES: usize = 4;
-/// A message that fits waits for nobody: a status has 220 bytes.
+/// A message of another authority that fits waits for nobody: a status has 220 bytes. For a larger one
+/// the sender shows who it is before it is received, and has one place.
 const SMALL_MESSAGE_BYTES: usize = 4096;
-/// Bodies that are being received at a time, of any size.
+/// Small bodies that are being received and handled at a time.
 const MAX_BODIES: usize = 256;
 /// How long a body may take to come.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+/// For how long the list of descriptors is not made anew: it may have megabytes.
+const LIST_TIME: Duration = Duration::from_secs(2);
 
 /// A document as it is served.
 #[derive(Clone, Debug)]
@@ -51,11 +56,15 @@ pub(crate) struct Published {
 
 impl Published {
     pub(crate) fn of(signed: &SignedTopology) -> Self {
-        let digest: String =
-            signed.digest().as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
-        let etag = HeaderValue::from_str(&format!("\"{digest}\"")).expect("digits are a header");
-        Self { file: Bytes::copy_from_slice(signed.file().as_bytes()), etag }
+        Self { file: Bytes::copy_from_slice(signed.file().as_bytes()), etag: etag(signed) }
     }
+}
+
+/// What names a document: its digest, which anybody who has it can compute.
+pub(crate) fn etag(signed: &SignedTopology) -> HeaderValue {
+    let digest: String =
+        signed.digest().as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    HeaderValue::from_str(&format!("\"{digest}\"")).expect("digits are a header")
 }
 
 /// What all requests need.
@@ -63,18 +72,30 @@ pub(crate) struct Shared {
     requests: mpsc::Sender<Request>,
     newest: watch::Receiver<Option<Published>>,
     rules: Bytes,
+    network: NetworkName,
     bodies: Semaphore,
-    large: Semaphore,
+    /// The one place of each authority for a large message.
+    large: BTreeMap<Identity, Semaphore>,
+    list: tokio::sync::Mutex<Option<(Instant, Bytes)>>,
 }
 
 impl Shared {
     pub(crate) fn new(
         requests: mpsc::Sender<Request>,
         newest: watch::Receiver<Option<Published>>,
-        rules: Bytes,
+        rules: &Rules,
+        signed_rules: Bytes,
     ) -> Arc<Self> {
-        let (bodies, large) = (Semaphore::new(MAX_BODIES), Semaphore::new(MAX_LARGE_MESSAGES));
-        Arc::new(Self { requests, newest, rules, bodies, large })
+        let authorities = rules.authorities().keys();
+        Arc::new(Self {
+            requests,
+            newest,
+            rules: signed_rules,
+            network: rules.network().clone(),
+            bodies: Semaphore::new(MAX_BODIES),
+            large: authorities.map(|identity| (*identity, Semaphore::new(1))).collect(),
+            list: tokio::sync::Mutex::new(None),
+        })
     }
 
     /// Asks the authority.
@@ -91,37 +112,58 @@ impl Shared {
         answered.await.map_err(|_| gone(()))
     }
 
-    /// Receives a body of at most `max` bytes.
-    async fn body(&self, request: HttpRequest, max: usize) -> Result<Bytes, Refusal> {
-        let _place = self.bodies.try_acquire().map_err(|_| busy())?;
-        let small = request
-            .headers()
-            .get(header::CONTENT_LENGTH)
-            .and_then(|length| length.to_str().ok()?.parse().ok())
-            .is_some_and(|length: usize| length <= SMALL_MESSAGE_BYTES);
-        let _large = match small {
-            true => None,
-            false => Some(self.large.try_acquire().map_err(|_| busy())?),
+    /// A place for a body of this length, to be held until it has been handled.
+    fn place(&self, headers: &HeaderMap, length: usize) -> Result<SemaphorePermit<'_>, Refusal> {
+        let places = if length <= SMALL_MESSAGE_BYTES {
+            &self.bodies
+        } else {
+            let pass = headers.get(BodyPass::HEADER).and_then(|pass| pass.to_str().ok());
+            let sender = pass
+                .and_then(BodyPass::parse)
+                .filter(|pass| pass.is_good(&self.network, length, unix_time()));
+            sender.and_then(|pass| self.large.get(&pass.sender)).ok_or(Refusal {
+                status: StatusCode::FORBIDDEN,
+                explanation: "only authorities send bodies of this length".to_owned(),
+            })?
         };
-        let body = Limited::new(request.into_body(), max).collect();
-        match timeout(BODY_TIMEOUT, body).await {
-            Ok(Ok(body)) => Ok(body.to_bytes()),
-            Ok(Err(_)) => Err(Refusal {
-                status: StatusCode::PAYLOAD_TOO_LARGE,
-                explanation: format!("more than {max} bytes, or the connection broke"),
-            }),
-            Err(_) => Err(Refusal {
-                status: StatusCode::REQUEST_TIMEOUT,
-                explanation: format!("it did not come within {} s", BODY_TIMEOUT.as_secs()),
-            }),
-        }
+        places.try_acquire().map_err(|_| Refusal {
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            explanation: "this authority is busy; try again".to_owned(),
+        })
     }
 }
 
-fn busy() -> Refusal {
-    Refusal {
-        status: StatusCode::SERVICE_UNAVAILABLE,
-        explanation: "this authority is busy; try again".to_owned(),
+/// The length that a request states, of at most `max` bytes.
+fn length(headers: &HeaderMap, max: usize) -> Result<usize, Refusal> {
+    let length = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse::<usize>().ok())
+        .ok_or(Refusal {
+            status: StatusCode::LENGTH_REQUIRED,
+            explanation: "the length of the body is not given".to_owned(),
+        })?;
+    if length > max {
+        return Err(Refusal {
+            status: StatusCode::PAYLOAD_TOO_LARGE,
+            explanation: format!("more than {max} bytes"),
+        });
+    }
+    Ok(length)
+}
+
+/// Receives a body of at most `max` bytes.
+async fn receive(request: HttpRequest, max: usize) -> Result<Bytes, Refusal> {
+    let body = Limited::new(request.into_body(), max).collect();
+    match timeout(BODY_TIMEOUT, body).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(_)) => Err(Refusal {
+            status: StatusCode::BAD_REQUEST,
+            explanation: "the body is not as long as was said".to_owned(),
+        }),
+        Err(_) => Err(Refusal {
+            status: StatusCode::REQUEST_TIMEOUT,
+            explanation: format!("it did not come within {} s", BODY_TIMEOUT.as_secs()),
+        }),
     }
 }
 
@@ -147,7 +189,7 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
 
 /// Serves until it is dropped.
 pub(crate) async fn serve(listener: TcpListener, router: Router) {
-    if let Err(error) = axum::serve(listener, router).await {
+    if let Err(error) = axum::serve(BoundedListener::new(listener), router).await {
         warn!("the server has stopped: {error}");
     }
 }
@@ -176,7 +218,7 @@ async fn status(State(shared): State<Arc<Shared>>) -> Answer {
 }
 
 fn status_json(status: &AuthorityStatus) -> serde_json::Value {
-    let name = |identity: &mixsocks_common::keys::Identity| identity.to_string();
+    let name = |identity: &Identity| identity.to_string();
     json!({
         "epoch": status.epoch,
         "in_force": status.in_force.map(|(epoch, until)| json!({"epoch": epoch, "until": until.0})),
@@ -192,23 +234,38 @@ fn status_json(status: &AuthorityStatus) -> serde_json::Value {
 }
 
 async fn descriptors(State(shared): State<Arc<Shared>>) -> Answer {
-    let texts = shared.ask(|answer| Request::Descriptors { answer }).await?;
-    Ok(as_json(&json!(texts)))
+    // Made once for all who ask at about the same time.
+    let mut list = shared.list.lock().await;
+    let newest = match &*list {
+        Some((made, newest)) if made.elapsed() < LIST_TIME => newest.clone(),
+        _ => {
+            let texts = shared.ask(|answer| Request::Descriptors { answer }).await?;
+            let newest = Bytes::from(format!("{}\n", json!(texts)));
+            *list = Some((Instant::now(), newest.clone()));
+            newest
+        }
+    };
+    Ok(([(header::CONTENT_TYPE, JSON)], newest).into_response())
 }
 
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+
 fn as_json(value: &serde_json::Value) -> Response {
-    let head = [(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))];
-    (head, format!("{value}\n")).into_response()
+    ([(header::CONTENT_TYPE, JSON)], format!("{value}\n")).into_response()
 }
 
 async fn upload(State(shared): State<Arc<Shared>>, request: HttpRequest) -> Answer {
-    let body = shared.body(request, MAX_UPLOAD_BYTES).await?;
+    let length = length(request.headers(), MAX_UPLOAD_BYTES)?;
+    let _place = shared.place(request.headers(), length)?;
+    let body = receive(request, length).await?;
     let endorsement = shared.ask(|answer| Request::Upload { body, answer }).await??;
     Ok(Body::from(endorsement.to_bytes().to_vec()).into_response())
 }
 
 async fn message(State(shared): State<Arc<Shared>>, request: HttpRequest) -> Answer {
-    let body = shared.body(request, MAX_MESSAGE_BYTES).await?;
+    let length = length(request.headers(), MAX_MESSAGE_BYTES)?;
+    let _place = shared.place(request.headers(), length)?;
+    let body = receive(request, length).await?;
     shared.ask(|answer| Request::Message { body, answer }).await??;
     Ok(StatusCode::NO_CONTENT.into_response())
 }

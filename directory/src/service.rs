@@ -6,22 +6,23 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::http::StatusCode;
+use axum::http::{HeaderValue, StatusCode};
 use bytes::Bytes;
 use mixsocks_common::directory::{
     Admission, Admitted, Authority, AuthorityStatus, Endorsement, InvitationHash, Memory,
     MessageError, NewAuthorityError, Output, PublishError, Rules, SignedRules, Upload,
 };
 use mixsocks_common::keys::{Identity, IdentityKey};
-use mixsocks_common::topology::SignedTopology;
+use mixsocks_common::topology::{NetworkName, SignedTopology};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, info, warn};
 
+use crate::body_pass::BodyPass;
 use crate::clock::{now, sleep_towards, unix_time};
-use crate::http::Http;
+use crate::http::{Http, HttpError};
 use crate::server::{self, Published};
 use crate::url::Url;
 
@@ -31,6 +32,8 @@ const REQUESTS: usize = 64;
 const OUTBOX: usize = 16;
 /// How often what members have uploaded is written down, if it has changed.
 const SAVE_INTERVAL: Duration = Duration::from_secs(30);
+/// For a stranger's invitation, the admitted are read anew no more often.
+const RELOAD_INTERVAL: Duration = Duration::from_secs(1);
 /// When to try again after the disk has refused.
 const DISK_RETRY: Duration = Duration::from_secs(1);
 
@@ -172,11 +175,17 @@ impl DirectoryServer {
             warn!("the record of this authority is lost: it takes no part in the next documents");
         }
         let rules_text = Bytes::from(SignedRules::sign(&rules, &key));
-        let latest = next.as_deref().or(served.as_deref());
-        let mut authority =
-            Authority::new(key, rules.clone(), admission()?, latest, memory, now())?;
+        // The core has the key, too.
+        let key = Arc::new(key);
+        let own = IdentityKey::from_bytes(&key.to_bytes());
         let read = |file: Vec<u8>| SignedTopology::read(&file, rules.authorities());
         let served = served.map(read).transpose().map_err(NewAuthorityError::from)?;
+        let next = next.map(read).transpose().map_err(NewAuthorityError::from)?;
+        // Either may have been written last.
+        let latest = served.iter().chain(&next).max_by_key(|signed| signed.topology().epoch);
+        let latest = latest.map(|signed| signed.file().as_bytes());
+        let mut authority =
+            Authority::new(own, rules.clone(), admission()?, latest, memory, now())?;
         if let Some(members) = store.read(MEMBERS)?
             && authority.restore_members(&members, now()).is_err()
         {
@@ -190,7 +199,9 @@ impl DirectoryServer {
             .into_iter()
             .map(|Peer { identity, url }| {
                 let (outbox, messages) = mpsc::channel(OUTBOX);
-                tasks.spawn(deliver(http.clone(), url, messages));
+                let (http, key) = (http.clone(), key.clone());
+                let courier = Courier { http, url, key, network: rules.network().clone() };
+                tasks.spawn(courier.deliver(messages));
                 (identity, outbox)
             })
             .collect();
@@ -205,12 +216,19 @@ impl DirectoryServer {
             unwritten: None,
             members_changed: false,
             told_disk: false,
+            reloaded: Instant::now(),
             said: None,
         };
         tasks.spawn(service.run(waiting));
-        let router = server::router(server::Shared::new(requests.clone(), newest, rules_text));
+        let router =
+            server::router(server::Shared::new(requests.clone(), newest, &rules, rules_text));
         tasks.spawn(server::serve(listener, router));
         Ok(Self { address, requests, tasks })
+    }
+
+    /// Waits until a part of it has ended by itself, which is a mistake in this program.
+    pub async fn ended(&mut self) {
+        self.tasks.join_next().await;
     }
 
     /// Where it listens.
@@ -248,6 +266,7 @@ struct Service {
     unwritten: Option<Unwritten>,
     members_changed: bool,
     told_disk: bool,
+    reloaded: Instant,
     /// The problem that the operator was told.
     said: Option<String>,
 }
@@ -320,7 +339,8 @@ impl Service {
             authority.publish(descriptor, &endorsements, invitation.as_ref(), now())
         };
         let mut result = publish(&mut self.authority);
-        if invitation.is_some() && matches!(result, Err(PublishError::NotAdmitted(_))) {
+        let is_unknown = matches!(result, Err(PublishError::NotAdmitted(_)));
+        if invitation.is_some() && is_unknown && self.reloaded.elapsed() >= RELOAD_INTERVAL {
             // The invitation may be newer than what was read.
             self.reload();
             result = publish(&mut self.authority);
@@ -361,6 +381,7 @@ impl Service {
     }
 
     fn reload(&mut self) {
+        self.reloaded = Instant::now();
         match (self.admission)() {
             Ok(admission) => self.authority.set_admission(admission),
             Err(error) => warn!("it cannot be read whom this authority admits: {error}"),
@@ -488,19 +509,39 @@ fn upload_identity(descriptor: &[u8]) -> Option<Identity> {
     signed.ok().map(|signed| signed.identity())
 }
 
-/// Brings messages to one other authority, one after the other.
-async fn deliver(http: Http, url: Url, mut messages: mpsc::Receiver<Bytes>) {
-    let mut is_down = false;
-    while let Some(message) = messages.recv().await {
-        match http.post(url.join("/authority"), message, 0).await {
-            Ok(_) if std::mem::take(&mut is_down) => info!("the authority at {url} answers again"),
-            Ok(_) => {}
-            Err(error @ crate::HttpError::Refused { .. }) => debug!("{url}: {error}"),
-            Err(error) => {
-                if !std::mem::replace(&mut is_down, true) {
-                    warn!("the authority at {url} is not reached: {error}");
+/// The way to one other authority.
+struct Courier {
+    http: Http,
+    url: Url,
+    key: Arc<IdentityKey>,
+    network: NetworkName,
+}
+
+impl Courier {
+    /// Brings messages, one after the other.
+    async fn deliver(self, mut messages: mpsc::Receiver<Bytes>) {
+        let url = &self.url;
+        let mut is_down = false;
+        while let Some(message) = messages.recv().await {
+            match self.bring(message).await {
+                Ok(_) if std::mem::take(&mut is_down) => {
+                    info!("the authority at {url} answers again");
+                }
+                Ok(_) => {}
+                Err(error @ HttpError::Refused { .. }) => debug!("{url}: {error}"),
+                Err(error) => {
+                    if !std::mem::replace(&mut is_down, true) {
+                        warn!("the authority at {url} is not reached: {error}");
+                    }
                 }
             }
         }
+    }
+
+    async fn bring(&self, message: Bytes) -> Result<Bytes, HttpError> {
+        let pass = BodyPass::write(&self.key, &self.network, message.len(), unix_time());
+        let pass = HeaderValue::from_str(&pass).expect("base58 and digits are a header");
+        let uri = self.url.join("/authority");
+        self.http.post_with(uri, message, Some((BodyPass::HEADER, pass)), 0).await
     }
 }

@@ -273,13 +273,13 @@ async fn a_document_is_not_sent_again_to_who_has_it() {
     assert_eq!(topology.borrow().nodes().len(), 5);
     let http = Http::default();
     let get = async |etag| http.get(network.urls[0].join("/topology"), etag, 100_000).await;
-    let Ok(http::Fetched::New { body, etag: Some(etag) }) = get(None).await else {
-        panic!("no document")
-    };
-    assert!(body.starts_with(b"mixsocks-topology 1\n"));
+    let Ok(http::Fetched::New(body)) = get(None).await else { panic!("no document") };
+    let signed =
+        mixsocks_common::topology::SignedTopology::read(&body, &network.authorities).unwrap();
+    let etag = server::etag(&signed);
     assert!(matches!(get(Some(&etag)).await, Ok(http::Fetched::NotModified)));
     let other = hyper::header::HeaderValue::from_static("\"0\"");
-    assert!(matches!(get(Some(&other)).await, Ok(http::Fetched::New { .. })));
+    assert!(matches!(get(Some(&other)).await, Ok(http::Fetched::New(_))));
     let short = http.get(network.urls[0].join("/topology"), None, 100).await;
     assert!(matches!(short, Err(HttpError::TooLong(100))));
 }
@@ -297,6 +297,9 @@ async fn what_is_refused_is_explained() {
     assert_eq!((status, &*words), (400, "the bytes are no upload of a descriptor"));
     let (status, words) = refused("/descriptors", vec![0; 10_000]).await;
     assert!(status == 413 && words.contains("more than"), "{words}");
+    // A large body is taken of other authorities alone.
+    let (status, words) = refused("/authority", vec![0; 5000]).await;
+    assert!(status == 403 && words.contains("only authorities"), "{words}");
     let (status, words) = refused("/authority", vec![0; 300]).await;
     assert!(status == 400 && words.contains("no message"), "{words}");
     let stranger = mixsocks_common::directory::Descriptor {

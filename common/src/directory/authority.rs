@@ -22,6 +22,9 @@ use crate::topology::{MAX_DOCUMENT_BYTES, SignedTopology, TopologyError, UnixTim
 
 /// How often a running round says again where it stands: parts of an attempt.
 const REPEATS: u32 = 4;
+/// For so many attempts' time who has no document waits for a word of every other authority, before it
+/// takes part in making one: the network may have some already.
+const FIRST_WAIT: u32 = 2;
 /// What signature lines add to a document.
 const MAX_SIGNATURES_BYTES: usize = 4096;
 
@@ -43,6 +46,7 @@ pub struct Authority {
     disk: Disk,
     peers: BTreeMap<Identity, Peer>,
     next_send: Duration,
+    started: Duration,
     signed_twice: BTreeSet<(Identity, u64)>,
     problem: Option<AssemblyError>,
     outputs: VecDeque<Output>,
@@ -234,6 +238,7 @@ impl Authority {
             disk: Disk::Same,
             peers,
             next_send: now,
+            started: now,
             signed_twice: BTreeSet::new(),
             problem: None,
             outputs: VecDeque::new(),
@@ -458,6 +463,14 @@ impl Authority {
         }
     }
 
+    /// Whether it knows enough to take part. Who has no document, be it that the network is new or that
+    /// this authority is, could else help a liar to a second first one.
+    fn is_informed(&self, now: Duration) -> bool {
+        self.latest.is_some()
+            || self.peers.values().all(|peer| peer.last_heard.is_some())
+            || now >= self.started + FIRST_WAIT * self.rules.attempt_time()
+    }
+
     /// The first epoch for which a round may begin.
     fn next_epoch(&self) -> u64 {
         self.round.as_ref().map_or(self.first_epoch, |round| round.epoch + 1).max(self.first_epoch)
@@ -551,7 +564,8 @@ impl Authority {
         let Some(round) = &self.round else { return Ok(()) };
         let voted = round.vote.is_some_and(|vote| vote.attempt >= attempt);
         let other = round.signed.is_some() && round.vote.is_some_and(|vote| vote.digest != digest);
-        if leader == self.key.identity() || attempt != round.attempt || voted || other {
+        let ready = self.is_informed(now);
+        if leader == self.key.identity() || attempt != round.attempt || voted || other || !ready {
             return Ok(());
         }
         if let Err(error) = self.check(&draft, &statuses) {
@@ -685,6 +699,7 @@ impl Authority {
             || !round.may_propose
             || self.disk != Disk::Same
             || self.has_document_of(epoch)
+            || !self.is_informed(now)
         {
             return;
         }

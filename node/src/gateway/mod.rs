@@ -225,6 +225,15 @@ impl Gateway {
         &self.counters
     }
 
+    /// Waits until a part of it has ended by itself, which is a mistake in this program.
+    pub async fn ended(&mut self) {
+        tokio::select! {
+            _ = self.tasks.join_next() => {}
+            _ = self.acceptor.join_next() => {}
+            _ = self.saver.join_next() => {}
+        }
+    }
+
     /// A look at it that outlives this value.
     pub fn monitor(&self) -> Monitor {
         let (counters, keys, peeler) =

@@ -157,6 +157,14 @@ impl Mix {
         &self.counters
     }
 
+    /// Waits until a part of it has ended by itself, which is a mistake in this program.
+    pub async fn ended(&mut self) {
+        tokio::select! {
+            _ = self.work.join_next() => {}
+            _ = self.tasks.join_next() => {}
+        }
+    }
+
     /// A look at it that outlives this value.
     pub fn monitor(&self) -> Monitor {
         let (counters, keys, peeler) =

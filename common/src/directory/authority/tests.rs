@@ -131,6 +131,31 @@ fn talk(authorities: &mut [Authority], now: Duration) -> Vec<(Identity, String)>
     }
 }
 
+/// Who comes late, without a document, waits for what the others may have.
+#[test]
+fn who_has_no_document_first_listens() {
+    let now = Duration::from_secs(EPOCH * EPOCH_SECONDS);
+    let rules = rules(3, 2);
+    let late = |n| {
+        Authority::new(authority_key(n), rules.clone(), admission(), None, Memory::New, now)
+            .unwrap()
+    };
+    let mut two = [late(0), late(1)];
+    for authority in &mut two {
+        authority.handle_timeout(now);
+    }
+    fill(&mut two, now);
+    // The third one is silent: it may be the one that has a document.
+    assert!(talk_from(&mut two, now).is_empty());
+    let mut at = now;
+    while two[0].latest().is_none() {
+        at = two.iter().map(Authority::poll_timeout).min().unwrap().max(at);
+        talk_from(&mut two, at);
+    }
+    assert!(at >= now + FIRST_WAIT * rules.attempt_time(), "{:?}", at - now);
+    assert!(at < now + 6 * rules.attempt_time(), "{:?}", at - now);
+}
+
 #[test]
 fn three_authorities_make_one_document_at_once() {
     let mut three: Vec<_> = (0..3).map(|n| start(n, 3, 2, Memory::New, before())).collect();
