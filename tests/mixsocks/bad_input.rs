@@ -382,3 +382,74 @@ fn a_full_data_directory() {
     fill(DISK_KIB as usize);
     fails(&mut up(&data_dir), 1, &["no space left", "--data-dir"]);
 }
+
+/// What operators of a network may get wrong.
+#[test]
+fn roles_of_a_network() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let key = PaperNetwork::new(1).authority.identity().to_string();
+    let command = |words: &[&str]| {
+        let mut command = mixsocks();
+        command.args(words).arg("--data-dir").arg(folder.path().join("data"));
+        command
+    };
+    let member = |role: &str, options: &[&str]| {
+        let mut command = command(&[role, "run", "--directory", "http://127.0.0.1:9"]);
+        command.args(["--authority", &key]).args(options);
+        command
+    };
+    for role in ["node", "provider"] {
+        let listen = if role == "node" { vec!["--listen", "127.0.0.1:0"] } else { vec![] };
+        let words = [vec![role, "run"], listen.clone()].concat();
+        fails(&mut command(&words), 1, &["no directory is given", "--directory"]);
+        let words = [words, vec!["--directory", "http://127.0.0.1:9"]].concat();
+        fails(&mut command(&words), 1, &["no authority is given", "--authority"]);
+        let missing = path("missing");
+        let options = [listen.clone(), vec!["--invitation", &missing]].concat();
+        fails(&mut member(role, &options), 1, &["cannot read", "missing", "--invitation"]);
+        let nonsense = path("nonsense");
+        secret(&nonsense, "nonsense");
+        let options = [listen, vec!["--invitation", &nonsense]].concat();
+        fails(&mut member(role, &options), 1, &["nonsense", "holds no invitation"]);
+    }
+    let open = ["--listen", "0.0.0.0:0"];
+    fails(&mut member("node", &open), 1, &["all addresses", "--address"]);
+    let gateway = ["--kind", "gateway", "--listen", "127.0.0.1:0", "--client-listen", "0.0.0.0:0"];
+    fails(&mut member("node", &gateway), 1, &["all addresses", "--client-address"]);
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = taken.local_addr().unwrap().to_string();
+    let busy = ["--listen", &taken];
+    let busy_error = ["another program listens on", &taken, "--listen"];
+    fails(&mut member("node", &busy), 1, &busy_error);
+
+    let directory = |options: &[&str]| {
+        let mut command = command(&["directory", "run", "--listen", "127.0.0.1:0"]);
+        command.args(options);
+        command
+    };
+    let short = ["--overlap", "1s"];
+    fails(&mut directory(&short), 1, &["overlap_seconds is 1", "at least 240"]);
+    let few = ["--minimum", "mix=2,gateway=1"];
+    fails(&mut directory(&few), 1, &["at least 3 mixes and 1 gateway"]);
+    let own = std::fs::read_to_string(folder.path().join("data/authority.key")).unwrap();
+    assert!(!own.is_empty());
+    let half = ["--peer", &format!("{key}@http://127.0.0.1:9"), "--signatures", "1"];
+    fails(&mut directory(&half), 1, &["more than half of the authorities"]);
+
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let file = folder.path().join("data/authority.key");
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
+        let chmod = format!("chmod 600 {}", file.display());
+        fails(&mut directory(&[]), 1, &["other users may read", &chmod]);
+    }
+}
+
+/// Writes a file that its owner alone may read.
+fn secret(path: &str, text: &str) {
+    std::fs::write(path, text).unwrap();
+    #[cfg(unix)]
+    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+}

@@ -91,3 +91,54 @@ fn units_are_understood() {
         Err(error) => panic!("{error}"),
     }
 }
+
+/// A listener that the service manager hands over is the proxy's.
+#[test]
+fn a_listener_may_be_handed_over() {
+    const HAND_OVER: &str = "import os, socket, sys\n\
+        s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()\n\
+        print('port', s.getsockname()[1], flush=True)\n\
+        os.dup2(s.fileno(), 3); os.set_inheritable(3, True)\n\
+        os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))\n\
+        os.execv(sys.argv[1], sys.argv[1:])\n";
+    let dir = tempfile::tempdir().unwrap();
+    let program = mixsocks();
+    let mut python = Command::new("python3");
+    python.args(["-c", HAND_OVER]).arg(program.get_program());
+    // Not where it would listen otherwise.
+    python.args(["up", "--socks", "127.0.0.1:1", "--data-dir"]).arg(dir.path());
+    match Process::try_start(&mut python) {
+        Ok(up) => {
+            let port = up.wait_for("port ");
+            assert_eq!(up.wait_for("socks5h://"), format!("127.0.0.1:{port}"));
+            std::net::TcpStream::connect(format!("127.0.0.1:{port}")).unwrap();
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            crate::process::skip("python3 is not installed");
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// The service manager is told when a role does its work, and when it ends.
+#[cfg(unix)]
+#[test]
+fn the_service_manager_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let manager = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    manager.set_read_timeout(Some(crate::process::DEADLINE)).unwrap();
+    let told = || {
+        let mut message = [0; 256];
+        let length = manager.recv(&mut message).unwrap();
+        String::from_utf8_lossy(&message[..length]).trim().to_owned()
+    };
+    let mut command = mixsocks();
+    command.args(["directory", "run", "--listen", "127.0.0.1:0", "--data-dir"]);
+    let authority =
+        Process::start(command.arg(dir.path().join("data")).env("NOTIFY_SOCKET", &path));
+    assert_eq!(told(), "READY=1");
+    authority.signal("TERM");
+    assert_eq!(told(), "STOPPING=1");
+    assert!(authority.wait().status.success());
+}
