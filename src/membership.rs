@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use mixsocks_common::directory::{Invitation, Member, Pace, SignedRules};
+use mixsocks_common::directory::{Descriptor, Invitation, Member, Pace, SignedRules};
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::topology::{Authorities, SignedTopology, Topology, UnixTime};
 use mixsocks_directory::{
-    Follow, FollowConfig, Following, Http, PublishConfig, Publisher, Url, learn_rules,
+    Follow, FollowConfig, Following, Http, PublishConfig, Publisher, Url, learn_descriptors,
+    learn_rules,
 };
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
@@ -66,9 +67,12 @@ impl Membership {
         &self.rules
     }
 
-    /// Requests to the authorities.
-    pub(crate) fn http(&self) -> (&Http, &[Url]) {
-        (&self.http, &self.urls)
+    /// The descriptors that the authorities hold.
+    ///
+    /// # Errors
+    /// What went wrong, when too few of them answer.
+    pub(crate) async fn descriptors(&self) -> Result<Vec<Descriptor>, String> {
+        learn_descriptors(&self.http, &self.urls, &self.authorities).await
     }
 
     /// The document that was used last, in force or not.

@@ -8,7 +8,7 @@ use mixsocks_common::directory::{Member, MemberKind, Pace};
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::session::AccessTokens;
 use mixsocks_common::topology;
-use mixsocks_directory::{Following, Publisher, learn_descriptors};
+use mixsocks_directory::{Following, Publisher};
 use mixsocks_provider::{Provider, ProviderConfig};
 use mixsocks_sphinx::SecretKey;
 use rand::seq::IteratorRandom;
@@ -205,19 +205,16 @@ async fn gateway(args: &ProviderArgs, dir: &DataDir, membership: &Membership) ->
         attempts += 1;
         let known: Vec<Identity> = match membership.latest() {
             Some(document) => document.gateways().map(|node| node.identity).collect(),
-            None => {
-                let (http, urls) = membership.http();
-                match learn_descriptors(http, urls).await {
-                    Ok(all) => {
-                        let gateways = all.iter().filter(|d| d.kind() == MemberKind::Gateway);
-                        gateways.map(|descriptor| descriptor.identity).collect()
-                    }
-                    Err(problem) => {
-                        tracing::debug!("no authority tells of gateways: {problem}");
-                        Vec::new()
-                    }
+            None => match membership.descriptors().await {
+                Ok(all) => {
+                    let gateways = all.iter().filter(|d| d.kind() == MemberKind::Gateway);
+                    gateways.map(|descriptor| descriptor.identity).collect()
                 }
-            }
+                Err(problem) => {
+                    tracing::debug!("no authority tells of gateways: {problem}");
+                    Vec::new()
+                }
+            },
         };
         if let Some(text) = dir.read_text(GATEWAY_FILE)? {
             let chosen = text.trim().parse().with_context(|| {

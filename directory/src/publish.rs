@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use mixsocks_common::directory::{
     CLOCK_SKEW, Descriptor, Endorsement, Invitation, MAX_DESCRIPTOR_BYTES, MAX_HELD, Member,
     SignedDescriptor, SignedRules, Upload,
@@ -78,33 +77,50 @@ async fn rules_of(
     Ok(rules)
 }
 
-/// Asks the authorities at `urls` in turn for the descriptors that they hold: what there is before
-/// the first document. Only those whose signatures are right are returned.
+/// Asks the authorities at `urls` for the descriptors that they hold: what there is before the first
+/// document. Those are returned that as many of them tell as must sign documents, so that one that
+/// lies does not choose.
 ///
 /// # Errors
-/// What went wrong at each of them, in one line.
-pub async fn learn_descriptors(http: &Http, urls: &[Url]) -> Result<Vec<Descriptor>, String> {
-    let mut problems = Vec::new();
+/// What went wrong at each of them, in one line, when too few have answered.
+pub async fn learn_descriptors(
+    http: &Http,
+    urls: &[Url],
+    authorities: &Authorities,
+) -> Result<Vec<Descriptor>, String> {
+    let (mut told, mut problems) = (BTreeMap::<Identity, (usize, Descriptor)>::new(), Vec::new());
     for url in urls {
-        let body = match http.get(url.join("/descriptors"), None, MAX_LIST_BYTES).await {
-            Ok(Fetched::New(body)) => body,
-            Ok(Fetched::NotModified) => Bytes::new(),
-            Err(error) => {
-                problems.push(format!("{url}: {error}"));
+        let descriptors = match descriptors_of(http, url).await {
+            Ok(descriptors) => descriptors,
+            Err(problem) => {
+                problems.push(format!("{url}: {problem}"));
                 continue;
             }
         };
-        match serde_json::from_slice::<Vec<String>>(&body) {
-            Ok(texts) => {
-                let read = texts.iter().take(MAX_HELD).filter_map(|text| {
-                    Some(SignedDescriptor::read(text.as_bytes()).ok()?.descriptor().clone())
-                });
-                return Ok(read.collect());
-            }
-            Err(error) => problems.push(format!("{url}: {error}")),
+        for (identity, descriptor) in descriptors {
+            told.entry(identity).or_insert((0, descriptor)).0 += 1;
         }
     }
-    Err(problems.join("; "))
+    let threshold = authorities.threshold();
+    if urls.len() - problems.len() < threshold {
+        return Err(problems.join("; "));
+    }
+    let enough = told.into_values().filter(|(count, _)| *count >= threshold);
+    Ok(enough.map(|(_, descriptor)| descriptor).collect())
+}
+
+/// Each member's descriptor with a good signature.
+async fn descriptors_of(http: &Http, url: &Url) -> Result<BTreeMap<Identity, Descriptor>, String> {
+    let answer = http.get(url.join("/descriptors"), None, MAX_LIST_BYTES).await;
+    let Fetched::New(body) = answer.map_err(|error| error.to_string())? else {
+        return Err("it answers what was not asked".to_owned());
+    };
+    let texts: Vec<String> = serde_json::from_slice(&body).map_err(|error| error.to_string())?;
+    let read = texts.iter().take(MAX_HELD).filter_map(|text| {
+        let signed = SignedDescriptor::read(text.as_bytes()).ok()?;
+        Some((signed.identity(), signed.descriptor().clone()))
+    });
+    Ok(read.collect())
 }
 
 /// What publishing needs.

@@ -361,6 +361,7 @@ impl Service {
             if let Err(error) = stored {
                 warn!("it cannot be stored who has used an invitation: {error}");
                 self.reload();
+                identity.iter().for_each(|identity| self.authority.forget(identity));
                 let words = "the authority cannot store that the invitation was used; try later";
                 return Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, words));
             }

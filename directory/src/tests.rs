@@ -327,7 +327,9 @@ async fn a_full_disk_stops_an_authority_until_there_is_room() {
     network.stores[0].is_full.send_replace(true);
     let _publishers = network.publish_all().await;
     let server = network.servers[0].as_ref().unwrap();
-    while learn_descriptors(&Http::default(), &network.urls).await.unwrap().len() < 5 {
+    let http = Http::default();
+    let held = async || learn_descriptors(&http, &network.urls, &network.authorities).await;
+    while held().await.unwrap().len() < 5 {
         tokio::task::yield_now().await;
     }
     assert_eq!(server.asker().status().await.unwrap().in_force, None);

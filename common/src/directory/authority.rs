@@ -298,6 +298,12 @@ impl Authority {
         Ok(Published { endorsement, admitted })
     }
 
+    /// Forgets the upload of a member: when it could not be stored who has used an invitation, which
+    /// somebody else may then use.
+    pub fn forget(&mut self, member: &Identity) {
+        self.members.remove(member);
+    }
+
     /// What [`Authority::restore_members`] takes: all descriptors and endorsements held. To be
     /// stored now and then, so that a restart does not make everybody upload again at once.
     pub fn members(&self) -> Vec<u8> {

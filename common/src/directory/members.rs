@@ -109,6 +109,11 @@ impl Members {
         }
     }
 
+    /// Forgets one.
+    pub(super) fn remove(&mut self, identity: &Identity) {
+        self.held.remove(identity);
+    }
+
     /// Forgets what is too old for a document of `epoch`.
     pub(super) fn prune(&mut self, rules: &Rules, epoch: u64) {
         let begin = rules.parameters().epochs.start(epoch).0;
