@@ -150,6 +150,8 @@ fn friends_are_served_and_strangers_are_told_why_not() {
     let target = echo();
 
     let friend = Proxy::start(&mut network.client("friend", Some(&friends)));
+    // Not all have the first document at once.
+    wait_for_code(&friend, target, SERVED);
     let mut stream = socks::connect(friend.address, target);
     stream.write_all(b"hello").unwrap();
     let mut echoed = [0; 5];
@@ -204,7 +206,7 @@ fn a_document_that_is_behind() {
     network.start_provider(&[]);
     let stranger = Proxy::start(&mut network.client("stranger", None));
     let target = echo();
-    assert_eq!(code(&stranger, target), SERVED);
+    wait_for_code(&stranger, target, SERVED);
 
     let token = network.token("friends");
     network.start_provider(&["--require-token"]);

@@ -100,7 +100,7 @@ impl Town {
         town
     }
 
-    /// Starts all, and returns when the client is ready.
+    /// Starts all, and returns when all do their work.
     pub(crate) fn start_all(&mut self) {
         for number in 0..self.plan.authorities {
             self.start(&authority(number));
@@ -110,6 +110,26 @@ impl Town {
         }
         self.start("client");
         self.wait_for("client", "socks5h://");
+        for (name, _) in MEMBERS {
+            self.wait_healthy(name);
+        }
+    }
+
+    fn wait_healthy(&self, name: &str) {
+        let deadline = Instant::now() + DEADLINE;
+        let url = format!("http://{}/healthz", self.address(name, METRICS_PORT));
+        loop {
+            let mut curl = match &self.lab {
+                Some(lab) => lab.command(CLIENT.0, "curl"),
+                None => Command::new("curl"),
+            };
+            let ended = run(curl.args(["-q", "--silent", "--fail", "--noproxy", "*", &url]));
+            if ended.status.success() {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{name} never does its work: {}", self.log(name));
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// Starts one of them.

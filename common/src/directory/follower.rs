@@ -14,9 +14,9 @@ use crate::topology::{
 const MAX_WAIT: Duration = Duration::from_secs(6 * 3600);
 /// The shortest wait after a failure.
 const MIN_WAIT: Duration = Duration::from_secs(1);
-/// The longest wait of who has no document yet: a network that is being set up gets its first one
-/// within minutes.
-const MAX_FIRST_WAIT: Duration = Duration::from_secs(20);
+/// The longest wait of who has no document yet: in a network that is being set up all have the first
+/// one soon after each other, and find each other before streams give up.
+const MAX_FIRST_WAIT: Duration = Duration::from_secs(3);
 /// Failures that count for the back-off.
 const MAX_DOUBLINGS: u32 = 16;
 
@@ -154,7 +154,7 @@ impl Follower {
 
     /// Fetching failed. The next URL's turn comes after a jittered wait: a sixty-fourth of an epoch,
     /// twice as long after each further failure, up to a quarter of an epoch; without a document 1 s,
-    /// up to 20 s.
+    /// up to 3 s.
     pub fn handle_failure(&mut self, now: Duration, rng: &mut impl Rng) {
         let (shortest, longest) = match self.epoch_time() {
             Some(epoch) => (epoch / 64, (epoch / 4).clamp(MIN_WAIT, MAX_WAIT)),
@@ -364,7 +364,7 @@ mod tests {
         for failure in 0..10 {
             fixture.follower.handle_failure(now, &mut fixture.rng);
             let wait = fixture.follower.poll_timeout() - now;
-            let most = Duration::from_secs(20.min(1 << failure));
+            let most = Duration::from_secs(3.min(1 << failure));
             assert!((most / 2..=most).contains(&wait), "{failure}: {wait:?}");
         }
     }
