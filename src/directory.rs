@@ -58,7 +58,7 @@ fn init(args: &DirectoryInitArgs, config: &str) -> Result<()> {
         // As many as were invited make the first document.
         Some(invite) => config.replacen(
             &format!("#minimum = \"{}\"", directory.minimum),
-            &format!("minimum = \"{invite}\""),
+            &format!("minimum = \"{}\"", invite.enough()),
             1,
         ),
         None => config.to_owned(),

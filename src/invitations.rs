@@ -129,3 +129,44 @@ pub(crate) fn read_secret(path: &Path) -> Result<Invitation> {
     let secret = data_dir::read_given_secret(path, "invitation", "--invitation")?;
     Ok(Invitation::from_bytes(*secret))
 }
+
+#[cfg(test)]
+mod tests {
+    use mixsocks_common::keys::IdentityKey;
+
+    use super::*;
+
+    fn hash(number: usize) -> InvitationHash {
+        let mut bytes = [7; INVITATION_LEN];
+        bytes[..8].copy_from_slice(&(number as u64).to_be_bytes());
+        InvitationHash::from_bytes(bytes)
+    }
+
+    #[test]
+    fn who_has_used_one_is_kept_and_what_is_none_is_left_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let invitations = Invitations::new(dir.path());
+        assert!(invitations.all().unwrap().is_empty());
+        invitations.add(&hash(1), MemberKind::Mix).unwrap();
+        let error = invitations.add(&hash(1), MemberKind::Gateway).unwrap_err().to_string();
+        assert!(error.contains("has that invitation already"), "{error}");
+        let who = IdentityKey::from_bytes(&[1; 32]).identity();
+        invitations.take(&hash(1), who).unwrap();
+        // As a crash or a full disk may leave them.
+        fs::write(invitations.file(&hash(2)), "").unwrap();
+        fs::write(dir.path().join("invitations/.tmp"), "mix").unwrap();
+        assert!(invitations.all().unwrap() == [(hash(1), MemberKind::Mix, Some(who))]);
+    }
+
+    #[test]
+    fn there_are_not_more_than_an_authority_keeps() {
+        let dir = tempfile::tempdir().unwrap();
+        let invitations = Invitations::new(dir.path());
+        fs::create_dir(dir.path().join("invitations")).unwrap();
+        for number in 0..MAX_INVITATIONS {
+            fs::write(invitations.file(&hash(number)), "mix").unwrap();
+        }
+        let error = invitations.add(&hash(MAX_INVITATIONS), MemberKind::Mix).unwrap_err();
+        assert!(error.to_string().contains("--allow"), "{error}");
+    }
+}

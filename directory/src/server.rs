@@ -269,3 +269,62 @@ async fn message(State(shared): State<Arc<Shared>>, request: HttpRequest) -> Ans
     shared.ask(|answer| Request::Message { body, answer }).await??;
     Ok(StatusCode::NO_CONTENT.into_response())
 }
+
+#[cfg(test)]
+mod tests {
+    use mixsocks_common::directory::{AddressRule, Minimum, Settings};
+    use mixsocks_common::keys::IdentityKey;
+    use mixsocks_common::topology::{Authorities, Epochs, Parameters};
+
+    use super::*;
+
+    const LARGE: usize = SMALL_MESSAGE_BYTES + 1;
+
+    /// What an authority answers with whose authorities have these keys.
+    fn shared(keys: &[IdentityKey]) -> Arc<Shared> {
+        let rules = Rules::new(Settings {
+            network: NetworkName::new("test").unwrap(),
+            parameters: Parameters {
+                payload_bytes: 2048,
+                mean_delay: Duration::ZERO,
+                max_delay: Duration::ZERO,
+                epochs: Epochs { epoch_seconds: 3600, key_epochs: 24, overlap_seconds: 900 },
+            },
+            authorities: Authorities::new(keys.iter().map(IdentityKey::identity), 2).unwrap(),
+            addresses: AddressRule::Private,
+            valid_epochs: 2,
+            minimum: Minimum { mixes: 3, gateways: 1, providers: 0 },
+        });
+        let (requests, _) = mpsc::channel(1);
+        Shared::new(requests, watch::channel(None).1, &rules.unwrap(), Bytes::new())
+    }
+
+    fn pass(shared: &Shared, key: &IdentityKey) -> HeaderMap {
+        let pass = BodyPass::write(key, &shared.network, LARGE, unix_time());
+        HeaderMap::from_iter([(BodyPass::HEADER.parse().unwrap(), pass.parse().unwrap())])
+    }
+
+    #[test]
+    fn bodies_have_a_bounded_number_of_places_and_large_ones_one_for_each_authority() {
+        let keys = [1, 2, 3].map(|seed| IdentityKey::from_bytes(&[seed; 32]));
+        let shared = shared(&keys);
+        let nobody = HeaderMap::new();
+        let small: Vec<_> =
+            (0..MAX_BODIES).map(|_| shared.place(&nobody, SMALL_MESSAGE_BYTES).ok()).collect();
+        assert!(small.iter().all(Option::is_some));
+        let refused = |headers: &HeaderMap, length| shared.place(headers, length).err();
+        let busy = StatusCode::SERVICE_UNAVAILABLE;
+        assert_eq!(refused(&nobody, 1).unwrap().status, busy);
+        // Strangers take no place of an authority, and none takes another's.
+        let stranger = pass(&shared, &IdentityKey::from_bytes(&[4; 32]));
+        for headers in [&nobody, &stranger] {
+            assert_eq!(refused(headers, LARGE).unwrap().status, StatusCode::FORBIDDEN);
+        }
+        let held = keys.each_ref().map(|key| shared.place(&pass(&shared, key), LARGE).ok());
+        assert!(held.iter().all(Option::is_some));
+        assert_eq!(refused(&pass(&shared, &keys[0]), LARGE).unwrap().status, busy);
+        drop((small, held));
+        assert!(refused(&nobody, 1).is_none());
+        assert!(refused(&pass(&shared, &keys[0]), LARGE).is_none());
+    }
+}

@@ -343,6 +343,11 @@ pub(crate) struct Members {
 }
 
 impl Members {
+    /// So many, but no fewer than a network needs: others come by the list.
+    pub(crate) fn enough(self) -> Self {
+        Self { mixes: self.mixes.max(3), gateways: self.gateways.max(1), ..self }
+    }
+
     pub(crate) fn counts(&self) -> [(MemberKind, u16); 3] {
         [
             (MemberKind::Mix, self.mixes),
@@ -430,4 +435,20 @@ fn parse_epoch(text: &str) -> Result<Duration, String> {
         return Ok(epoch);
     }
     Err("an epoch lasts between 1 second and 7 days".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_invitations_still_make_a_network() {
+        for (invited, minimum) in [
+            ("provider=1", "mix=3,gateway=1,provider=1"),
+            ("mix=3,gateway=2,provider=1", "mix=3,gateway=2,provider=1"),
+            ("mix=9", "mix=9,gateway=1,provider=0"),
+        ] {
+            assert_eq!(invited.parse::<Members>().unwrap().enough().to_string(), minimum);
+        }
+    }
 }
