@@ -55,6 +55,19 @@ impl Members {
         (newer && held.descriptor != *descriptor).then_some(published)
     }
 
+    /// As many as there may be, all with the same descriptor under other names.
+    #[cfg(test)]
+    pub(super) fn full(descriptor: &SignedDescriptor) -> Self {
+        let held = (0..MAX_HELD as u64).map(|number| {
+            let mut seed = [9; 32];
+            seed[..8].copy_from_slice(&number.to_be_bytes());
+            let identity = crate::keys::IdentityKey::from_bytes(&seed).identity();
+            let (descriptor, endorsements) = (descriptor.clone(), BTreeMap::new());
+            (identity, Held { descriptor, endorsements, since: None, earlier: None })
+        });
+        Self { held: held.collect() }
+    }
+
     /// Whether a descriptor of `identity` has a place.
     pub(super) fn has_room(&self, identity: &Identity) -> bool {
         self.held.len() < MAX_HELD || self.held.contains_key(identity)

@@ -468,3 +468,21 @@ fn a_stranger_is_no_authority() {
     let result = Authority::new(key, rules(3, 2), admission(), None, Memory::New, begin());
     assert_eq!(result.unwrap_err(), NewAuthorityError::NotAnAuthority(identity));
 }
+
+#[test]
+fn an_authority_holds_a_bounded_number_of_descriptors() {
+    let mut one = start(0, 1, 1, Memory::New, before());
+    let publish = |one: &mut Authority, person: Person| {
+        let descriptor = person.signed(before().as_secs());
+        one.publish(descriptor.text().as_bytes(), &[], None, before()).map(drop)
+    };
+    one.members = Members::full(&Person::mix(1).signed(before().as_secs()));
+    assert_eq!(publish(&mut one, Person::mix(2)), Err(PublishError::Full));
+    // A place that comes free is taken, and who has one keeps it.
+    let mut seed = [9; 32];
+    seed[..8].fill(0);
+    one.forget(&IdentityKey::from_bytes(&seed).identity());
+    assert_eq!(publish(&mut one, Person::mix(2)), Ok(()));
+    assert_eq!(publish(&mut one, Person::mix(3)), Err(PublishError::Full));
+    assert_eq!(publish(&mut one, Person::mix(2)), Ok(()));
+}
