@@ -1,5 +1,7 @@
 //! The programs at both ends of streams: they do what their plans say, and check what they see.
 
+use std::time::Duration;
+
 use mixsocks_client::core::ClientEvent;
 use mixsocks_client::stream::StreamKey;
 use mixsocks_common::session::frame::CloseReason;
@@ -13,12 +15,17 @@ use crate::endpoint::Role;
 use crate::model::End;
 use crate::world::{Event, World};
 
+/// When a machine that is asleep is looked after again.
+const AWAKE_AGAIN: Duration = Duration::from_secs(1);
 /// Bytes that are read in one go at most.
 const READ_BYTES: usize = 64 * 1024;
 
 impl<C: Codec> World<C> {
     /// Does what follows from a change at an endpoint.
     pub(crate) fn settle(&mut self, endpoint: usize) -> Result<(), String> {
+        if self.endpoints[endpoint].is_suspended() {
+            return Ok(());
+        }
         let right_ms = self.wall_ms();
         self.endpoints[endpoint].look(self.now, right_ms);
         loop {
@@ -159,26 +166,31 @@ impl<C: Codec> World<C> {
         }
         stream.has_begun = true;
         stream.is_lied_to |= self.endpoints[client].is_lied_to;
-        if self.endpoints[client].is_down || self.endpoints[client].is_suspended {
+        if self.endpoints[client].is_down || self.endpoints[client].is_suspended() {
             stream.was_refused = true;
             stream.gone[End::Program as usize] = true;
             return Ok(());
         }
         let wall_ms = self.endpoints[client].wall_ms(self.wall_ms());
         let target: Target = format!("stream-{number}.test:80").parse().expect("a good target");
-        let (now, rng) = (self.now, &mut self.rng);
+        let now = self.endpoints[client].clock(self.now);
+        let rng = &mut self.rng;
         let Role::Client(core) = &mut self.endpoints[client].role else {
             return Err("a provider opens no streams".to_owned());
         };
         let key = core.open(now, wall_ms, rng, target).ok_or("a client opens no stream")?;
         self.streams[number].key = Some(key);
-        let start = Start { client, began: now, time_ms: start_time_ms(wall_ms) };
+        let start = Start { client, began: self.now, time_ms: start_time_ms(wall_ms) };
         self.starts.entry(key.0).or_insert(start);
         self.note(format!("client {client} opens stream {number}"));
         self.run_app(number, End::Program)
     }
 
     pub(crate) fn dialled(&mut self, number: usize) -> Result<(), String> {
+        if self.endpoints[0].is_suspended() {
+            self.at(self.now + AWAKE_AGAIN, Event::Dialled(number));
+            return Ok(());
+        }
         let Some(key) = self.streams[number].target_key else { return Ok(()) };
         let outcome = self.streams[number].outcome;
         self.provider().opened(key, outcome);
@@ -237,7 +249,7 @@ impl<C: Codec> World<C> {
             End::Program => self.streams[number].client,
             End::Target => 0,
         };
-        if self.endpoints[endpoint].is_suspended {
+        if self.endpoints[endpoint].is_suspended() {
             return Ok(());
         }
         if let Some(key) = self.key(number, end)
@@ -260,6 +272,9 @@ impl<C: Codec> World<C> {
     }
 
     fn act(&mut self, number: usize, end: End, key: StreamKey) -> Result<(), String> {
+        if self.streams[number].is_time_to_leave(end, self.elapsed()) {
+            return self.let_go(number, end);
+        }
         let is_open = self.streams[number].opened == Some(OpenOutcome::Connected);
         if end == End::Target || is_open {
             if self.streams[number].wants_to_leave(end) {
@@ -300,13 +315,14 @@ impl<C: Codec> World<C> {
 
     /// Reads what the plan says; `false` when nothing more is to be done now.
     fn read_some(&mut self, number: usize, end: End, key: StreamKey) -> Result<bool, String> {
+        let now = self.elapsed();
         let mut buffer = vec![0; self.streams[number].plan(end).reads.min(READ_BYTES)];
         while !self.streams[number].writing(end.other()).end_read {
             match self.with_core(number, end, |core| core.read(key, &mut buffer)) {
                 Ok(None) => break,
-                Ok(Some(0)) => self.streams[number].check_end(end)?,
+                Ok(Some(0)) => self.streams[number].check_end(end, now)?,
                 Ok(Some(len)) => {
-                    self.streams[number].check_read(end, &buffer[..len])?;
+                    self.streams[number].check_read(end, now, &buffer[..len])?;
                     if self.streams[number].wants_to_leave(end) {
                         self.let_go(number, end)?;
                         return Ok(false);

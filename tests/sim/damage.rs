@@ -9,7 +9,7 @@ use mixsocks_sphinx::Identifier;
 use rand::RngExt;
 
 use crate::codec::{Codec, SealedRoute};
-use crate::endpoint::Access;
+use crate::endpoint::{Access, Endpoint};
 use crate::faults::Fault;
 use crate::hostile;
 use crate::model::Stream;
@@ -49,6 +49,8 @@ impl<C: Codec> World<C> {
         self.note(format!("{} {fault:?}", if begins { "begins:" } else { "ends:" }));
         match fault {
             Fault::Cut(endpoint) if begins => self.cut(endpoint),
+            Fault::MixKilled(mix) if begins => self.mixes[mix].is_down = true,
+            Fault::SurbsLost if begins => self.endpoints.iter_mut().for_each(Endpoint::lose_surbs),
             Fault::MixDown(mix, memory) => {
                 if begins {
                     self.mixes[mix].is_down = true;
@@ -73,18 +75,10 @@ impl<C: Codec> World<C> {
                 self.gateways[gateway].restart(&mut self.rng, memory);
                 self.gateways[gateway].is_down = begins;
             }
-            Fault::Suspended(endpoint) => {
-                if begins {
-                    self.cut(endpoint);
-                }
-                self.endpoints[endpoint].is_suspended = begins;
-                if !begins {
-                    self.at(self.now, Event::Dial(endpoint));
-                    self.reschedule(NodeRef::Endpoint(endpoint));
-                    self.wake_apps(endpoint);
-                    self.settle(endpoint)?;
-                }
+            Fault::Suspended(endpoint, clock) if begins => {
+                self.endpoints[endpoint].fall_asleep(self.now, clock);
             }
+            Fault::Suspended(endpoint, _) => self.wake(endpoint)?,
             Fault::ProviderDown | Fault::ClientDown(_) => {
                 let endpoint = if let Fault::ClientDown(client) = fault { client } else { 0 };
                 if begins {
@@ -119,6 +113,25 @@ impl<C: Codec> World<C> {
             (1..self.endpoints.len()).try_for_each(|client| self.settle(client))?;
         }
         Ok(())
+    }
+
+    /// A suspended endpoint goes on. What came for it meanwhile is in its socket, unless the gateway has
+    /// given the connection up.
+    fn wake(&mut self, endpoint: usize) -> Result<(), String> {
+        self.endpoints[endpoint].wake(self.now);
+        for (connection, frame) in std::mem::take(&mut self.endpoints[endpoint].in_socket) {
+            self.at(self.now, Event::Down { endpoint, connection, frame });
+        }
+        let Endpoint { gateway, key, connection, is_connected, .. } = &self.endpoints[endpoint];
+        let inbox = self.gateways[*gateway].clients.get(&key.address);
+        let is_alive = inbox.is_some_and(|inbox| inbox.connection == Some(*connection));
+        if *is_connected && !is_alive {
+            self.cut(endpoint);
+        }
+        self.at(self.now, Event::Dial(endpoint));
+        self.reschedule(NodeRef::Endpoint(endpoint));
+        self.wake_apps(endpoint);
+        self.settle(endpoint)
     }
 
     fn current_weather(&self) -> Weather {
@@ -188,7 +201,7 @@ impl<C: Codec> World<C> {
             self.streams.iter_mut().for_each(Stream::lose_session);
         }
         self.endpoints[0].take_access(self.now, Access { demanded, shown: None });
-        match self.endpoints[0].is_suspended {
+        match self.endpoints[0].is_suspended() {
             true => Ok(()),
             false => self.settle(0),
         }
@@ -236,7 +249,7 @@ impl<C: Codec> World<C> {
         for number in 0..self.endpoints.len() {
             let published = &self.documents.published;
             self.endpoints[number].correct_document(published, is_told, self.now, right_ms);
-            if !self.endpoints[number].is_suspended {
+            if !self.endpoints[number].is_suspended() {
                 self.settle(number)?;
             }
         }

@@ -37,11 +37,16 @@ pub(crate) struct Schedule {
 }
 
 impl Schedule {
+    /// Keys never change, and all clocks are right.
+    pub(crate) fn lasting() -> Self {
+        Self { epochs: Epochs::STATIC, skew: Duration::ZERO }
+    }
+
     /// Half of the networks change their keys, in proportions that a directory's rules allow: an
     /// epoch lasts eight times the skew, the overlap at least two.
     pub(crate) fn draw(rng: &mut StdRng) -> Self {
         if rng.random() {
-            return Self { epochs: Epochs::STATIC, skew: Duration::ZERO };
+            return Self::lasting();
         }
         let skew_seconds = rng.random_range(4..=8);
         let epoch_seconds = 8 * skew_seconds;
@@ -248,7 +253,7 @@ impl<C: Codec> World<C> {
             NodeRef::Gateway(n) => self.gateways[n].take_document(number, &document),
             NodeRef::Endpoint(n) => {
                 self.endpoints[n].take_document(number, document);
-                if !self.endpoints[n].is_suspended {
+                if !self.endpoints[n].is_suspended() {
                     self.settle(n)?;
                 }
             }

@@ -1,6 +1,7 @@
 //! Clients and the provider of the simulation: their real cores, and what their shells do around
 //! them.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use mixsocks_client::core::ClientCore;
@@ -20,6 +21,7 @@ use rand::{RngExt, SeedableRng};
 
 use crate::codec::{Arrival, Codec, NodeKey, Opening, SealedRoute};
 use crate::documents::Document;
+use crate::faults::SleepingClock;
 use crate::hostile;
 use crate::network::{Frame, poll_frame};
 
@@ -69,7 +71,11 @@ pub(crate) struct Endpoint<C: Codec> {
     pub(crate) access: Access,
     pub(crate) connection: u64,
     pub(crate) is_connected: bool,
-    pub(crate) is_suspended: bool,
+    sleep: Option<Sleep>,
+    /// Frames that came while it slept, by connection: they wait in the socket.
+    pub(crate) in_socket: Vec<(u64, Frame<Packet>)>,
+    /// By how much its clock is behind that of the world: it stood still for so long.
+    clock_lag: Duration,
     pub(crate) is_down: bool,
     /// Whether its provider lies to it now.
     pub(crate) is_lied_to: bool,
@@ -79,6 +85,9 @@ pub(crate) struct Endpoint<C: Codec> {
     pub(crate) flow: Option<Flow>,
     free_at: Instant,
     making: Option<Making<C::Recovery>>,
+    /// SURBs that were made and not answered; those that lead to nowhere.
+    surbs_awaited: BTreeSet<Identifier>,
+    surbs_dead: BTreeSet<Identifier>,
     document: (usize, Document),
     renewal: Renewal,
     /// The gateway of those to whom it sends.
@@ -89,6 +98,12 @@ pub(crate) struct Endpoint<C: Codec> {
 struct Making<R> {
     surbs: Vec<ReadySurb<R>>,
     done_at: Instant,
+}
+
+/// A machine that is suspended since some time of the world.
+struct Sleep {
+    since: Instant,
+    clock: SleepingClock,
 }
 
 /// What outlives a connection.
@@ -123,7 +138,9 @@ impl<C: Codec> Endpoint<C> {
             access: Access::default(),
             connection: 0,
             is_connected: false,
-            is_suspended: false,
+            sleep: None,
+            in_socket: Vec::new(),
+            clock_lag: Duration::ZERO,
             is_down: false,
             is_lied_to: false,
             clock_error_s: 0,
@@ -132,16 +149,47 @@ impl<C: Codec> Endpoint<C> {
             flow: None,
             free_at: now,
             making: None,
+            surbs_awaited: BTreeSet::new(),
+            surbs_dead: BTreeSet::new(),
             document: (0, document.clone()),
             renewal: Renewal::new(document.clone(), gateway, peer_gateway, now, wall),
             peer_gateway,
         }
     }
 
+    /// The time by its own clock, which stood still while it slept.
+    pub(crate) fn clock(&self, world_now: Instant) -> Instant {
+        match &self.sleep {
+            Some(Sleep { since, clock: SleepingClock::StandsStill }) => *since - self.clock_lag,
+            _ => world_now - self.clock_lag,
+        }
+    }
+
+    pub(crate) fn is_suspended(&self) -> bool {
+        self.sleep.is_some()
+    }
+
+    pub(crate) fn fall_asleep(&mut self, world_now: Instant, clock: SleepingClock) {
+        self.sleep.get_or_insert(Sleep { since: world_now, clock });
+    }
+
+    pub(crate) fn wake(&mut self, world_now: Instant) {
+        let own_now = self.clock(world_now);
+        self.sleep = None;
+        self.clock_lag = world_now - own_now;
+    }
+
+    /// All SURBs that it has made so far lead to nowhere.
+    pub(crate) fn lose_surbs(&mut self) {
+        self.surbs_dead.append(&mut self.surbs_awaited);
+    }
+
     /// It has forgotten everything but its keys and the document. Its clock says `wall_ms`.
-    pub(crate) fn restart(&mut self, now: Instant, wall_ms: u64) {
+    pub(crate) fn restart(&mut self, world_now: Instant, wall_ms: u64) {
+        let now = self.clock(world_now);
+        self.in_socket.clear();
         self.role = role(self.number, wall_ms, &self.document.1);
-        self.take_access(now, self.access.clone());
+        self.take_access(world_now, self.access.clone());
         self.begin_renewal(now, wall_ms);
         self.tags = RecentTags::new(now, REPLAY_SPAN, REPLAY_TAGS, &mut self.rng);
         self.flow = None;
@@ -149,7 +197,8 @@ impl<C: Codec> Endpoint<C> {
     }
 
     /// From now on it demands, or shows, these tokens.
-    pub(crate) fn take_access(&mut self, now: Instant, access: Access) {
+    pub(crate) fn take_access(&mut self, world_now: Instant, access: Access) {
+        let now = self.clock(world_now);
         match &mut self.role {
             Role::Provider(core) => core.set_access_tokens(now, access.demanded.clone()),
             Role::Client(core) => core.set_access_token(access.shown.clone()),
@@ -176,9 +225,10 @@ impl<C: Codec> Endpoint<C> {
         &mut self,
         documents: &[Document],
         is_told: bool,
-        now: Instant,
+        world_now: Instant,
         right_ms: u64,
     ) {
+        let now = self.clock(world_now);
         self.document.1 = documents[self.document.0].clone();
         if !is_told {
             self.begin_renewal(now, self.wall_ms(right_ms));
@@ -192,7 +242,8 @@ impl<C: Codec> Endpoint<C> {
     }
 
     /// Follows the document and the clock. No headers are made ahead here.
-    pub(crate) fn look(&mut self, now: Instant, right_ms: u64) {
+    pub(crate) fn look(&mut self, world_now: Instant, right_ms: u64) {
+        let now = self.clock(world_now);
         let wall = UnixTime(self.wall_ms(right_ms) / 1000);
         let Role::Client(core) = &mut self.role else { return };
         match self.renewal.handle(&self.document.1, now, wall, &mut self.rng) {
@@ -216,11 +267,12 @@ impl<C: Codec> Endpoint<C> {
 
     pub(crate) fn welcome(
         &mut self,
-        now: Instant,
+        world_now: Instant,
         connection: u64,
         (stream, received): (StreamId, u64),
         packet_bytes: usize,
     ) -> Result<(), String> {
+        let now = self.clock(world_now);
         let keepalive = Keepalive::new(now);
         match &mut self.flow {
             Some(flow) if flow.delivery.stream() == stream => {
@@ -243,7 +295,8 @@ impl<C: Codec> Endpoint<C> {
         Ok(())
     }
 
-    pub(crate) fn cut(&mut self, now: Instant) {
+    pub(crate) fn cut(&mut self, world_now: Instant) {
+        let now = self.clock(world_now);
         self.is_connected = false;
         if let Some(flow) = &mut self.flow {
             flow.delivery.detach(now);
@@ -251,7 +304,8 @@ impl<C: Codec> Endpoint<C> {
     }
 
     /// Whether nothing was heard of the gateway for so long that the connection must be dead.
-    pub(crate) fn is_link_silent(&self, now: Instant) -> bool {
+    pub(crate) fn is_link_silent(&self, world_now: Instant) -> bool {
+        let now = self.clock(world_now);
         let flow = self.flow.as_ref().filter(|_| self.is_connected);
         flow.is_some_and(|flow| flow.keepalive.due(now) == Some(Due::Close))
     }
@@ -259,10 +313,11 @@ impl<C: Codec> Endpoint<C> {
     pub(crate) fn handle_frame(
         &mut self,
         codec: &C,
-        now: Instant,
+        world_now: Instant,
         wall_ms: u64,
         frame: Frame<Packet>,
     ) -> Result<(), String> {
+        let now = self.clock(world_now);
         let Some(flow) = &mut self.flow else { return Ok(()) };
         flow.delivery.confirm(frame.counter).map_err(|error| error.to_string())?;
         flow.keepalive.heard(now);
@@ -299,6 +354,10 @@ impl<C: Codec> Endpoint<C> {
                 }
             }
             Role::Client(core) => {
+                self.surbs_awaited.remove(&identifier);
+                if self.surbs_dead.remove(&identifier) {
+                    return;
+                }
                 if let Some(awaited) = core.take_awaited(&identifier)
                     && let Some(mut contents) = codec.recover(awaited.recovery, payload)
                 {
@@ -314,10 +373,11 @@ impl<C: Codec> Endpoint<C> {
 
     // --- Time and packets.
 
-    pub(crate) fn poll_timeout(&self, now: Instant, right_ms: u64) -> Option<Instant> {
-        if self.is_suspended {
+    pub(crate) fn poll_timeout(&self, world_now: Instant, right_ms: u64) -> Option<Instant> {
+        if self.is_suspended() {
             return None;
         }
+        let now = self.clock(world_now);
         let wall = UnixTime(self.wall_ms(right_ms) / 1000);
         let has_routes = matches!(self.role, Role::Provider(_)) || self.has_routes(wall);
         let look = matches!(self.role, Role::Client(_)).then(|| self.renewal.poll_timeout());
@@ -335,10 +395,11 @@ impl<C: Codec> Endpoint<C> {
         let due = due.map(|at| if at > now { at } else { at.max(waits_until) });
         let making = self.making.as_ref().map(|making| making.done_at);
         let wire = (self.free_at > now).then_some(self.free_at);
-        [due, making, wire, look].into_iter().flatten().min()
+        [due, making, wire, look].into_iter().flatten().min().map(|at| at + self.clock_lag)
     }
 
-    pub(crate) fn handle_timeout(&mut self, now: Instant) {
+    pub(crate) fn handle_timeout(&mut self, world_now: Instant) {
+        let now = self.clock(world_now);
         match &mut self.role {
             Role::Provider(core) => core.handle_timeout(now),
             Role::Client(core) => core.handle_timeout(now),
@@ -346,7 +407,14 @@ impl<C: Codec> Endpoint<C> {
     }
 
     /// SURBs are made while they are wanted, unless it `is_famine`.
-    pub(crate) fn make_surbs(&mut self, codec: &C, now: Instant, right_ms: u64, is_famine: bool) {
+    pub(crate) fn make_surbs(
+        &mut self,
+        codec: &C,
+        world_now: Instant,
+        right_ms: u64,
+        is_famine: bool,
+    ) {
+        let now = self.clock(world_now);
         let wall = UnixTime(self.wall_ms(right_ms) / 1000);
         let has_routes = self.has_routes(wall);
         let topology = &self.document.1;
@@ -367,6 +435,7 @@ impl<C: Codec> Endpoint<C> {
                 let sealed = SealedRoute { route: &route, topology, now: wall };
                 let (surb, recovery) = codec.build_surb(&mut self.rng, &sealed);
                 let delay = route.total_delay();
+                self.surbs_awaited.insert(identifier);
                 ReadySurb { surb, identifier, recovery, delay, made: now }
             })
             .collect();
@@ -378,10 +447,15 @@ impl<C: Codec> Endpoint<C> {
     /// The frames for the gateway that the wire has room for, and when each is on it.
     pub(crate) fn pull(
         &mut self,
-        now: Instant,
+        world_now: Instant,
         spacing: Duration,
-        mut make: impl FnMut(&Topology, Contents<'_, C::Recovery>) -> Option<(HopAddress, Packet)>,
+        mut make: impl FnMut(
+            &Topology,
+            Instant,
+            Contents<'_, C::Recovery>,
+        ) -> Option<(HopAddress, Packet)>,
     ) -> Vec<(Instant, Frame<(HopAddress, Packet)>)> {
+        let now = self.clock(world_now);
         let mut frames = Vec::new();
         let Some(flow) = self.flow.as_mut().filter(|_| self.is_connected) else { return frames };
         let mut contents = Vec::new();
@@ -389,13 +463,13 @@ impl<C: Codec> Endpoint<C> {
             let held = flow.delivery.poll_transmit().cloned();
             if let Some(frame) = poll_frame(&mut flow.keepalive, now, flow.received, held) {
                 self.free_at = self.free_at.max(now) + spacing;
-                frames.push((self.free_at, frame));
+                frames.push((self.free_at + self.clock_lag, frame));
                 continue;
             }
             let packet = match &mut self.role {
                 Role::Client(core) => {
                     if core.wants_transmit(now) {
-                        make(&self.document.1, Contents::ToProvider(core))
+                        make(&self.document.1, now, Contents::ToProvider(core))
                     } else {
                         None
                     }
@@ -403,7 +477,7 @@ impl<C: Codec> Endpoint<C> {
                 Role::Provider(core) => match core.next_reply(now, &mut contents) {
                     Some(surb) => {
                         let reply = Contents::Reply(surb, std::mem::take(&mut contents));
-                        match make(&self.document.1, reply) {
+                        match make(&self.document.1, now, reply) {
                             // A SURB that is of no use is no reason to stop.
                             None => continue,
                             packet => packet,

@@ -15,5 +15,6 @@ mod faults;
 mod hostile;
 mod model;
 mod network;
+mod outages;
 mod runner;
 mod world;

@@ -45,9 +45,26 @@ pub(crate) struct Plan {
     pub(crate) rest: Duration,
     /// Lets go when it has read so many bytes, whatever is under way.
     pub(crate) leaves_after: Option<u64>,
+    /// Lets go at this time, whatever is under way: also while the stream is being opened.
+    pub(crate) leaves_at: Option<Duration>,
 }
 
 impl Plan {
+    /// It writes so many bytes, in chunks with a pause after each, and reads all that there is.
+    pub(crate) fn steady(writes: u64, chunk: usize, pause: Duration) -> Self {
+        Self {
+            writes,
+            chunk,
+            pause,
+            silent_until: Duration::ZERO,
+            answers: false,
+            reads: 1 << 16,
+            rest: Duration::ZERO,
+            leaves_after: None,
+            leaves_at: None,
+        }
+    }
+
     fn draw(rng: &mut StdRng) -> Self {
         let writes = match rng.random_range(0..10) {
             0 => 0,
@@ -67,6 +84,7 @@ impl Plan {
             reads: rng.random_range(10_000..65_536),
             rest: Duration::from_millis(rest),
             leaves_after: rng.random_bool(0.1).then(|| rng.random_range(0..50_000)),
+            leaves_at: None,
         }
     }
 }
@@ -78,6 +96,17 @@ pub(crate) struct Direction {
     pub(crate) read: u64,
     pub(crate) finished: bool,
     pub(crate) end_read: bool,
+    /// When something was read last.
+    last_read: Option<Duration>,
+    /// The longest time from one read to the next, or to the end.
+    pub(crate) longest_pause: Duration,
+}
+
+impl Direction {
+    fn note_read(&mut self, now: Duration) {
+        let last = self.last_read.replace(now).unwrap_or(now);
+        self.longest_pause = self.longest_pause.max(now - last);
+    }
 }
 
 /// A stream and all that is known about it.
@@ -117,13 +146,31 @@ impl Stream {
             1 => OpenOutcome::HostUnreachable,
             _ => OpenOutcome::Connected,
         };
+        let client = rng.random_range(1..=clients);
+        let opens_at = Duration::from_secs_f64(rng.random_range(0.0..30.0));
+        let dialling = Duration::from_millis(rng.random_range(0..300));
+        let mut plans = [Plan::draw(rng), Plan::draw(rng)];
+        for plan in &mut plans {
+            let after = Duration::from_secs_f64(rng.random_range(0.0..3.0));
+            plan.leaves_at = rng.random_bool(0.05).then_some(opens_at + after);
+        }
+        Self { outcome, dialling, ..Self::planned(number, client, opens_at, plans) }
+    }
+
+    /// A stream to a target that answers at once.
+    pub(crate) fn planned(
+        number: usize,
+        client: usize,
+        opens_at: Duration,
+        plans: [Plan; 2],
+    ) -> Self {
         Self {
             number,
-            client: rng.random_range(1..=clients),
-            opens_at: Duration::from_secs_f64(rng.random_range(0.0..30.0)),
-            outcome,
-            dialling: Duration::from_millis(rng.random_range(0..300)),
-            plans: [Plan::draw(rng), Plan::draw(rng)],
+            client,
+            opens_at,
+            outcome: OpenOutcome::Connected,
+            dialling: Duration::ZERO,
+            plans,
             directions: Default::default(),
             key: None,
             target_key: None,
@@ -163,8 +210,13 @@ impl Stream {
         (mixed >> 56).to_le_bytes()[0]
     }
 
-    /// Bytes that `end` has read: they must be those that the other one wrote.
-    pub(crate) fn check_read(&mut self, end: End, bytes: &[u8]) -> Result<(), String> {
+    /// Bytes that `end` has read `now`: they must be those that the other one wrote.
+    pub(crate) fn check_read(
+        &mut self,
+        end: End,
+        now: Duration,
+        bytes: &[u8],
+    ) -> Result<(), String> {
         if self.is_lied_to && end == End::Program {
             return Ok(());
         }
@@ -179,12 +231,14 @@ impl Stream {
             let at = at + wrong as u64;
             return Err(format!("stream {}: byte {at} from {from:?} is wrong", self.number));
         }
-        self.writing_mut(from).read += bytes.len() as u64;
+        let direction = self.writing_mut(from);
+        direction.read += bytes.len() as u64;
+        direction.note_read(now);
         Ok(())
     }
 
-    /// `end` has read the end of what the other one wrote.
-    pub(crate) fn check_end(&mut self, end: End) -> Result<(), String> {
+    /// `end` has read the end `now` of what the other one wrote.
+    pub(crate) fn check_end(&mut self, end: End, now: Duration) -> Result<(), String> {
         let number = self.number;
         let is_excused = self.may_fail();
         let direction = self.writing_mut(end.other());
@@ -192,6 +246,7 @@ impl Stream {
             return Err(format!("stream {number} ends early: {direction:?}"));
         }
         direction.end_read = true;
+        direction.note_read(now);
         Ok(())
     }
 
@@ -281,12 +336,16 @@ impl Stream {
     /// What was to arrive has arrived.
     pub(crate) fn check_complete(&self) -> Result<(), String> {
         let may_be_short = self.was_left || self.may_fail() || self.was_refused;
-        let is_whole = self.directions.iter().all(|d| d.end_read && d.read == d.written);
-        if may_be_short || self.outcome != OpenOutcome::Connected || is_whole {
+        if may_be_short || self.outcome != OpenOutcome::Connected || self.is_whole() {
             Ok(())
         } else {
             Err(format!("stream {} is over and not whole: {self:?}", self.number))
         }
+    }
+
+    /// Whether all that was written has been read, up to the end.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.directions.iter().all(|d| d.end_read && d.read == d.written)
     }
 
     /// Whether `end` wants to write more now.
@@ -303,9 +362,14 @@ impl Stream {
         !direction.finished && direction.written == plan.writes && may
     }
 
-    /// Whether `end` leaves now, whatever is under way.
+    /// Whether `end` has read so much that it leaves, whatever is under way.
     pub(crate) fn wants_to_leave(&self, end: End) -> bool {
         let read = self.writing(end.other()).read;
         self.plan(end).leaves_after.is_some_and(|after| read >= after)
+    }
+
+    /// Whether the time has come for `end` to leave, whatever is under way.
+    pub(crate) fn is_time_to_leave(&self, end: End, now: Duration) -> bool {
+        self.plan(end).leaves_at.is_some_and(|at| now >= at)
     }
 }

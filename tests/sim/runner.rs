@@ -43,7 +43,8 @@ fn run<C: Codec>(seed: u64) -> Result<(), String> {
     play(&mut world).map_err(|error| format!("{error}\n{}", world.trace()))
 }
 
-fn play<C: Codec>(world: &mut World<C>) -> Result<(), String> {
+/// Plays a world to its end, and watches it when it is idle.
+pub(crate) fn play<C: Codec>(world: &mut World<C>) -> Result<(), String> {
     while !(world.elapsed() > FAULTS_END && world.streams.iter().all(|stream| stream.is_over())) {
         if !world.step(OVER_BY)? {
             let stuck: Vec<_> = world.streams.iter().filter(|stream| !stream.is_over()).collect();

@@ -147,7 +147,7 @@ pub(crate) struct World<C: Codec> {
 
 /// What goes on in a run.
 pub(crate) struct Scenario {
-    pub(crate) streams: usize,
+    pub(crate) streams: Vec<Stream>,
     pub(crate) clients: usize,
     pub(crate) mixes_per_layer: usize,
     pub(crate) mean_delay: Duration,
@@ -163,9 +163,11 @@ impl<C: Codec> World<C> {
         let mut rng = StdRng::seed_from_u64(seed);
         let clients = rng.random_range(1..=3);
         let mixes_per_layer = rng.random_range(1..=3);
-        let shape = Shape { mixes: LAYERS * mixes_per_layer, gateways: 2, endpoints: 1 + clients };
+        let mixes = LAYERS * mixes_per_layer;
+        let shape = Shape { mixes, mixes_per_layer, gateways: 2, endpoints: 1 + clients };
+        let streams = rng.random_range(1..=12);
         let scenario = Scenario {
-            streams: rng.random_range(1..=12),
+            streams: (0..streams).map(|number| Stream::draw(&mut rng, number, clients)).collect(),
             clients,
             mixes_per_layer,
             mean_delay: Duration::from_millis(
@@ -235,9 +237,6 @@ impl<C: Codec> World<C> {
             };
             endpoint.take_access(start, tokens);
         }
-        let streams: Vec<_> = (0..scenario.streams)
-            .map(|number| Stream::draw(&mut rng, number, scenario.clients))
-            .collect();
         let provider_started_ms = endpoints[0].wall_ms(WALL_START_MS);
         let mut world = Self {
             now: start,
@@ -255,7 +254,7 @@ impl<C: Codec> World<C> {
             endpoints,
             nodes,
             wires: BTreeMap::new(),
-            streams,
+            streams: scenario.streams,
             access,
             faults: scenario.faults,
             weather: Weather::default(),
@@ -278,8 +277,11 @@ impl<C: Codec> World<C> {
         }
         for number in 0..world.streams.len() {
             for end in [End::Program, End::Target] {
-                let silent_until = world.streams[number].plan(end).silent_until;
-                world.at(start + silent_until, Event::App(number, end));
+                let plan = world.streams[number].plan(end);
+                let times = [Some(plan.silent_until), plan.leaves_at];
+                for at in times.into_iter().flatten() {
+                    world.at(start + at, Event::App(number, end));
+                }
             }
         }
         world.plan_next_document();
@@ -396,7 +398,7 @@ impl<C: Codec> World<C> {
                 if self.endpoints[n].is_link_silent(self.now) {
                     self.cut(n);
                 }
-                if !self.endpoints[n].is_suspended {
+                if !self.endpoints[n].is_suspended() {
                     self.endpoints[n].handle_timeout(self.now);
                     self.settle(n)?;
                 }
@@ -505,7 +507,7 @@ impl<C: Codec> World<C> {
         let provider = self.endpoints[0].address;
         let wall = UnixTime(self.endpoints[endpoint].wall_ms(self.wall_ms()) / 1000);
         let Self { endpoints, rng, codec, now, packets_built, .. } = self;
-        let frames = endpoints[endpoint].pull(*now, spacing, |topology, contents| {
+        let frames = endpoints[endpoint].pull(*now, spacing, |topology, own_now, contents| {
             *packets_built += 1;
             match contents {
                 crate::endpoint::Contents::ToProvider(core) => {
@@ -515,7 +517,7 @@ impl<C: Codec> World<C> {
                         random_route(topology, &provider, wall, mean, identifier, rng).ok()?;
                     let mut out = Vec::new();
                     let sealed = SealedRoute { route: &route, topology, now: wall };
-                    core.next_packet(*now, route.total_delay(), &mut out)
+                    core.next_packet(own_now, route.total_delay(), &mut out)
                         .then(|| (route.first_hop(), codec.build(rng, &sealed, &out)))
                 }
                 crate::endpoint::Contents::Reply(surb, contents) => codec.use_surb(surb, &contents),
@@ -563,7 +565,11 @@ impl<C: Codec> World<C> {
     ) -> Result<(), String> {
         let (now, wall_ms) = (self.now, self.wall_ms());
         let target = &mut self.endpoints[endpoint];
-        if target.is_suspended || !target.is_connected || target.connection != connection {
+        if !target.is_connected || target.connection != connection {
+            return Ok(());
+        }
+        if target.is_suspended() {
+            target.in_socket.push((connection, frame));
             return Ok(());
         }
         target.handle_frame(&self.codec, now, wall_ms, frame)?;
@@ -572,7 +578,7 @@ impl<C: Codec> World<C> {
 
     fn dial(&mut self, endpoint: usize) -> Result<(), String> {
         let gateway = self.endpoints[endpoint].gateway;
-        if self.endpoints[endpoint].is_connected || self.endpoints[endpoint].is_suspended {
+        if self.endpoints[endpoint].is_connected || self.endpoints[endpoint].is_suspended() {
             return Ok(());
         }
         let is_cut = self.active().any(|fault| matches!(fault, Fault::Cut(n) if *n == endpoint));
@@ -655,6 +661,7 @@ impl<C: Codec> World<C> {
                     | Fault::TokensRemoved
                     | Fault::HostileProvider(_)
                     | Fault::NewKey(_, false)
+                    | Fault::MixKilled(_)
             )
         })
     }
