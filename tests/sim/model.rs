@@ -3,12 +3,19 @@
 //! What arrives must be a prefix of what was written, in order, and whole at the end. A stream may
 //! fail only when a program reset it, the target refused, or a fault allows it.
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use mixsocks_client::stream::StreamKey;
 use mixsocks_common::session::OpenOutcome;
-use rand::RngExt;
 use rand::rngs::StdRng;
+use rand::{Rng, RngExt, SeedableRng};
+
+/// Bytes after which what an end writes begins again: a prime, so that no round number of bytes too many
+/// or too few goes unnoticed.
+const PATTERN_BYTES: usize = 1_048_573;
+/// By so much the directions of streams differ in where they begin.
+const PATTERN_STEP: u64 = 10_007;
 
 /// One of the two ends of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -200,14 +207,26 @@ impl Stream {
 
     /// The bytes that an end writes from `offset` on.
     pub(crate) fn bytes(&self, end: End, offset: u64, len: usize) -> Vec<u8> {
-        (offset..offset + len as u64).map(|at| self.byte(end, at)).collect()
+        let mut bytes = Vec::with_capacity(len);
+        while bytes.len() < len {
+            let piece = self.piece(end, offset + bytes.len() as u64);
+            bytes.extend_from_slice(&piece[..piece.len().min(len - bytes.len())]);
+        }
+        bytes
     }
 
-    fn byte(&self, end: End, at: u64) -> u8 {
-        let mixed = (at + 1)
-            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
-            .wrapping_add(self.number as u64 * 31 + end as u64 * 7);
-        (mixed >> 56).to_le_bytes()[0]
+    /// Some of the bytes that an end writes from `offset` on: a part of one long pattern, which each
+    /// direction of each stream begins elsewhere.
+    fn piece(&self, end: End, offset: u64) -> &'static [u8] {
+        static PATTERN: OnceLock<Vec<u8>> = OnceLock::new();
+        let pattern = PATTERN.get_or_init(|| {
+            let mut bytes = vec![0; PATTERN_BYTES];
+            StdRng::seed_from_u64(1).fill_bytes(&mut bytes);
+            bytes
+        });
+        let begins = (2 * self.number + end as usize) as u64 * PATTERN_STEP;
+        let at = (begins + offset) % PATTERN_BYTES as u64;
+        &pattern[usize::try_from(at).expect("within the pattern")..]
     }
 
     /// Bytes that `end` has read `now`: they must be those that the other one wrote.
@@ -226,10 +245,10 @@ impl Stream {
         if at + bytes.len() as u64 > self.writing(from).written && !self.may_fail() {
             return Err(format!("stream {} reads more than was written", self.number));
         }
-        let wrong = (0..bytes.len()).find(|n| bytes[*n] != self.byte(from, at + *n as u64));
-        if let Some(wrong) = wrong {
-            let at = at + wrong as u64;
-            return Err(format!("stream {}: byte {at} from {from:?} is wrong", self.number));
+        if bytes != self.bytes(from, at, bytes.len()) {
+            let end = at + bytes.len() as u64;
+            let number = self.number;
+            return Err(format!("stream {number}: a byte of {at}..{end} from {from:?} is wrong"));
         }
         let direction = self.writing_mut(from);
         direction.read += bytes.len() as u64;

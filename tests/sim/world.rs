@@ -540,6 +540,7 @@ impl<C: Codec> World<C> {
         let address = self.endpoints[endpoint].key.address;
         let Some(inbox) = self.gateways[gateway].clients.get_mut(&address) else { return Ok(()) };
         if inbox.connection != Some(connection) {
+            self.hang_up(endpoint, connection);
             return Ok(());
         }
         inbox.delivery.confirm(frame.counter).map_err(|error| error.to_string())?;
@@ -555,6 +556,14 @@ impl<C: Codec> World<C> {
         }
         self.flush_down(endpoint);
         Ok(())
+    }
+
+    /// A gateway gets something on a connection that it has closed: it says so.
+    fn hang_up(&mut self, endpoint: usize, connection: u64) {
+        let at_endpoint = &self.endpoints[endpoint];
+        if at_endpoint.is_connected && at_endpoint.connection == connection {
+            self.cut(endpoint);
+        }
     }
 
     fn handle_down(
