@@ -514,6 +514,7 @@ impl Streams {
                 }
                 stream.send.on_acked(piece);
                 stream.note(&mut self.totals);
+                self.unblock_writer(*id);
                 self.forget_if_over(*id);
             }
             Cargo::Reset(id) => {
@@ -587,6 +588,8 @@ impl Streams {
         }
     }
 
+    /// Wakes a writer that waits, if there is room now: because more was granted, or because what was
+    /// kept for repeating is acknowledged.
     fn unblock_writer(&mut self, id: StreamId) {
         if let Some(stream) = self.streams.get_mut(&id)
             && stream.write_blocked
