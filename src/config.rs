@@ -208,7 +208,7 @@ pub(crate) fn template(role: &str, command: &Command, matches: &ArgMatches) -> S
          {ROLE} = {}\n",
         quoted(role)
     );
-    for argument in settings(command) {
+    for argument in settings(command).filter(|argument| !argument.is_hide_set()) {
         let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
         out.push('\n');
         for line in wrapped(&help) {

@@ -11,6 +11,7 @@ mod client;
 mod config;
 mod data_dir;
 mod directory;
+mod impairment;
 mod invitations;
 mod logging;
 mod membership;

@@ -11,6 +11,7 @@ use mixsocks_common::topology::{Topology, UnixTime};
 use mixsocks_directory::{Following, Publisher, unix_time};
 use mixsocks_node::gateway::{Gateway, GatewayConfig};
 use mixsocks_node::keys::SphinxKeys;
+use mixsocks_node::link::Impairment;
 use mixsocks_node::mix::{Mix, MixConfig};
 use mixsocks_node::monitor::Monitor;
 use tokio::net::TcpListener;
@@ -19,6 +20,7 @@ use tokio::sync::watch;
 use crate::cli::{Cli, Command, NodeArgs, NodeCommand, kind_word};
 use crate::config;
 use crate::data_dir::DataDir;
+use crate::impairment;
 use crate::membership::Membership;
 use crate::open_files;
 use crate::service::{self, Report, Service};
@@ -61,6 +63,7 @@ async fn serve(args: NodeArgs, quiet: bool) -> Result<()> {
     let listeners = Listeners::bind(&args).await?;
     let addresses = Arc::new(Mutex::new(Addresses::of(&args, &listeners)?));
     let words = addresses.lock().unwrap_or_else(PoisonError::into_inner).words(args.kind);
+    let impairments = Impairments::read(&args)?;
     let line = format!("{}  {} {words}", kind_word(args.kind), identity.identity());
     service.watch(|| async { Report::sick("there is no document yet") });
     service.ready();
@@ -69,14 +72,18 @@ async fn serve(args: NodeArgs, quiet: bool) -> Result<()> {
         false => format!("{line}\nIt works once a document has it. Ctrl-C stops."),
     });
     let bound = listeners.bound()?;
-    let reload = || match reread().and_then(|args| Addresses::moved(&args, &bound)) {
-        Ok(newest) => {
-            *addresses.lock().unwrap_or_else(PoisonError::into_inner) = newest;
-            tracing::info!("the addresses were read again");
+    let reload = || {
+        impairments.reread();
+        match reread().and_then(|args| Addresses::moved(&args, &bound)) {
+            Ok(newest) => {
+                *addresses.lock().unwrap_or_else(PoisonError::into_inner) = newest;
+                tracing::info!("the addresses were read again");
+            }
+            Err(error) => tracing::warn!("the settings are not read again: {error:#}"),
         }
-        Err(error) => tracing::warn!("the settings are not read again: {error:#}"),
     };
-    let mut starting = Box::pin(start(&args, &dir, identity, listeners, addresses.clone()));
+    let shared = Shared { addresses: addresses.clone(), impairment: impairments.subscribe() };
+    let mut starting = Box::pin(start(&args, &dir, identity, listeners, shared));
     let mut node = loop {
         tokio::select! {
             started = &mut starting => break started?,
@@ -188,6 +195,49 @@ fn reachable(given: Option<SocketAddr>, bound: SocketAddr, option: &str) -> Resu
     }
 }
 
+/// What happens to packets on their way to other nodes, if the network is under test.
+struct Impairments(Option<(PathBuf, watch::Sender<Impairment>)>);
+
+impl Impairments {
+    fn read(args: &NodeArgs) -> Result<Self> {
+        let Some(path) = args.impairment.clone() else { return Ok(Self(None)) };
+        let impairments = Self(Some((path.clone(), watch::Sender::new(impairment::read(&path)?))));
+        impairments.tell();
+        Ok(impairments)
+    }
+
+    fn subscribe(&self) -> Option<watch::Receiver<Impairment>> {
+        self.0.as_ref().map(|(_, impairment)| impairment.subscribe())
+    }
+
+    fn reread(&self) {
+        let Some((path, impairment)) = &self.0 else { return };
+        match impairment::read(path) {
+            Ok(newest) => {
+                impairment.send_replace(newest);
+                self.tell();
+            }
+            Err(error) => tracing::warn!("what happens to packets stays as it was: {error:#}"),
+        }
+    }
+
+    /// No network should be like that by mistake.
+    fn tell(&self) {
+        if let Some((_, impairment)) = &self.0 {
+            tracing::warn!(
+                "under test, packets fare as they are told to: {:?}",
+                impairment.borrow()
+            );
+        }
+    }
+}
+
+/// What may change while it runs.
+struct Shared {
+    addresses: Arc<Mutex<Addresses>>,
+    impairment: Option<watch::Receiver<Impairment>>,
+}
+
 /// A running node with what keeps it up to date.
 struct Running {
     part: Part,
@@ -206,7 +256,7 @@ async fn start(
     dir: &Arc<DataDir>,
     identity: Arc<IdentityKey>,
     listeners: Listeners,
-    addresses: Arc<Mutex<Addresses>>,
+    Shared { addresses, impairment }: Shared,
 ) -> Result<Running> {
     let membership = Membership::learn(&args.member, dir, Pace::Node).await?;
     let epochs = membership.rules().parameters.epochs;
@@ -216,7 +266,7 @@ async fn start(
     let publisher =
         membership.publish(identity.clone(), move |now| describe(&told, &addresses, now));
     let (topology, following) = membership.documents().await?;
-    let part = Part::start(identity, keys, topology.clone(), listeners, folder)?;
+    let part = Part::start(identity, keys, topology.clone(), listeners, folder, impairment)?;
     Ok(Running { part, topology, following, publisher })
 }
 
@@ -240,6 +290,7 @@ impl Part {
         topology: watch::Receiver<Arc<Topology>>,
         listeners: Listeners,
         data_dir: PathBuf,
+        impairment: Option<watch::Receiver<Impairment>>,
     ) -> Result<Self> {
         let Listeners { links, clients } = listeners;
         match clients {
@@ -253,12 +304,20 @@ impl Part {
                     client_listener,
                     data_dir,
                 };
-                let gateway = Gateway::start(config).context("the gateway does not start")?;
+                let gateway = match impairment {
+                    Some(impairment) => Gateway::start_impaired(config, impairment),
+                    None => Gateway::start(config),
+                };
+                let gateway = gateway.context("the gateway does not start")?;
                 Ok(Self::Gateway(gateway))
             }
             None => {
                 let config = MixConfig { identity, keys, topology, listener: links, data_dir };
-                Ok(Self::Mix(Mix::start(config).context("the mix does not start")?))
+                let mix = match impairment {
+                    Some(impairment) => Mix::start_impaired(config, impairment),
+                    None => Mix::start(config),
+                };
+                Ok(Self::Mix(mix.context("the mix does not start")?))
             }
         }
     }

@@ -44,11 +44,13 @@ pub enum DropReason {
     ClientQueueFull,
     /// The packet waited for its client for too long.
     Expired,
+    /// The node is under test, and loses packets as it was told ([`crate::link::Impairment`]).
+    Impaired,
 }
 
 impl DropReason {
     /// All reasons, in the order of their declaration.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::MalformedFrame,
         Self::BadMac,
         Self::LowOrder,
@@ -66,6 +68,7 @@ impl DropReason {
         Self::UnknownClient,
         Self::ClientQueueFull,
         Self::Expired,
+        Self::Impaired,
     ];
 
     /// A few words for people.
@@ -88,6 +91,7 @@ impl DropReason {
             Self::UnknownClient => "unknown client",
             Self::ClientQueueFull => "client queue full",
             Self::Expired => "expired",
+            Self::Impaired => "impaired link",
         }
     }
 }

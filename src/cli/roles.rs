@@ -237,6 +237,10 @@ pub(crate) struct NodeArgs {
         value_parser = parse_socket_address
     )]
     pub(crate) client_address: Option<SocketAddr>,
+    /// For networks under test: file that says which part of the packets to other nodes is lost and
+    /// how late they are. It is read again with SIGHUP.
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub(crate) impairment: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) run: RunArgs,
 }

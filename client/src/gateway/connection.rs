@@ -9,10 +9,16 @@ use mixsocks_common::gateway::message::{ClientMessage, GatewayMessage};
 use mixsocks_common::gateway::transcript::{Binding, EXPORTER_LABEL, EXPORTER_LEN};
 use mixsocks_common::gateway::websocket;
 use mixsocks_common::keys::Identity;
+use mixsocks_common::link::redial::CONNECT_TIMEOUT;
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use mixsocks_common::link::redial::UNANSWERED_TIMEOUT;
 use mixsocks_common::link::tls::{self, CLIENT_ALPN};
 use mixsocks_common::link::{FrameBody, FrameCodec, LinkError};
 use rustls::ClientConfig;
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use socket2::SockRef;
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::WebSocketStream;
@@ -40,11 +46,15 @@ pub(super) struct Connection {
 }
 
 impl Dialler {
-    /// Connects, and makes sure that it is the right gateway. Without a time limit of its own.
+    /// Connects, and makes sure that it is the right gateway. Only the first of it, until the
+    /// gateway's system answers, has a time limit of its own.
     pub(super) async fn dial(&self) -> Result<(Connection, Binding), GatewayLinkError> {
         let unreachable = |source| GatewayLinkError::Unreachable { address: self.address, source };
-        let stream = TcpStream::connect(self.address).await.map_err(unreachable)?;
-        stream.set_nodelay(true).map_err(unreachable)?;
+        let stream = timeout(CONNECT_TIMEOUT, TcpStream::connect(self.address))
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+            .map_err(unreachable)?;
+        prepare(&stream).map_err(unreachable)?;
         let stream = TlsConnector::from(self.tls.clone())
             .connect(tls::server_name(), stream)
             .await
@@ -63,7 +73,8 @@ impl Dialler {
     fn tls_error(&self, error: io::Error) -> GatewayLinkError {
         match LinkError::from_io(&error) {
             Some(source) => self.link_error(source),
-            None => GatewayLinkError::Unreachable { address: self.address, source: error },
+            // Somebody has answered: this is no dial that costs the gateway nothing.
+            None => tungstenite::Error::Io(error).into(),
         }
     }
 
@@ -94,6 +105,16 @@ impl Connection {
             FrameBody::Pad => Err(GatewayLinkError::Unexpected("pad")),
         }
     }
+}
+
+/// Sets up a TCP connection that is new: what is written to it goes at once, and it ends when the other
+/// end's system has answered nothing for [`UNANSWERED_TIMEOUT`] of what was written. Elsewhere than on
+/// Linux only the keepalive notices that.
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    SockRef::from(stream).set_tcp_user_timeout(Some(UNANSWERED_TIMEOUT))?;
+    Ok(())
 }
 
 /// Waits for the bytes of a frame. Can be cancelled without loss.

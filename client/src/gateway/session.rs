@@ -13,12 +13,12 @@ use mixsocks_common::gateway::keepalive::{Due, Keepalive};
 use mixsocks_common::gateway::message::{ClientMessage, GatewayMessage, Refusal, Resume};
 use mixsocks_common::gateway::token::Token;
 use mixsocks_common::keys::Identity;
-use mixsocks_common::link::{FrameBody, FrameCodec, tls};
+use mixsocks_common::link::redial::Failure;
+use mixsocks_common::link::{FrameBody, FrameCodec, Redial, tls};
 use mixsocks_common::topology::Role;
 use mixsocks_sphinx::{HEADER_LEN, HopAddress, Packet};
-use rand::RngExt;
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_tungstenite::tungstenite::Message;
 use tracing::{debug, info, warn};
 
@@ -34,12 +34,8 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Frames per write: 16 of them fill some two TLS records.
 const WRITE_FRAMES: usize = 16;
-const FIRST_WAIT: Duration = Duration::from_millis(100);
-const LONGEST_WAIT: Duration = Duration::from_secs(10);
 /// No gateway keeps a client away for longer.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(60);
-/// A connection that lived this long was a good one: the next dial need not wait.
-const STABLE_AFTER: Duration = Duration::from_secs(10);
 
 type Outgoing = (HopAddress, Packet);
 
@@ -187,7 +183,7 @@ impl Session {
     }
 
     fn welcome(&mut self, welcome: Welcome) -> Result<(), GatewayLinkError> {
-        let keepalive = Keepalive::new(Instant::now().into_std());
+        let keepalive = Keepalive::new(now());
         match &mut self.flow {
             Some(flow) => {
                 if welcome.resumed {
@@ -219,18 +215,15 @@ impl Session {
         downlink: mpsc::Sender<Packet>,
         states: watch::Sender<LinkState>,
     ) {
-        let mut backoff = Backoff(FIRST_WAIT);
+        let mut redial = Redial::new(now());
         loop {
-            let since = Instant::now();
+            redial.handle_up(now());
             let error = match self.carry(connection, &mut uplink, &downlink).await {
                 End::Dropped => break,
                 End::Failed(error) => error,
             };
-            if since.elapsed() >= STABLE_AFTER {
-                backoff = Backoff(FIRST_WAIT);
-            }
             warn!("the gateway link was cut: {error}");
-            match self.reconnect(error, &mut backoff, &downlink, &states).await {
+            match self.reconnect(error, &mut redial, &downlink, &states).await {
                 ControlFlow::Continue(next) => connection = next,
                 ControlFlow::Break(last) => {
                     states.send_replace(last);
@@ -246,18 +239,21 @@ impl Session {
     async fn reconnect(
         &mut self,
         mut error: GatewayLinkError,
-        backoff: &mut Backoff,
+        redial: &mut Redial,
         downlink: &mpsc::Sender<Packet>,
         states: &watch::Sender<LinkState>,
     ) -> ControlFlow<LinkState, Connection> {
+        let mut failure = Failure::Ended;
         for attempts in 0u32.. {
             if let GatewayLinkError::Evicted = error {
                 return ControlFlow::Break(LinkState::Evicted);
             }
-            let wait = backoff.next_wait(&error);
+            let again =
+                redial.handle_failure(now(), failure, &mut rand::rng()) + asked_wait(&error);
             states.send_replace(LinkState::Reconnecting { attempts, error: Arc::new(error) });
             let next = async {
-                sleep(wait).await;
+                sleep_until(again.into()).await;
+                redial.handle_dial(now());
                 Box::pin(self.log_in()).await
             };
             let result = tokio::select! {
@@ -268,6 +264,10 @@ impl Session {
                 Ok(connection) => return ControlFlow::Continue(connection),
                 Err(failed) => {
                     debug!("the gateway link is still down: {failed}");
+                    failure = match failed {
+                        GatewayLinkError::Unreachable { .. } => Failure::Unanswered,
+                        _ => Failure::Refused,
+                    };
                     error = failed;
                 }
             }
@@ -301,7 +301,7 @@ impl Session {
             // connection in any case.
             let _ = timeout(GOODBYE_TIMEOUT, carrier.say_goodbye(&mut sink, uplink)).await;
         }
-        carrier.flow().delivery.detach(Instant::now().into_std());
+        carrier.flow().delivery.detach(now());
         end
     }
 }
@@ -352,7 +352,7 @@ impl<'a> Carrier<'a> {
 
     fn handle_frame(&self, bytes: &[u8]) -> Result<Option<Packet>, GatewayLinkError> {
         let frame = self.codec.decode(bytes)?;
-        let now = Instant::now().into_std();
+        let now = now();
         let mut flow = self.flow();
         flow.delivery.confirm(frame.counter)?;
         flow.keepalive.heard(now);
@@ -450,7 +450,7 @@ impl<'a> Carrier<'a> {
         batch: &mut Vec<Outgoing>,
         is_stuck: bool,
     ) -> Result<Vec<Message>, GatewayLinkError> {
-        let now = Instant::now().into_std();
+        let now = now();
         let mut flow = self.flow();
         let Flow { delivery, received, keepalive } = &mut **flow;
         delivery.handle_timeout(now);
@@ -488,23 +488,18 @@ impl<'a> Carrier<'a> {
     }
 }
 
-/// The longest next wait.
-struct Backoff(Duration);
-
-impl Backoff {
-    /// Waits double from 100 ms to 10 s, each cut by up to a half at random, so that the clients of
-    /// a gateway that comes back do not all dial at once. A gateway that asks for more time gets it.
-    fn next_wait(&mut self, error: &GatewayLinkError) -> Duration {
-        let longest = self.0;
-        self.0 = (longest * 2).min(LONGEST_WAIT);
-        let asked = match error {
-            GatewayLinkError::Refused(Refusal::RateLimited { retry_after_s }) => {
-                Duration::from_secs((*retry_after_s).into()).min(LONGEST_RETRY_AFTER)
-            }
-            _ => Duration::ZERO,
-        };
-        asked + rand::rng().random_range(longest / 2..=longest)
+/// How much longer than else the gateway wants this client to wait.
+fn asked_wait(error: &GatewayLinkError) -> Duration {
+    match error {
+        GatewayLinkError::Refused(Refusal::RateLimited { retry_after_s }) => {
+            Duration::from_secs((*retry_after_s).into()).min(LONGEST_RETRY_AFTER)
+        }
+        _ => Duration::ZERO,
     }
+}
+
+fn now() -> std::time::Instant {
+    Instant::now().into_std()
 }
 
 #[cfg(test)]
@@ -554,17 +549,12 @@ mod tests {
     }
 
     #[test]
-    fn waits_double_up_to_the_longest_and_keep_to_what_the_gateway_asks() {
-        let mut backoff = Backoff(FIRST_WAIT);
-        for doublings in 0..20u32 {
-            let longest = (FIRST_WAIT * 2u32.pow(doublings.min(10))).min(LONGEST_WAIT);
-            let wait = backoff.next_wait(&GatewayLinkError::Closed);
-            assert!((longest / 2..=longest).contains(&wait), "{doublings}: {wait:?}");
-        }
-        let limited = GatewayLinkError::Refused(Refusal::RateLimited { retry_after_s: 40 });
-        let wait = Backoff(FIRST_WAIT).next_wait(&limited);
-        assert!(wait > Duration::from_secs(40) && wait <= Duration::from_secs(41), "{wait:?}");
-        let limited = GatewayLinkError::Refused(Refusal::RateLimited { retry_after_s: u16::MAX });
-        assert!(Backoff(FIRST_WAIT).next_wait(&limited) <= Duration::from_secs(61));
+    fn a_gateway_that_asks_for_time_gets_it_but_not_for_ever() {
+        let limited = |retry_after_s| {
+            asked_wait(&GatewayLinkError::Refused(Refusal::RateLimited { retry_after_s }))
+        };
+        assert_eq!(limited(40), Duration::from_secs(40));
+        assert_eq!(limited(u16::MAX), LONGEST_RETRY_AFTER);
+        assert_eq!(asked_wait(&GatewayLinkError::Closed), Duration::ZERO);
     }
 }

@@ -31,6 +31,7 @@ use super::limits::RegistrationLimit;
 use super::registrations::{Registrations, RegistrationsError, Stored};
 use super::today;
 use crate::counters::{Counters, DropReason};
+use crate::link::prepare;
 use crate::sources::Source;
 
 /// From the first TCP packet to WELCOME.
@@ -190,7 +191,7 @@ impl Doorkeeper {
     }
 
     async fn open(&self, stream: TcpStream) -> Result<(Socket, Binding), ConnectionError> {
-        stream.set_nodelay(true).map_err(ConnectionError::Tcp)?;
+        prepare(&stream).map_err(ConnectionError::Tcp)?;
         let stream = TlsAcceptor::from(self.tls.clone())
             .accept(stream)
             .await

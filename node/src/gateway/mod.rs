@@ -45,7 +45,7 @@ use self::registrations::{Day, Registrations};
 use crate::clock::Clock;
 use crate::counters::{Counters, DropReason};
 use crate::keys::SphinxKeys;
-use crate::link::{LinkContext, LinkFailure, LinkListener, LinkPool};
+use crate::link::{Impairment, LinkContext, LinkFailure, LinkListener, LinkPool};
 use crate::monitor::Monitor;
 use crate::peel::{MAX_REPLAY_TAGS, Peeler};
 use crate::replay_log::ReplayLogError;
@@ -142,10 +142,28 @@ impl Gateway {
     /// # Panics
     /// Outside of a Tokio runtime.
     pub fn start(config: GatewayConfig) -> Result<Self, GatewayError> {
-        Self::start_at(config, Clock::System)
+        Self::start_at(config, Clock::System, None)
     }
 
-    fn start_at(config: GatewayConfig, clock: Clock) -> Result<Self, GatewayError> {
+    /// As [`Self::start`], for a network under test: things happen to the packets that it sends to mixes.
+    ///
+    /// # Errors
+    /// [`GatewayError`].
+    ///
+    /// # Panics
+    /// Outside of a Tokio runtime.
+    pub fn start_impaired(
+        config: GatewayConfig,
+        impairment: watch::Receiver<Impairment>,
+    ) -> Result<Self, GatewayError> {
+        Self::start_at(config, Clock::System, Some(impairment))
+    }
+
+    fn start_at(
+        config: GatewayConfig,
+        clock: Clock,
+        impairment: Option<watch::Receiver<Impairment>>,
+    ) -> Result<Self, GatewayError> {
         let me = config.identity.identity();
         let GatewayConfig { identity, keys, topology: mut documents, .. } = config;
         let topology = documents.borrow_and_update().clone();
@@ -160,6 +178,7 @@ impl Gateway {
         let clients = Arc::new(Clients::new(topology.packet_bytes(), counters.clone()));
         let (in_use, used_topology) = watch::channel(topology.clone());
         let context = LinkContext::new(identity.clone(), used_topology, counters.clone());
+        let context = context.impaired(impairment);
         let pool = Arc::new(LinkPool::start(context.clone())?);
         let (inbound, packets) = mpsc::channel(INBOUND_QUEUE_PACKETS);
         let links = LinkListener::start(context, config.link_listener, inbound)?;

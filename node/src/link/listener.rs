@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mixsocks_common::keys::Identity;
+use mixsocks_common::link::redial::STABLE_AFTER;
 use mixsocks_common::link::tls;
 use mixsocks_common::topology::Topology;
 use mixsocks_sphinx::Packet;
@@ -19,7 +20,7 @@ use tokio_rustls::server::TlsStream;
 use tracing::{debug, warn};
 
 use super::connection::{Connection, Incoming, within};
-use super::{LinkContext, LinkFailure, SETUP_TIMEOUT, SILENCE_TIMEOUT, STABLE_AFTER, changed};
+use super::{LinkContext, LinkFailure, SETUP_TIMEOUT, SILENCE_TIMEOUT, changed, prepare};
 use crate::accept::Accepting;
 use crate::counters::DropReason;
 use crate::sources::{HalfOpen, HalfOpenLimits, Source};
@@ -210,7 +211,7 @@ impl Acceptor {
 }
 
 async fn open(stream: TcpStream, tls: Arc<ServerConfig>, context: &LinkContext) -> Opened {
-    stream.set_nodelay(true)?;
+    prepare(&stream)?;
     let stream = TlsAcceptor::from(tls).accept(stream).await?;
     let (connection, peer) = Connection::open(stream, |stream| stream.get_ref().1, context).await?;
     Ok((Box::new(connection), peer))

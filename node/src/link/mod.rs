@@ -8,8 +8,8 @@
 //!
 //! When the topology changes, links that it does not touch stay as they are.
 
-mod backoff;
 mod connection;
+mod impairment;
 mod listener;
 mod next_hops;
 mod pool;
@@ -20,16 +20,21 @@ mod tests;
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mixsocks_common::keys::{Identity, IdentityKey};
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use mixsocks_common::link::redial::UNANSWERED_TIMEOUT;
 use mixsocks_common::link::{FrameCodec, FrameError, Hello, HelloError, LinkError};
 use mixsocks_common::topology::Topology;
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use socket2::SockRef;
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 
 use crate::counters::Counters;
 
-pub use backoff::Backoff;
+pub use impairment::{Impairment, MAX_IMPAIRMENT_DELAY};
 pub use listener::{LinkListener, MAX_HALF_OPEN, MAX_HALF_OPEN_PER_SITE, MAX_HALF_OPEN_PER_SOURCE};
 pub use next_hops::NextHops;
 pub use pool::{LINK_QUEUE_BYTES, LinkPool};
@@ -46,8 +51,6 @@ const SILENCE_TIMEOUT: Duration = Duration::from_secs(60);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(15);
 /// Packets wait in the queue while the next dial is no further away than this, else they go.
 const DIAL_PATIENCE: Duration = Duration::from_secs(1);
-/// A link that lived this long was a good one: its end is news, and the next dial need not wait.
-const STABLE_AFTER: Duration = Duration::from_secs(10);
 
 /// What all links of a node have in common; cheap to clone.
 #[derive(Clone, Debug)]
@@ -59,6 +62,7 @@ pub struct LinkContext {
     codec: FrameCodec,
     hello: Arc<Hello>,
     ping_interval: Duration,
+    impairment: Option<watch::Receiver<Impairment>>,
 }
 
 impl LinkContext {
@@ -78,14 +82,39 @@ impl LinkContext {
             topology,
             counters,
             ping_interval: PING_INTERVAL,
+            impairment: None,
         }
     }
+
+    /// The same, where things happen to packets on their way to other nodes if the network is under
+    /// test.
+    pub fn impaired(self, impairment: Option<watch::Receiver<Impairment>>) -> Self {
+        Self { impairment, ..self }
+    }
+}
+
+/// Sets up a TCP connection that is new: what is written to it goes at once, and it ends when the other
+/// end's system has answered nothing for [`UNANSWERED_TIMEOUT`] of what was written. Elsewhere than on
+/// Linux only pings notice that.
+pub(crate) fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    SockRef::from(stream).set_tcp_user_timeout(Some(UNANSWERED_TIMEOUT))?;
+    Ok(())
 }
 
 /// Waits for another topology; for ever when none will come any more.
 pub(crate) async fn changed<T>(news: &mut watch::Receiver<T>) {
     if news.changed().await.is_err() {
         std::future::pending().await
+    }
+}
+
+/// Sleeps until then, or for ever.
+pub(crate) async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
     }
 }
 

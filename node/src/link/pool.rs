@@ -9,23 +9,26 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use mixsocks_common::keys::Identity;
-use mixsocks_common::link::LinkError;
-use mixsocks_common::link::tls;
+use mixsocks_common::link::redial::{CONNECT_TIMEOUT, Failure, STABLE_AFTER};
+use mixsocks_common::link::{LinkError, Redial, tls};
 use mixsocks_common::topology::Topology;
 use mixsocks_sphinx::Packet;
 use rustls::ClientConfig;
 use tokio::net::TcpStream;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep};
+use tokio::time::{
+    Instant, Interval, MissedTickBehavior, interval_at, sleep, sleep_until, timeout,
+};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tracing::{debug, info, warn};
 
-use super::backoff::Backoff;
 use super::connection::{Connection, Incoming, within};
-use super::{DIAL_PATIENCE, LinkContext, LinkFailure, SETUP_TIMEOUT, STABLE_AFTER, changed};
-use crate::counters::DropReason;
+use super::impairment::impair;
+use super::{DIAL_PATIENCE, LinkContext, LinkFailure, SETUP_TIMEOUT, changed, prepare};
+use crate::counters::{Counters, DropReason};
 
 /// Bytes of packets that may wait for one neighbour, whatever the network's packets measure: 4,376
 /// of the usual ones, some hundred milliseconds of what a node can peel, and 316 of the largest.
@@ -45,12 +48,20 @@ const WRITE_PACKETS: usize = 32;
 /// Dropping the pool closes all links.
 #[derive(Debug)]
 pub struct LinkPool {
-    /// Locked for a look-up, or while neighbours change; never across an await.
-    neighbours: RwLock<BTreeMap<Identity, Neighbour>>,
+    neighbours: Arc<Neighbours>,
     context: LinkContext,
     queue_packets: usize,
+    /// Under test: whereto all packets go first.
+    impaired: Option<mpsc::Sender<(Identity, Packet)>>,
     /// One for each neighbour, and those that are just ending.
     tasks: Mutex<JoinSet<()>>,
+}
+
+#[derive(Debug)]
+struct Neighbours {
+    /// Locked for a look-up, or while neighbours change; never across an await.
+    by_identity: RwLock<BTreeMap<Identity, Neighbour>>,
+    counters: Arc<Counters>,
 }
 
 #[derive(Debug)]
@@ -71,12 +82,20 @@ impl LinkPool {
     /// Outside of a Tokio runtime.
     pub fn start(context: LinkContext) -> Result<Self, LinkError> {
         let topology = context.topology.borrow().clone();
-        let pool = Self {
-            neighbours: RwLock::default(),
-            queue_packets: LINK_QUEUE_BYTES / topology.packet_bytes(),
-            context,
-            tasks: Mutex::default(),
-        };
+        let counters = context.counters.clone();
+        let neighbours = Arc::new(Neighbours { by_identity: RwLock::default(), counters });
+        let queue_packets = LINK_QUEUE_BYTES / topology.packet_bytes();
+        let mut tasks = JoinSet::new();
+        let impaired = context.impairment.clone().map(|impairment| {
+            let (impaired, packets) = mpsc::channel(queue_packets);
+            let (links, counts) = (neighbours.clone(), neighbours.clone());
+            let deliver = move |to: &Identity, packet| links.send(to, packet);
+            let drop_one = move |reason| counts.counters.add_drop(reason);
+            tasks.spawn(impair(impairment, packets, queue_packets, deliver, drop_one));
+            impaired
+        });
+        let tasks = Mutex::new(tasks);
+        let pool = Self { neighbours, queue_packets, context, impaired, tasks };
         pool.set_topology(&topology)?;
         Ok(pool)
     }
@@ -99,7 +118,8 @@ impl LinkPool {
             .map(|node| (node.identity, node.link_address))
             .collect();
         // A panic inside leaves neighbours that are in order, if not all of them.
-        let mut neighbours = self.neighbours.write().unwrap_or_else(PoisonError::into_inner);
+        let by_identity = &self.neighbours.by_identity;
+        let mut neighbours = by_identity.write().unwrap_or_else(PoisonError::into_inner);
         neighbours.retain(|identity, neighbour| {
             let stays = wanted.contains_key(identity);
             if !stays {
@@ -145,22 +165,12 @@ impl LinkPool {
     /// Queues a packet for a neighbour; never waits. A packet that cannot be queued is dropped and
     /// counted: the neighbour is none, its link is down, or its queue is full.
     pub fn send(&self, to: &Identity, packet: Packet) {
-        let Err(reason) = self.try_send(to, packet) else {
-            return;
+        let Some(impaired) = &self.impaired else {
+            return self.neighbours.send(to, packet);
         };
-        self.context.counters.add_drop(reason);
-    }
-
-    fn try_send(&self, to: &Identity, packet: Packet) -> Result<(), DropReason> {
-        let neighbours = self.neighbours.read().unwrap_or_else(PoisonError::into_inner);
-        let neighbour = neighbours.get(to).ok_or(DropReason::UnknownNextHop)?;
-        if neighbour.is_down.load(Ordering::Relaxed) {
-            return Err(DropReason::LinkDown);
+        if let Err(error) = impaired.try_send((*to, packet)) {
+            self.context.counters.add_drop(reason(&error));
         }
-        neighbour.queue.try_send(packet).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => DropReason::QueueFull,
-            mpsc::error::TrySendError::Closed(_) => DropReason::LinkDown,
-        })
     }
 
     /// Waits until no packet is queued for a neighbour whose link is up.
@@ -173,7 +183,8 @@ impl LinkPool {
     }
 
     fn is_anything_queued(&self) -> bool {
-        let neighbours = self.neighbours.read().unwrap_or_else(PoisonError::into_inner);
+        let by_identity = &self.neighbours.by_identity;
+        let neighbours = by_identity.read().unwrap_or_else(PoisonError::into_inner);
         neighbours.values().any(|neighbour| {
             !neighbour.is_down.load(Ordering::Relaxed)
                 && neighbour.queue.capacity() < neighbour.queue.max_capacity()
@@ -183,6 +194,31 @@ impl LinkPool {
     /// Closes all links, and returns when they are closed. Queued packets are lost.
     pub async fn shutdown(self) {
         self.tasks.into_inner().unwrap_or_else(PoisonError::into_inner).shutdown().await;
+    }
+}
+
+impl Neighbours {
+    fn send(&self, to: &Identity, packet: Packet) {
+        if let Err(reason) = self.try_send(to, packet) {
+            self.counters.add_drop(reason);
+        }
+    }
+
+    fn try_send(&self, to: &Identity, packet: Packet) -> Result<(), DropReason> {
+        let neighbours = self.by_identity.read().unwrap_or_else(PoisonError::into_inner);
+        let neighbour = neighbours.get(to).ok_or(DropReason::UnknownNextHop)?;
+        if neighbour.is_down.load(Ordering::Relaxed) {
+            return Err(DropReason::LinkDown);
+        }
+        neighbour.queue.try_send(packet).map_err(|error| reason(&error))
+    }
+}
+
+/// What a packet that a queue did not take is counted as.
+fn reason<T>(error: &TrySendError<T>) -> DropReason {
+    match error {
+        TrySendError::Full(_) => DropReason::QueueFull,
+        TrySendError::Closed(_) => DropReason::LinkDown,
     }
 }
 
@@ -201,12 +237,14 @@ pub(super) type Dialled = Connection<TlsStream<TcpStream>>;
 impl Dialler {
     async fn run(mut self) {
         let peer = self.peer;
-        let mut backoff = Backoff::default();
+        let mut redial = Redial::new(now());
         // Trouble is said once when it begins, not at each try.
         let mut is_troubled = false;
         loop {
-            let (problem, is_reachable) = match self.dial().await {
+            redial.handle_dial(now());
+            let (problem, failure) = match self.dial().await {
                 Ok(connection) => {
+                    redial.handle_up(now());
                     self.is_down.store(false, Ordering::Relaxed);
                     if is_troubled {
                         info!(%peer, "link is up again");
@@ -217,17 +255,15 @@ impl Dialler {
                     let ControlFlow::Break(end) = self.carry(connection).await else {
                         return;
                     };
-                    if since.elapsed() >= STABLE_AFTER {
-                        backoff.reset();
-                        is_troubled = false;
-                    }
-                    (end, true)
+                    is_troubled &= since.elapsed() < STABLE_AFTER;
+                    (end, Failure::Ended)
                 }
-                Err(error) => (error, false),
+                Err(error @ LinkFailure::Connect(_)) => (error, Failure::Unanswered),
+                Err(error) => (error, Failure::Refused),
             };
             if matches!(problem, LinkFailure::Moved) {
                 debug!(%peer, "link ended: {problem}");
-                backoff.reset();
+                redial.reset();
                 continue;
             }
             if is_troubled {
@@ -236,14 +272,14 @@ impl Dialler {
                 warn!(%peer, "no link: {problem}");
                 is_troubled = true;
             }
-            let wait = backoff.next_wait(&mut rand::rng());
-            if !is_reachable || wait > DIAL_PATIENCE {
+            let again = redial.handle_failure(now(), failure, &mut rand::rng());
+            if failure != Failure::Ended || again > now() + DIAL_PATIENCE {
                 self.is_down.store(true, Ordering::Relaxed);
                 self.drop_queued();
             }
             tokio::select! {
-                () = sleep(wait) => {}
-                () = changed(&mut self.address) => backoff.reset(),
+                () = sleep_until(again.into()) => {}
+                () = changed(&mut self.address) => redial.reset(),
             }
         }
     }
@@ -335,7 +371,10 @@ pub(super) async fn dial(
     address: SocketAddr,
     tls: Arc<ClientConfig>,
 ) -> Result<Dialled, LinkFailure> {
-    let stream = TcpStream::connect(address).await.map_err(LinkFailure::Connect)?;
+    let stream = timeout(CONNECT_TIMEOUT, TcpStream::connect(address))
+        .await
+        .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+        .map_err(LinkFailure::Connect)?;
     shake_hands(context, stream, tls).await
 }
 
@@ -344,10 +383,14 @@ pub(super) async fn shake_hands(
     stream: TcpStream,
     tls: Arc<ClientConfig>,
 ) -> Result<Dialled, LinkFailure> {
-    stream.set_nodelay(true)?;
+    prepare(&stream)?;
     let stream = TlsConnector::from(tls).connect(tls::server_name(), stream).await?;
     let (connection, _) = Connection::open(stream, |stream| stream.get_ref().1, context).await?;
     Ok(connection)
+}
+
+fn now() -> std::time::Instant {
+    Instant::now().into_std()
 }
 
 fn ping_interval(period: Duration) -> Interval {

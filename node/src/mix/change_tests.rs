@@ -84,7 +84,7 @@ fn start(
         listener,
         data_dir: net.data_dir(MIX),
     };
-    Mix::start_at(config, Clock::Fake(clock.subscribe())).unwrap()
+    Mix::start_at(config, Clock::Fake(clock.subscribe()), None).unwrap()
 }
 
 /// As long as a key is there, no packet passes twice: not after the mix was killed, and not when its

@@ -14,7 +14,7 @@ mod tests;
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::link::LinkError;
@@ -30,7 +30,9 @@ pub use self::core::{MAX_HELD_BYTES, MixCore};
 use crate::clock::Clock;
 use crate::counters::Counters;
 use crate::keys::SphinxKeys;
-use crate::link::{LinkContext, LinkFailure, LinkListener, LinkPool, changed};
+use crate::link::{
+    Impairment, LinkContext, LinkFailure, LinkListener, LinkPool, changed, sleep_until,
+};
 use crate::monitor::Monitor;
 use crate::peel::{MAX_REPLAY_TAGS, Peeler};
 use crate::replay_log::ReplayLogError;
@@ -104,10 +106,28 @@ impl Mix {
     /// # Panics
     /// Outside of a Tokio runtime.
     pub fn start(config: MixConfig) -> Result<Self, MixError> {
-        Self::start_at(config, Clock::System)
+        Self::start_at(config, Clock::System, None)
     }
 
-    pub(crate) fn start_at(config: MixConfig, clock: Clock) -> Result<Self, MixError> {
+    /// As [`Self::start`], for a network under test: things happen to the packets that it sends.
+    ///
+    /// # Errors
+    /// [`MixError`].
+    ///
+    /// # Panics
+    /// Outside of a Tokio runtime.
+    pub fn start_impaired(
+        config: MixConfig,
+        impairment: watch::Receiver<Impairment>,
+    ) -> Result<Self, MixError> {
+        Self::start_at(config, Clock::System, Some(impairment))
+    }
+
+    pub(crate) fn start_at(
+        config: MixConfig,
+        clock: Clock,
+        impairment: Option<watch::Receiver<Impairment>>,
+    ) -> Result<Self, MixError> {
         let MixConfig { identity, keys, topology: mut documents, listener, data_dir } = config;
         let me = identity.identity();
         let topology = documents.borrow_and_update().clone();
@@ -119,6 +139,7 @@ impl Mix {
         let peeler = Arc::new(peeler);
         let (in_use, used_topology) = watch::channel(topology.clone());
         let context = LinkContext::new(identity, used_topology.clone(), counters.clone());
+        let context = context.impaired(impairment);
         let pool = Arc::new(LinkPool::start(context.clone())?);
         let (inbound, packets) = mpsc::channel(INBOUND_QUEUE_PACKETS);
         let (batches, peeled) = mpsc::channel(PEELED_QUEUE_BATCHES);
@@ -252,13 +273,5 @@ async fn hold(
         while let Some((next_hop, packet)) = core.poll_transmit(now) {
             pool.send(&next_hop, packet);
         }
-    }
-}
-
-/// Sleeps until then, or for ever.
-async fn sleep_until(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
-        None => std::future::pending().await,
     }
 }
