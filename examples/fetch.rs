@@ -44,7 +44,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         encryption: SecretKey::generate(&mut rand::rng()),
         gateway,
         token_file: folder.path().join("token"),
-        provider,
+        providers: vec![provider],
         access_token: None,
         mean_delay: None,
     })

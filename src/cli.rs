@@ -340,6 +340,11 @@ pub(crate) struct ListenArgs {
         value_parser = Credentials::parse
     )]
     pub(crate) socks_user: Option<Credentials>,
+    /// Tell programs at once that a connection is open, so that their first bytes travel with the
+    /// request: it saves one of two round trips. When the connection cannot be opened they see it break
+    /// off, and are not told why.
+    #[arg(long, env = "MIXSOCKS_OPTIMISTIC")]
+    pub(crate) optimistic: bool,
 }
 
 /// How packets are delayed.
@@ -390,8 +395,8 @@ pub(crate) struct ClientArgs {
     pub(crate) file: FileArgs,
     #[command(flatten)]
     pub(crate) network: NetworkArgs,
-    /// The provider to use: a name from the topology, or an address. Of several, the first that this
-    /// network has.
+    /// The provider to use: a name from the topology, or an address. Of several, each serves while those
+    /// before it are silent; without any, all that the network advertises, in an order of chance.
     #[arg(
         long, value_name = "NAME|ADDRESS", env = "MIXSOCKS_PROVIDER", action = ArgAction::Append,
         value_delimiter = ',', value_parser = ProviderChoice::parse

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use mixsocks_client::Client;
 use mixsocks_client::gateway::{GatewayState, LinkState};
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::Identity;
-use mixsocks_common::topology::{self, Topology};
+use mixsocks_common::topology::Topology;
 use mixsocks_directory::Following;
-use rand::seq::IteratorRandom;
+use rand::seq::{IteratorRandom, SliceRandom};
 use tokio::sync::watch;
 
 use crate::access_tokens;
@@ -33,7 +33,7 @@ pub(crate) async fn run(args: ClientArgs, quiet: bool) -> Result<()> {
     let service = Service::start("client", args.run.metrics).await?;
     let listener = proxy::bind(&args.listen)?;
     let address = listener.local_addr()?;
-    let Started { client, provider, topology, _following } = tokio::select! {
+    let Started { client, providers, topology, _following } = tokio::select! {
         started = Box::pin(start(&args)) => started?,
         () = signals.next() => return Ok(()),
     };
@@ -43,8 +43,11 @@ pub(crate) async fn run(args: ClientArgs, quiet: bool) -> Result<()> {
     } else {
         let client = client.address();
         let weakness = weakness(args.timing.profile);
+        let providers: Vec<_> =
+            providers.iter().map(|provider| format!("provider  {provider}\n")).collect();
+        let providers = providers.concat();
         crate::say(&format!(
-            "provider  {provider}\n\
+            "{providers}\
              client    {client}\n\
              {proxy}\n\
              \n\
@@ -78,7 +81,7 @@ fn source(
 /// A client that runs, and what keeps its topology up to date.
 struct Started {
     client: Client,
-    provider: Address,
+    providers: Vec<Address>,
     topology: watch::Receiver<Arc<Topology>>,
     _following: Option<Following>,
 }
@@ -102,11 +105,8 @@ pub(crate) fn init(args: &ClientArgs, config: &str) -> Result<()> {
 async fn start(args: &ClientArgs) -> Result<Started> {
     let access_token =
         args.access_token_file.as_deref().map(access_tokens::read_secret).transpose()?;
-    let choose = |topology: &Topology| {
-        let provider = choose_provider(topology, &args.provider)?;
-        require_token(topology, &provider, access_token.is_some())?;
-        anyhow::Ok(provider)
-    };
+    let choose =
+        |topology: &Topology| choose_providers(topology, &args.provider, access_token.is_some());
     let (source, authorities) = membership::source(&args.network)?;
     let (dir, topology, following) = match source {
         Source::File(path) => {
@@ -124,11 +124,14 @@ async fn start(args: &ClientArgs) -> Result<Started> {
         }
     };
     let newest = topology.borrow().clone();
-    let provider = choose(&newest)?;
-    let gateway = gateway(&dir, &newest, &provider.gateway)?;
-    let way = Way { topology: topology.clone(), gateway, provider, access_token };
+    let mut providers = choose(&newest)?;
+    let gateway = gateway(&dir, &newest, &providers)?;
+    // It would see both ends.
+    providers.retain(|provider| provider.gateway != gateway);
+    let way =
+        Way { topology: topology.clone(), gateway, providers: providers.clone(), access_token };
     let client = proxy::connect(&dir, way).await?;
-    Ok(Started { client, provider, topology, _following: following })
+    Ok(Started { client, providers, topology, _following: following })
 }
 
 fn open(args: &ClientArgs) -> Result<Arc<DataDir>> {
@@ -137,28 +140,38 @@ fn open(args: &ClientArgs) -> Result<Arc<DataDir>> {
     Ok(dir)
 }
 
-/// The first of the choices that the network has; without a choice, the only one that it advertises.
-fn choose_provider(topology: &Topology, choices: &[ProviderChoice]) -> Result<Address> {
-    let Some((first, others)) = choices.split_first() else {
-        return match topology.providers() {
-            [topology::Provider { address, .. }] => Ok(*address),
-            [] => bail!(
-                "this network advertises no provider; give the address of one with --provider"
-            ),
-            several => {
-                let names: Vec<_> = several.iter().map(|provider| &*provider.name).collect();
-                bail!(
-                    "this network has several providers; choose one with --provider: {}",
-                    names.join(", ")
-                )
-            }
-        };
+/// The choices that the network has, in the user's order; without a choice, all providers that it
+/// advertises, in an order of chance, but those that demand a token when there is none.
+fn choose_providers(
+    topology: &Topology,
+    choices: &[ProviderChoice],
+    has_token: bool,
+) -> Result<Vec<Address>> {
+    let mut chosen = Vec::new();
+    let mut errors = Vec::new();
+    let mut consider = |provider: Result<Address>| {
+        let provider = provider.and_then(|provider| {
+            require_token(topology, &provider, has_token)?;
+            Ok(provider)
+        });
+        match provider {
+            Ok(provider) => chosen.push(provider),
+            Err(error) => errors.push(error),
+        }
     };
-    let found = provider(topology, first).or_else(|error| {
-        // What is wrong with the first choice is told if none of the others is there either.
-        others.iter().find_map(|choice| provider(topology, choice).ok()).ok_or(error)
-    })?;
-    Ok(found)
+    choices.iter().for_each(|choice| consider(provider(topology, choice)));
+    if choices.is_empty() {
+        topology.providers().iter().for_each(|advert| consider(Ok(advert.address)));
+        // Nobody gets all users because it stands first.
+        chosen.shuffle(&mut rand::rng());
+    }
+    if !chosen.is_empty() {
+        return Ok(chosen);
+    }
+    // What is wrong with the first choice is told if none of the others is there either.
+    Err(errors.into_iter().next().unwrap_or_else(|| {
+        anyhow!("this network advertises no provider; give the address of one with --provider")
+    }))
 }
 
 /// Refuses a provider that is known to demand a token when there is none.
@@ -205,21 +218,26 @@ fn provider(topology: &Topology, choice: &ProviderChoice) -> Result<Address> {
     }
 }
 
-/// The gateway that was chosen earlier, or else a random one; never the provider's, which could
-/// then see both ends.
-fn gateway(dir: &DataDir, topology: &Topology, providers: &Identity) -> Result<Identity> {
+/// The gateway that was chosen earlier, or else a random one; never that of the only provider, which could
+/// then see both ends, and if possible that of none.
+fn gateway(dir: &DataDir, topology: &Topology, providers: &[Address]) -> Result<Identity> {
+    let serves = |gateway: &Identity| {
+        providers.iter().filter(|provider| provider.gateway == *gateway).count()
+    };
     if let Some(text) = dir.read_text(GATEWAY_FILE)? {
         let chosen: Identity = text.trim().parse().with_context(|| {
             let path = dir.path().join(GATEWAY_FILE);
             format!("the file {} is damaged; delete it to choose a new gateway", path.display())
         })?;
-        if chosen != *providers && topology.gateway(&chosen).is_some() {
+        if serves(&chosen) < providers.len() && topology.gateway(&chosen).is_some() {
             return Ok(chosen);
         }
         tracing::warn!("the gateway used before cannot be used any more; choosing a new one");
     }
-    let others = topology.gateways().map(|node| node.identity).filter(|id| id != providers);
-    let Some(chosen) = others.choose(&mut rand::rng()) else {
+    let all = || topology.gateways().map(|node| node.identity);
+    let free = all().filter(|gateway| serves(gateway) == 0).choose(&mut rand::rng());
+    let any = || all().filter(|gateway| serves(gateway) < providers.len()).choose(&mut rand::rng());
+    let Some(chosen) = free.or_else(any) else {
         bail!(
             "this network has no gateway but the provider's own, which would see both ends; choose \
              a provider at another gateway with --provider"

@@ -32,7 +32,7 @@ pub(crate) fn bind(listen: &ListenArgs) -> Result<SocksListener> {
     let address = listen.socks;
     let credentials = listen.socks_user.clone().map(Into::into);
     if let Some(listener) = handed_over()? {
-        return Ok(SocksListener::new(listener, credentials));
+        return Ok(SocksListener::new(listener, credentials).optimistic(listen.optimistic));
     }
     let listener = SocksListener::bind(address, credentials).map_err(|error| {
         let other = "choose another with --socks ADDR:PORT";
@@ -55,7 +55,7 @@ pub(crate) fn bind(listen: &ListenArgs) -> Result<SocksListener> {
         let open = if listen.socks_user.is_none() { ", without a password" } else { "" };
         tracing::warn!("other machines that reach {address} can use this proxy{open}");
     }
-    Ok(listener)
+    Ok(listener.optimistic(listen.optimistic))
 }
 
 /// The listener that the service manager has opened for this process, if it has
@@ -76,7 +76,8 @@ pub(crate) struct Way {
     pub(crate) topology: watch::Receiver<Arc<Topology>>,
     /// The client's own gateway.
     pub(crate) gateway: Identity,
-    pub(crate) provider: Address,
+    /// The preferred one first.
+    pub(crate) providers: Vec<Address>,
     /// For a provider that demands one.
     pub(crate) access_token: Option<AccessToken>,
 }
@@ -96,7 +97,7 @@ pub(crate) async fn connect(dir: &DataDir, way: Way) -> Result<Client> {
         encryption,
         gateway: way.gateway,
         token_file: dir.folder(FOLDER)?.join("token"),
-        provider: way.provider,
+        providers: way.providers,
         access_token: way.access_token,
         // Every client takes the network's: mixes read the delays of packets, so that other ones
         // would mark this client's packets at each of them.

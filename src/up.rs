@@ -44,7 +44,7 @@ async fn start(dir: &DataDir, args: &UpArgs) -> Result<(Network, Client)> {
     let way = Way {
         topology: network.topology().clone(),
         gateway: network.client_gateway(),
-        provider: network.provider_address(),
+        providers: vec![network.provider_address()],
         access_token: None,
     };
     let client = proxy::connect(dir, way).await?;

@@ -12,26 +12,27 @@ use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::session::frame::CloseReason;
 use mixsocks_common::session::{AccessToken, OpenOutcome, PresentedToken, SessionId, StreamEvent};
 use mixsocks_common::target::Target;
-use mixsocks_common::topology::{NoRoute, Topology, UnixTime, check_route};
+use mixsocks_common::topology::{NoRoute, RouteChoice, Topology, UnixTime, check_route};
 use mixsocks_sphinx::{
     Identifier, PacketHeader, Payload, ReplyRecovery, SecretKey, recover_replies,
 };
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, sleep_until, timeout};
+use tokio::time::{sleep, sleep_until, timeout, timeout_at};
 use zeroize::Zeroizing;
 
-use crate::core::{ClientCore, ClientEvent};
+use crate::core::{ClientCore, ClientEvent, Pulled};
 use crate::drops::DropReason;
 use crate::endpoint::{Arrivals, Endpoint, EndpointConfig, Reserved, unix_time, worker_count};
 use crate::gateway::{GatewayLinkError, GatewayState, LinkState};
 use crate::headers::HeaderPool;
+use crate::health::LoopWish;
 use crate::renewal::{Renewal, Stale};
 use crate::stream::{MixStream, OpenError, StreamHost, StreamKey, Waiting};
 use crate::surbs::Awaited;
 
-/// A provider that says nothing at all for so long is taken for dead.
-const SILENCE_LIMIT: Duration = Duration::from_secs(10);
+/// When no provider says anything at all for so long, opening a stream fails: within 10 s.
+const SILENCE_LIMIT: Duration = Duration::from_secs(9);
 
 /// The provider's dialling takes 15 s at most (names and connection), and its answer may have to be
 /// repeated.
@@ -61,9 +62,10 @@ pub struct ClientConfig {
     pub gateway: Identity,
     /// Where the gateway's token is kept; its directory must exist.
     pub token_file: PathBuf,
-    /// The provider through which streams are opened.
-    pub provider: Address,
-    /// What opens the provider if it demands a token. It is shown nothing unless it does.
+    /// The providers through which streams are opened, the preferred one first: the others serve while
+    /// it is silent. There must be one.
+    pub providers: Vec<Address>,
+    /// What opens a provider that demands a token. The others are shown nothing.
     pub access_token: Option<AccessToken>,
     /// Mean delay of each mix; `None` takes the network's.
     pub mean_delay: Option<Duration>,
@@ -76,7 +78,10 @@ pub enum ClientError {
     /// must not be both.
     #[error("the client's gateway is the provider's as well: choose another gateway")]
     SameGateway,
-    /// The provider cannot be reached through this network.
+    /// Somebody must talk to targets.
+    #[error("no provider was given")]
+    NoProvider,
+    /// No provider can be reached through this network.
     #[error("the provider is not reachable: {0}")]
     Provider(#[from] NoRoute),
     /// The gateway.
@@ -106,7 +111,7 @@ impl Drop for Tasks {
 
 struct Shared {
     endpoint: Arc<Endpoint>,
-    provider: Address,
+    providers: Vec<Address>,
     state: Mutex<State>,
     /// A packet may have to be sent.
     wake_senders: Notify,
@@ -116,9 +121,8 @@ struct Shared {
 
 struct State {
     core: ClientCore<ReplyRecovery>,
-    /// The user's, whether the provider is shown it or not.
-    access_token: Option<PresentedToken>,
-    headers: HeaderPool,
+    /// What is known of each provider.
+    providers: Vec<ProviderState>,
     renewal: Renewal,
     routes: Routes,
     waiting: Waiting,
@@ -126,31 +130,51 @@ struct State {
     closed: bool,
     /// The user was told that nothing answers, and no stream was opened since.
     told_silent: bool,
+}
+
+struct ProviderState {
+    /// The user's, whether the provider is shown it or not.
+    access_token: Option<PresentedToken>,
+    headers: HeaderPool,
     /// The user was told that the provider demands a token, and no stream was opened since.
     told_token: bool,
 }
 
-/// Whether there are routes to the provider and back, by a document and at a time.
+/// Whether there are routes to this client and to each provider, by a document and at a time.
 struct Routes {
     checked: Option<(Arc<Topology>, UnixTime)>,
+    /// To this client and to a provider at least.
     result: Result<(), NoRoute>,
 }
 
 impl Routes {
-    /// Looks anew if the document or the second is another one. Of a change the user is told.
-    fn check(
+    /// Looks anew if the document or the second is another one: there must be routes to `own`, and to
+    /// one of `peers`, and `tell` is told which of these. Of a change the user is told.
+    fn check<'a>(
         &mut self,
         topology: &Arc<Topology>,
-        gateways: [&Identity; 2],
+        own: &Identity,
+        peers: impl Iterator<Item = &'a Identity>,
         now: UnixTime,
+        mut tell: impl FnMut(usize, bool),
     ) -> Result<(), NoRoute> {
         let is_known = |(checked, at): &(Arc<Topology>, UnixTime)| {
             Arc::ptr_eq(checked, topology) && *at == now
         };
         if !self.checked.as_ref().is_some_and(is_known) {
             self.checked = Some((topology.clone(), now));
-            let result =
-                gateways.into_iter().try_for_each(|gateway| check_route(topology, gateway, now));
+            let mut to_peers = Vec::new();
+            for (number, peer) in peers.enumerate() {
+                let to_peer = check_route(topology, peer, now);
+                tell(number, to_peer.is_ok());
+                to_peers.push(to_peer);
+            }
+            // What is wrong with the first one is told.
+            let to_any = match to_peers.iter().any(Result::is_ok) {
+                true => Ok(()),
+                false => to_peers.into_iter().next().unwrap_or(Ok(())),
+            };
+            let result = check_route(topology, own, now).and(to_any);
             match (&self.result, &result) {
                 (Ok(()), Err(error)) => tracing::warn!("nothing can be sent: {error}"),
                 (Err(_), Ok(())) => tracing::info!("packets can be sent again"),
@@ -180,40 +204,60 @@ impl Client {
             encryption,
             gateway,
             token_file,
-            provider,
+            providers,
             access_token,
             mean_delay,
         } = config;
-        if provider.gateway == gateway {
+        if providers.iter().any(|provider| provider.gateway == gateway) {
             return Err(ClientError::SameGateway);
         }
-        check_route(&topology.borrow(), &provider.gateway, unix_time())?;
+        let first = providers.first().ok_or(ClientError::NoProvider)?;
+        {
+            let (topology, now) = (topology.borrow(), unix_time());
+            let route_to = |provider: &Address| check_route(&topology, &provider.gateway, now);
+            if !providers.iter().any(|provider| route_to(provider).is_ok()) {
+                route_to(first)?;
+            }
+        }
         let config =
             EndpointConfig { topology, identity, encryption, gateway, token_file, mean_delay };
         let (endpoint, receiver) = Endpoint::connect(config).await?;
         let topology = endpoint.topology();
-        let (own, peer) = (endpoint.address().gateway, provider.gateway);
-        let access_token = access_token.map(|token| token.present(&provider.encryption));
-        let advert = topology.provider_at(&provider);
-        let mut core = ClientCore::new(endpoint.max_contents_bytes(), endpoint.mean_delay());
-        if advert.is_none_or(|advert| advert.requires_token) {
-            core.set_access_token(access_token.clone());
+        let (now, own) = (Instant::now(), endpoint.address().gateway);
+        let mut core = ClientCore::new(
+            &topology,
+            providers.len(),
+            now,
+            endpoint.max_contents_bytes(),
+            endpoint.mean_delay(),
+        );
+        let mut states = Vec::with_capacity(providers.len());
+        for (number, provider) in providers.iter().enumerate() {
+            let token = access_token.as_ref().map(|token| token.present(&provider.encryption));
+            let advert = topology.provider_at(provider);
+            if advert.is_none_or(|advert| advert.requires_token) {
+                core.set_access_token(number, token.clone());
+            }
+            states.push(ProviderState {
+                access_token: token,
+                headers: HeaderPool::default(),
+                told_token: false,
+            });
         }
+        let peers = providers.iter().map(|provider| provider.gateway).collect();
         let state = State {
             core,
-            access_token,
-            headers: HeaderPool::default(),
-            renewal: Renewal::new(topology, own, peer, Instant::now(), unix_time()),
+            providers: states,
+            renewal: Renewal::new(topology, own, peers, now, unix_time()),
             routes: Routes { checked: None, result: Ok(()) },
             waiting: Waiting::default(),
             opening: HashMap::new(),
             closed: false,
             told_silent: false,
-            told_token: false,
         };
         let shared = Arc::new(Shared {
             endpoint: endpoint.clone(),
-            provider,
+            providers,
             state: Mutex::new(state),
             wake_senders: Notify::new(),
             wake_makers: Notify::new(),
@@ -256,33 +300,59 @@ impl Client {
         target: Target,
         early: &[u8],
     ) -> Result<MixStream, OpenError> {
-        match self.try_open(target.clone(), early).await {
-            Err(Attempt::Again(_)) => {
-                self.try_open(target, early).await.map_err(Attempt::into_error)
+        let began = Instant::now();
+        let candidates = self.shared.candidates(began)?;
+        let deadline = began + SILENCE_LIMIT;
+        let mut result = Err(OpenError::ProviderSilent.into());
+        for (rank, &provider) in candidates.iter().enumerate() {
+            let is_last = rank + 1 == candidates.len();
+            // What was sent early may have been passed on: it must not be sent to another one as well.
+            let may_move_on = !is_last && early.is_empty();
+            let silent_at = match may_move_on {
+                true => deadline.min(Instant::now() + self.shared.lock().core.silent_after()),
+                false => deadline,
+            };
+            result = self.try_open(provider, target.clone(), early, silent_at).await;
+            if let Err(Attempt::Again(_)) = result {
+                result = self.try_open(provider, target.clone(), early, silent_at).await;
             }
-            result => result.map_err(Attempt::into_error),
+            match &result {
+                Err(Attempt::Failed(OpenError::ProviderSilent)) if may_move_on => {}
+                _ => break,
+            }
         }
+        result.map_err(Attempt::into_error)
     }
 
-    async fn try_open(&self, target: Target, early: &[u8]) -> Result<MixStream, Attempt> {
+    /// Waits for the answer of one provider; nothing may be heard of it until `silent_at`.
+    async fn try_open(
+        &self,
+        provider: usize,
+        target: Target,
+        early: &[u8],
+        silent_at: Instant,
+    ) -> Result<MixStream, Attempt> {
         let began = Instant::now();
         let (answer, answered) = oneshot::channel();
         let key = {
             let mut state = self.shared.lock();
-            self.shared.look(&mut state, began).map_err(OpenError::from)?;
-            state.open(target, early, answer)?
+            let key = state.open(provider, target, early)?;
+            state.opening.insert(key, answer);
+            key
         };
         // From here on, giving up drops the stream, which resets it.
         let stream = MixStream::new(self.shared.clone(), key);
         self.shared.wake_senders.notify_one();
         self.shared.wake_makers.notify_one();
         tokio::pin!(answered);
-        let result = match timeout(SILENCE_LIMIT, &mut answered).await {
+        let result = match timeout_at(silent_at.into(), &mut answered).await {
             Ok(result) => result,
-            Err(_) if !self.shared.heard_since(key.0, began) => return Err(self.shared.silence()),
-            Err(_) => match timeout(OPEN_LIMIT - SILENCE_LIMIT, &mut answered).await {
+            Err(_) if !self.shared.heard_since(key.0, began) => {
+                return Err(self.shared.silence(key.0));
+            }
+            Err(_) => match timeout_at((began + OPEN_LIMIT).into(), &mut answered).await {
                 Ok(result) => result,
-                Err(_) => return Err(self.shared.silence()),
+                Err(_) => return Err(self.shared.silence(key.0)),
             },
         };
         // Only a client that is shut down drops the other end.
@@ -300,7 +370,7 @@ impl Client {
         self.shared.wake_senders.notify_one();
         // Most providers have heard of it by then; they forget silent sessions by themselves.
         let _ = timeout(FAREWELL_LIMIT, async {
-            while !self.shared.lock().core.sessions().is_empty() {
+            while self.shared.lock().core.sessions().len() > 0 {
                 sleep(FAREWELL_POLL).await;
             }
         })
@@ -348,20 +418,19 @@ impl crate::socks::OpenStream for Client {
 impl State {
     fn open(
         &mut self,
+        provider: usize,
         target: Target,
         early: &[u8],
-        answer: oneshot::Sender<Result<(), Attempt>>,
     ) -> Result<StreamKey, Attempt> {
         if self.closed {
             return Err(OpenError::Closed.into());
         }
         let key = self
             .core
-            .open(Instant::now(), wall_ms(), &mut rand::rng(), target)
+            .open(Instant::now(), wall_ms(), &mut rand::rng(), provider, target)
             .ok_or(OpenError::TooManyStreams)?;
         // An empty send buffer takes far more than a program sends early.
         self.core.write(key, early);
-        self.opening.insert(key, answer);
         Ok(key)
     }
 
@@ -370,10 +439,14 @@ impl State {
         while let Some(event) = self.core.poll_event() {
             match event {
                 ClientEvent::Stream(id, event) => self.handle_event(id, event),
-                ClientEvent::SessionEnded(id, reason) => {
+                ClientEvent::MixAvoided => {
+                    tracing::info!("a mix does not pass packets on: routes avoid it");
+                    self.renew_headers(Instant::now());
+                }
+                ClientEvent::SessionEnded(id, provider, reason) => {
                     tracing::debug!("a session ended: {reason}");
                     self.waiting.wake_session(id);
-                    let may_begin_anew = self.after_end(reason);
+                    let may_begin_anew = self.after_end(provider, reason);
                     let ended = self.opening.extract_if(|key, _| key.0 == id);
                     for (_, answer) in ended {
                         // Whoever asked may have given up.
@@ -387,47 +460,46 @@ impl State {
         }
     }
 
+    fn tell_silent(&mut self, error: OpenError) -> Attempt {
+        if !std::mem::replace(&mut self.told_silent, true) {
+            tracing::warn!("streams cannot be opened: {error}");
+        }
+        error.into()
+    }
+
+    fn renew_headers(&mut self, now: Instant) {
+        self.providers.iter_mut().for_each(|provider| provider.headers.renew(now));
+    }
+
     /// Draws the conclusions from the end of a session; whether another one may be taken in its place.
-    fn after_end(&mut self, reason: CloseReason) -> bool {
+    fn after_end(&mut self, provider: usize, reason: CloseReason) -> bool {
         match reason {
             // The provider was restarted since it began.
             CloseReason::Unknown => true,
             // The document did not say so.
             CloseReason::TokenNeeded
-                if self.access_token.is_some() && !self.core.shows_access_token() =>
+                if self.providers[provider].access_token.is_some()
+                    && !self.core.shows_access_token(provider) =>
             {
-                self.core.set_access_token(self.access_token.clone());
+                let token = self.providers[provider].access_token.clone();
+                self.core.set_access_token(provider, token);
                 true
             }
             CloseReason::TokenNeeded => {
-                self.tell_token_needed();
+                self.providers[provider].tell_token_needed();
                 false
             }
             _ => false,
         }
     }
 
-    /// The first time in a row, says what the user can do about a provider that demands a token.
-    fn tell_token_needed(&mut self) {
-        if std::mem::replace(&mut self.told_token, true) {
-            return;
-        }
-        match self.access_token {
-            None => tracing::warn!(
-                "streams cannot be opened: the provider serves only who has an access token; give \
-                 yours with --access-token-file"
-            ),
-            Some(_) => tracing::warn!(
-                "streams cannot be opened: the provider does not know the access token that \
-                 --access-token-file names; ask its operator for another one"
-            ),
-        }
-    }
-
     fn handle_event(&mut self, id: SessionId, event: StreamEvent) {
         match event {
             StreamEvent::Opened { stream, outcome } => {
-                (self.told_silent, self.told_token) = (false, false);
+                self.told_silent = false;
+                if let Some(provider) = self.core.provider_of(id) {
+                    self.providers[provider].told_token = false;
+                }
                 self.answer((id, stream), outcome);
             }
             StreamEvent::Readable(stream) => self.waiting.wake_reader((id, stream)),
@@ -449,6 +521,25 @@ impl State {
             };
             // Whoever asked may have given up.
             let _ = answer.send(result);
+        }
+    }
+}
+
+impl ProviderState {
+    /// The first time in a row, says what the user can do about a provider that demands a token.
+    fn tell_token_needed(&mut self) {
+        if std::mem::replace(&mut self.told_token, true) {
+            return;
+        }
+        match self.access_token {
+            None => tracing::warn!(
+                "streams cannot be opened: the provider serves only who has an access token; give \
+                 yours with --access-token-file"
+            ),
+            Some(_) => tracing::warn!(
+                "streams cannot be opened: the provider does not know the access token that \
+                 --access-token-file names; ask its operator for another one"
+            ),
         }
     }
 }
@@ -479,40 +570,52 @@ impl Shared {
         let (topology, wall) = (self.endpoint.topology(), unix_time());
         let stale = state.renewal.handle(&topology, now, wall, &mut rand::rng());
         if stale >= Stale::MadeAhead {
-            state.headers.renew(now);
+            state.renew_headers(now);
         }
         match stale {
             Stale::Nothing | Stale::MadeAhead => {}
             Stale::SurbsSoon => state.core.replace_surbs(now),
             Stale::Surbs => state.core.renew_surbs(now),
         }
-        let own_gateway = self.endpoint.address().gateway;
-        state.routes.check(&topology, [&own_gateway, &self.provider.gateway], wall)
+        let own = self.endpoint.address().gateway;
+        let peers = self.providers.iter().map(|provider| &provider.gateway);
+        let State { routes, core, .. } = state;
+        let tell = |provider, is_reachable| core.set_reachable(provider, is_reachable);
+        routes.check(&topology, &own, peers, wall, tell)
+    }
+
+    /// The providers to ask for a stream, the best one first.
+    fn candidates(&self, now: Instant) -> Result<Vec<usize>, OpenError> {
+        let mut state = self.lock();
+        self.look(&mut state, now)?;
+        Ok(state.core.candidates(now))
     }
 
     /// Has everybody look at each new document.
     async fn follow_documents(self: Arc<Self>) {
         self.endpoint
             .on_each_document(|| {
-                self.lock().core.set_mean_delay(self.endpoint.mean_delay());
+                let (topology, mean_delay) = (self.endpoint.topology(), self.endpoint.mean_delay());
+                self.lock().core.follow(Instant::now(), &topology, mean_delay);
                 self.wake_senders.notify_one();
             })
             .await;
     }
 
-    /// Why nothing is heard. The first time in a row the user is told.
-    fn silence(&self) -> Attempt {
-        if let Err(error) = self.look(&mut self.lock(), Instant::now()) {
+    /// Why nothing is heard in the session. The first time in a row the user is told.
+    fn silence(&self, id: SessionId) -> Attempt {
+        let now = Instant::now();
+        let mut state = self.lock();
+        if let Err(error) = self.look(&mut state, now) {
             return OpenError::from(error).into();
         }
-        let error = match &*self.endpoint.state().borrow() {
-            LinkState::Connected => OpenError::ProviderSilent,
-            _ => OpenError::NoGateway,
-        };
-        if !std::mem::replace(&mut self.lock().told_silent, true) {
-            tracing::warn!("streams cannot be opened: {error}");
+        if !matches!(&*self.endpoint.state().borrow(), LinkState::Connected) {
+            return state.tell_silent(OpenError::NoGateway);
         }
-        error.into()
+        if let Some(provider) = state.core.provider_of(id) {
+            state.core.avoid_provider(now, provider);
+        }
+        state.tell_silent(OpenError::ProviderSilent)
     }
 
     /// Pulls packets out of the sessions whenever the link takes one: one of several equal tasks.
@@ -526,32 +629,56 @@ impl Shared {
                 Reserved::TimedOut => continue,
                 Reserved::Ended => return self.end_all(),
             };
-            if let Some(header) = self.pull_packet(&mut contents) {
-                // There may be more; while this task builds, another one looks.
-                self.wake_senders.notify_one();
-                permit.send(self.endpoint.build(header, &contents));
-                tokio::task::yield_now().await;
+            match self.pull(&mut contents) {
+                Sending::Nothing => {}
+                Sending::NoHeader(provider) => drop(self.make_headers(provider, 1)),
+                Sending::Packet(header) => {
+                    // There may be more; while this task builds, another one looks.
+                    self.wake_senders.notify_one();
+                    permit.send(self.endpoint.build(header, &contents));
+                    tokio::task::yield_now().await;
+                }
+                Sending::Loop(wish) => {
+                    if let Some(header) = self.make_loop(wish) {
+                        permit.send(self.endpoint.build(header, &[]));
+                    }
+                }
             }
         }
     }
 
-    /// Writes the contents of the next packet to `contents`, and returns its header. `None` when
-    /// there is nothing to send, or when there was no header: one has been made then.
-    fn pull_packet(&self, contents: &mut Vec<u8>) -> Option<PacketHeader> {
+    /// Takes the next thing to send; the contents of a packet are written to `contents`.
+    fn pull(&self, contents: &mut Vec<u8>) -> Sending {
         let now = Instant::now();
         let mut state = self.lock();
-        let Some(delay) = state.headers.next_delay(now) else {
-            drop(state);
-            self.make_headers(1);
-            return None;
+        if let Some(wish) = state.core.next_loop(now) {
+            // Whoever looks meanwhile must not send it as well.
+            state.core.loop_taken(now, wish);
+            return Sending::Loop(wish);
+        }
+        let State { core, providers, .. } = &mut *state;
+        let way_to = |provider: usize| providers[provider].headers.next_way(now);
+        let pulled = core.next_packet(now, way_to, contents);
+        let sending = match pulled {
+            Pulled::Nothing => Sending::Nothing,
+            Pulled::NoWay(provider) => Sending::NoHeader(provider),
+            Pulled::Packet(provider) => match state.providers[provider].headers.take(now) {
+                Some(ready) => Sending::Packet(ready.header),
+                None => Sending::Nothing,
+            },
         };
-        let has_packet = state.core.next_packet(now, delay, contents);
-        let header = if has_packet { state.headers.take(now) } else { None };
         state.settle();
-        if has_packet || state.core.surb_demand() > 0 {
+        if matches!(pulled, Pulled::Packet(_)) || state.core.surb_demand() > 0 {
             self.wake_makers.notify_one();
         }
-        header.map(|ready| ready.header)
+        sending
+    }
+
+    fn make_loop(&self, wish: LoopWish) -> Option<PacketHeader> {
+        let choice = RouteChoice { through: wish.through, ..self.lock().core.route_choice() };
+        let (identifier, ready) = self.endpoint.make_loop(&choice).ok()?;
+        self.lock().core.loop_sent(Instant::now(), wish, identifier, ready.way);
+        Some(ready.header)
     }
 
     /// Waits until a session wants to send; handles what is due meanwhile.
@@ -586,7 +713,9 @@ impl Shared {
     /// Makes SURBs and headers whenever some are wanted: one of several equal tasks.
     async fn make_ahead(self: Arc<Self>) {
         loop {
-            if self.make_headers(0) + self.make_surbs() == 0 {
+            let headers: usize =
+                (0..self.providers.len()).map(|provider| self.make_headers(provider, 0)).sum();
+            if headers + self.make_surbs() == 0 {
                 self.wake_makers.notified().await;
             } else {
                 tokio::task::yield_now().await;
@@ -597,12 +726,16 @@ impl Shared {
     /// Makes as many SURBs as sessions want, but not many at a time; returns how many. Without a route
     /// there are none.
     fn make_surbs(&self) -> usize {
-        let claimed = self.lock().core.claim_surbs(Instant::now(), SURBS_PER_TURN);
+        let (claimed, choice) = {
+            let mut state = self.lock();
+            let claimed = state.core.claim_surbs(Instant::now(), SURBS_PER_TURN);
+            (claimed, state.core.route_choice())
+        };
         if claimed == 0 {
             return 0;
         }
         self.wake_makers.notify_one();
-        let surbs = self.endpoint.make_surbs(claimed).unwrap_or_default();
+        let surbs = self.endpoint.make_surbs(&choice, claimed).unwrap_or_default();
         let made = surbs.len();
         self.lock().core.deliver_surbs(claimed, surbs);
         if made > 0 {
@@ -611,18 +744,32 @@ impl Shared {
         made
     }
 
-    /// Makes `least` headers, or more if they run short; returns how many. Without a route there are
-    /// none.
-    fn make_headers(&self, least: usize) -> usize {
-        let claimed = self.lock().headers.claim(Instant::now(), least);
+    /// Makes `least` headers of packets to a provider, or more if they run short; returns how many.
+    /// Without a route there are none.
+    fn make_headers(&self, provider: usize, least: usize) -> usize {
+        let (claimed, choice) = {
+            let mut state = self.lock();
+            let claimed = state.providers[provider].headers.claim(Instant::now(), least);
+            (claimed, state.core.route_choice())
+        };
         if claimed == 0 {
             return 0;
         }
-        let headers = self.endpoint.make_headers(&self.provider, claimed).unwrap_or_default();
+        let recipient = &self.providers[provider];
+        let headers = self.endpoint.make_headers(recipient, &choice, claimed).unwrap_or_default();
         let made = headers.len();
-        self.lock().headers.deliver(claimed, headers);
+        self.lock().providers[provider].headers.deliver(claimed, headers);
         made
     }
+}
+
+/// What a task has to send.
+enum Sending {
+    Nothing,
+    /// There is something for this provider, but no header.
+    NoHeader(usize),
+    Packet(PacketHeader),
+    Loop(LoopWish),
 }
 
 impl Arrivals for Shared {
@@ -631,13 +778,14 @@ impl Arrivals for Shared {
         let mut whose = Vec::with_capacity(arrived.len());
         let mut replies = Vec::with_capacity(arrived.len());
         {
-            let mut state = self.lock();
+            let (mut state, now) = (self.lock(), Instant::now());
             for (identifier, payload) in arrived {
                 match state.core.take_awaited(&identifier) {
-                    Some(Awaited { recovery, session, delay }) => {
-                        whose.push((session, delay));
+                    Some(Awaited { recovery, session, way }) => {
+                        whose.push((session, way));
                         replies.push((recovery, payload));
                     }
+                    None if state.core.loop_came(now, &identifier) => {}
                     None => drops.add(DropReason::NotAwaited),
                 }
             }
@@ -645,12 +793,12 @@ impl Arrivals for Shared {
         let replies = recover_replies(replies);
         let mut state = self.lock();
         let now = Instant::now();
-        for ((session, delay), contents) in whose.into_iter().zip(replies) {
+        for ((session, way), contents) in whose.into_iter().zip(replies) {
             let Ok(contents) = contents else {
                 drops.add(DropReason::Changed);
                 continue;
             };
-            if let Err(error) = state.core.handle_reply(now, session, delay, &contents) {
+            if let Err(error) = state.core.handle_reply(now, session, &way, &contents) {
                 drops.add(DropReason::Refused);
                 tracing::trace!("a reply was not taken: {error}");
             }
@@ -726,7 +874,10 @@ mod tests {
         let [old, new] = [0, 1].map(|epoch| Arc::new(network.topology(epoch)));
         let mut routes = Routes { checked: None, result: Ok(()) };
         let end = 2 * KEY_EPOCH_SECONDS;
-        let mut check = |topology, second| routes.check(topology, [&own, &peer], UnixTime(second));
+        let mut check = |topology, second| {
+            let peers = std::iter::once(&peer);
+            routes.check(topology, &own, peers, UnixTime(second), |_, _| {})
+        };
         assert_eq!(check(&old, end - 1), Ok(()));
         let expired = NoRoute::Expired { seconds_ago: 0 };
         assert_eq!(check(&old, end), Err(expired.clone()));
@@ -738,15 +889,25 @@ mod tests {
     }
 
     #[test]
-    fn there_must_be_routes_to_both_gateways() {
+    fn there_must_be_routes_to_this_client_and_to_a_provider() {
         let network = TestNetwork::new();
         let stranger = TestNetwork::new().gateways()[0];
         let [own, peer] = network.gateways();
         let topology = Arc::new(network.topology(0));
-        for gateways in [[&own, &stranger], [&stranger, &peer]] {
+        let unknown = Err(NoRoute::UnknownGateway(stranger));
+        for (own, peers, expected, reachable) in [
+            (&own, vec![&stranger], unknown.clone(), vec![false]),
+            (&stranger, vec![&peer], unknown.clone(), vec![true]),
+            (&own, vec![&stranger, &peer], Ok(()), vec![false, true]),
+        ] {
             let mut routes = Routes { checked: None, result: Ok(()) };
-            let result = routes.check(&topology, gateways, UnixTime(0));
-            assert_eq!(result, Err(NoRoute::UnknownGateway(stranger)));
+            let mut told = Vec::new();
+            let tell = |number, is_reachable| {
+                assert_eq!(number, told.len());
+                told.push(is_reachable);
+            };
+            let result = routes.check(&topology, own, peers.into_iter(), UnixTime(0), tell);
+            assert_eq!((result, told), (expected, reachable));
         }
     }
 }

@@ -1,5 +1,7 @@
-//! A client without a clock, a socket or cryptography: its sessions, its SURBs, and whose turn it is.
+//! A client without a clock, a socket or cryptography: its sessions, its SURBs, whose turn it is, and
+//! which mixes and providers are alive.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use mixsocks_common::session::frame::CloseReason;
@@ -7,94 +9,215 @@ use mixsocks_common::session::{
     ClientSession, PresentedToken, ReplyError, SessionId, StreamEvent, StreamReset, start_time_ms,
 };
 use mixsocks_common::target::Target;
+use mixsocks_common::topology::{LAYERS, RouteChoice, Topology, delay_quantile};
 use mixsocks_sphinx::Identifier;
 use rand::{Rng, RngExt};
 
+use crate::health::{Health, LoopWish, Mixes, Way};
 use crate::stream::StreamKey;
 use crate::surbs::{Awaited, ReadySurb, SurbStore};
 
 /// New streams move to a new session after this time, so that no session becomes a profile.
 pub const SESSION_AGE: Duration = Duration::from_secs(10 * 60);
 
+/// A provider that owes an answer for so long, beyond what mixes may hold, is silent: others are
+/// preferred.
+const SILENT_AFTER: Duration = Duration::from_millis(2500);
+
+/// How long others are preferred, unless it is heard of.
+const AVOIDED_FOR: Duration = Duration::from_secs(60);
+
+/// A session whose provider owes an answer for so long is dead if the mixnet works: its streams are
+/// reset. Longer than a gateway takes to start again, or a laptop is closed for a moment.
+pub const DEAD_AFTER: Duration = Duration::from_secs(90);
+
+/// The mixnet works if something came that left so long after the first packet without an answer.
+const PROOF_AFTER: Duration = Duration::from_secs(5);
+
+const MIXES_OF_A_ROUTE: u32 = LAYERS as u32;
+
 /// What the shell must be told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ClientEvent {
     /// Something happened to a stream.
     Stream(SessionId, StreamEvent),
-    /// A session has ended, and with it its streams.
-    SessionEnded(SessionId, CloseReason),
+    /// A session with a provider has ended, and with it its streams.
+    SessionEnded(SessionId, usize, CloseReason),
+    /// A mix seems dead: headers that were made before lead through it.
+    MixAvoided,
 }
 
-/// The sessions and SURBs of a client; `R` is what recovers a reply.
+/// What [`ClientCore::next_packet`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pulled {
+    /// There is nothing to send.
+    Nothing,
+    /// It wrote the contents of a packet to this provider.
+    Packet(usize),
+    /// It would have, but there was no way to this provider.
+    NoWay(usize),
+}
+
+/// One of the providers that the client was given.
+#[derive(Debug)]
+struct Provider {
+    /// What sessions with it show.
+    access_token: Option<PresentedToken>,
+    /// Whether there are routes to it.
+    is_reachable: bool,
+    /// Until then others are preferred, as nothing was heard of it when it was due.
+    avoided_until: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Held {
+    session: ClientSession,
+    provider: usize,
+}
+
+/// The sessions and SURBs of a client; `R` is what recovers a reply. Providers are numbered in the order
+/// in which the user prefers them.
 ///
 /// After every call that takes `&mut self`, [`ClientCore::poll_event`] may have news,
-/// [`ClientCore::next_packet`] something to send and [`ClientCore::claim_surbs`] something to make,
-/// and [`ClientCore::poll_timeout`] may have changed.
+/// [`ClientCore::next_packet`] or [`ClientCore::next_loop`] something to send and
+/// [`ClientCore::claim_surbs`] something to make, and [`ClientCore::poll_timeout`] may have changed.
 #[derive(Debug)]
 pub struct ClientCore<R> {
+    providers: Vec<Provider>,
     /// The newest is the last one.
-    sessions: Vec<ClientSession>,
+    sessions: Vec<Held>,
     /// The session that is asked first for the next packet.
     turn: usize,
     surbs: SurbStore<R>,
+    health: Health,
+    has_avoided: bool,
+    /// The mixes of the packets whose fate is open.
+    under_way: HashMap<(SessionId, u64), Mixes>,
+    looked_at: Instant,
     max_contents_bytes: usize,
     mean_delay: Duration,
-    access_token: Option<PresentedToken>,
 }
 
 impl<R> ClientCore<R> {
-    /// No sessions; packets hold `max_contents_bytes`, and mixes `mean_delay` on average.
-    pub fn new(max_contents_bytes: usize, mean_delay: Duration) -> Self {
+    /// No sessions with any of so many `providers`; packets hold `max_contents_bytes`, and mixes
+    /// `mean_delay` on average.
+    pub fn new(
+        topology: &Topology,
+        providers: usize,
+        now: Instant,
+        max_contents_bytes: usize,
+        mean_delay: Duration,
+    ) -> Self {
+        let provider = || Provider { access_token: None, is_reachable: true, avoided_until: None };
         Self {
+            providers: std::iter::repeat_with(provider).take(providers).collect(),
             sessions: Vec::new(),
             turn: 0,
             surbs: SurbStore::default(),
+            health: Health::new(topology, now),
+            has_avoided: false,
+            under_way: HashMap::new(),
+            looked_at: now,
             max_contents_bytes,
             mean_delay,
-            access_token: None,
         }
     }
 
-    /// Each mix delays by this on average from now on.
-    pub fn set_mean_delay(&mut self, mean_delay: Duration) {
+    /// The mixes are those of `topology`, and each delays by `mean_delay` on average, from now on.
+    pub fn follow(&mut self, now: Instant, topology: &Topology, mean_delay: Duration) {
+        self.health.follow(topology, now);
         self.mean_delay = mean_delay;
-        self.sessions.iter_mut().for_each(|session| session.set_mean_delay(mean_delay));
+        for Held { session, .. } in &mut self.sessions {
+            session.set_mean_delay(mean_delay);
+        }
     }
 
-    /// Sessions that begin from now on show the provider this token.
-    pub fn set_access_token(&mut self, access_token: Option<PresentedToken>) {
-        self.access_token = access_token;
+    /// What routes are to be drawn by: which mixes seem dead.
+    pub fn route_choice(&self) -> RouteChoice {
+        self.health.choice()
+    }
+
+    // --- Providers.
+
+    /// Sessions with the provider that begin from now on show it this token.
+    pub fn set_access_token(&mut self, provider: usize, access_token: Option<PresentedToken>) {
+        self.providers[provider].access_token = access_token;
     }
 
     /// Whether sessions show the provider a token.
-    pub fn shows_access_token(&self) -> bool {
-        self.access_token.is_some()
+    pub fn shows_access_token(&self, provider: usize) -> bool {
+        self.providers[provider].access_token.is_some()
     }
 
-    /// Opens a stream in the newest session, or in a new one if that is too old or has ended; bytes
-    /// that are written at once travel with the request. `wall_ms` are milliseconds since 1970.
-    /// `None` when the session has too many streams.
+    /// Whether there are routes to the provider now. While there are none, it is sent nothing.
+    pub fn set_reachable(&mut self, provider: usize, is_reachable: bool) {
+        self.providers[provider].is_reachable = is_reachable;
+    }
+
+    /// The provider did not answer when it should have.
+    pub fn avoid_provider(&mut self, now: Instant, provider: usize) {
+        self.providers[provider].avoided_until = Some(now + AVOIDED_FOR);
+    }
+
+    /// A provider that owes an answer for so long is silent.
+    pub fn silent_after(&self) -> Duration {
+        // Both ways, and once more for what is lost.
+        SILENT_AFTER + 2 * delay_quantile(self.mean_delay, 2 * MIXES_OF_A_ROUTE)
+    }
+
+    /// Whom to ask for a stream, the best one first: those that there is a route to, in the user's order,
+    /// but those that are silent last.
+    pub fn candidates(&self, now: Instant) -> Vec<usize> {
+        let reachable = |&provider: &usize| self.providers[provider].is_reachable;
+        let mut candidates: Vec<_> = (0..self.providers.len()).filter(reachable).collect();
+        candidates.sort_by_key(|&provider| self.is_silent(now, provider));
+        candidates
+    }
+
+    fn is_silent(&self, now: Instant, provider: usize) -> bool {
+        let silent_after = self.silent_after();
+        let mut sessions = self.sessions.iter().filter(|held| held.provider == provider);
+        let is_overdue = |held: &Held| {
+            held.session.unanswered_since().is_some_and(|since| now >= since + silent_after)
+        };
+        sessions.any(is_overdue)
+            || self.providers[provider].avoided_until.is_some_and(|until| now < until)
+    }
+
+    // --- Streams.
+
+    /// Opens a stream through a provider, in the newest session with it, or in a new one if that is too
+    /// old or has ended; bytes that are written at once travel with the request. `wall_ms` are
+    /// milliseconds since 1970. `None` when the session has too many streams.
     pub fn open(
         &mut self,
         now: Instant,
         wall_ms: u64,
         rng: &mut impl Rng,
+        provider: usize,
         target: Target,
     ) -> Option<StreamKey> {
         let usable = |session: &ClientSession| {
             session.closed().is_none() && now < session.began() + SESSION_AGE
         };
-        if !self.sessions.last().is_some_and(usable) {
-            let session = ClientSession::new(
-                SessionId(rng.random()),
-                start_time_ms(wall_ms),
-                now,
-                self.max_contents_bytes,
-                self.mean_delay,
-            );
-            self.sessions.push(session.with_access_token(self.access_token.clone()));
-        }
-        let session = self.sessions.last_mut().expect("one was pushed if there was none");
+        let newest = self.sessions.iter().rposition(|held| held.provider == provider);
+        let at = match newest.filter(|&at| usable(&self.sessions[at].session)) {
+            Some(at) => at,
+            None => {
+                let session = ClientSession::new(
+                    SessionId(rng.random()),
+                    start_time_ms(wall_ms),
+                    now,
+                    self.max_contents_bytes,
+                    self.mean_delay,
+                );
+                let token = self.providers[provider].access_token.clone();
+                let session = session.with_access_token(token);
+                self.sessions.push(Held { session, provider });
+                self.sessions.len() - 1
+            }
+        };
+        let session = &mut self.sessions[at].session;
         Some((session.id(), session.open(target)?))
     }
 
@@ -102,13 +225,20 @@ impl<R> ClientCore<R> {
     pub fn session(&mut self, id: SessionId) -> Option<&mut ClientSession> {
         self.sessions
             .iter_mut()
+            .map(|held| &mut held.session)
             .find(|session| session.id() == id)
             .filter(|session| session.closed().is_none())
     }
 
     /// All sessions that have not been forgotten.
-    pub fn sessions(&self) -> &[ClientSession] {
-        &self.sessions
+    pub fn sessions(&self) -> impl ExactSizeIterator<Item = &ClientSession> {
+        self.sessions.iter().map(|held| &held.session)
+    }
+
+    /// Whose session it is, if it has not been forgotten.
+    pub fn provider_of(&self, id: SessionId) -> Option<usize> {
+        let held = self.sessions.iter().find(|held| held.session.id() == id)?;
+        Some(held.provider)
     }
 
     /// Takes bytes as [`ClientSession::write`] does; `None` also when the session has ended.
@@ -138,44 +268,54 @@ impl<R> ClientCore<R> {
         }
     }
 
-    /// Tells the provider to forget the sessions.
+    /// Tells the providers to forget the sessions.
     pub fn close(&mut self) {
-        self.sessions.iter_mut().for_each(ClientSession::close);
+        self.sessions.iter_mut().for_each(|held| held.session.close());
     }
 
     /// Ends all sessions at once.
     pub fn end(&mut self) {
-        for session in &mut self.sessions {
-            session.end(CloseReason::Done);
-        }
+        self.sessions.iter_mut().for_each(|held| held.session.end(CloseReason::Done));
     }
 
     /// What has happened. Sessions that have ended are forgotten when it is told.
     pub fn poll_event(&mut self) -> Option<ClientEvent> {
-        for session in &mut self.sessions {
+        if std::mem::take(&mut self.has_avoided) {
+            return Some(ClientEvent::MixAvoided);
+        }
+        for Held { session, .. } in &mut self.sessions {
             let id = session.id();
             if let Some(event) = session.poll_event() {
                 return Some(ClientEvent::Stream(id, event));
             }
         }
-        let ended = self.sessions.iter().position(|session| session.closed().is_some())?;
-        let session = self.sessions.remove(ended);
+        let ended = self.sessions.iter().position(|held| held.session.closed().is_some())?;
+        let Held { session, provider } = self.sessions.remove(ended);
         self.surbs.forget_session(session.id());
-        Some(ClientEvent::SessionEnded(session.id(), session.closed()?))
+        self.under_way.retain(|(id, _), _| *id != session.id());
+        Some(ClientEvent::SessionEnded(session.id(), provider, session.closed()?))
     }
 
     // --- Time.
 
     /// When [`ClientCore::handle_timeout`] wants to be called.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let of_sessions = self.sessions.iter().filter_map(ClientSession::poll_timeout);
-        let ages = self.sessions.iter().filter(|session| session.is_idle());
-        of_sessions.chain(ages.map(|session| session.began() + SESSION_AGE)).min()
+        let of_sessions = self.sessions().filter_map(ClientSession::poll_timeout);
+        let idle = self.sessions().filter(|session| session.is_idle());
+        let ages = idle.map(|session| session.began() + SESSION_AGE);
+        // Without a proof that the mixnet works the time passes, and a loop that comes back is one.
+        let deaths = self.sessions().filter_map(ClientSession::unanswered_since);
+        let deaths = deaths.map(|since| since + DEAD_AFTER).filter(|at| *at > self.looked_at);
+        let loops = if self.is_in_use() { self.health.next_loop_at(self.looked_at) } else { None };
+        let loops = loops.filter(|at| *at > self.looked_at).into_iter();
+        let of_health = loops.chain(self.health.poll_timeout());
+        of_sessions.chain(ages).chain(deaths).chain(of_health).min()
     }
 
     /// Handles what is due at `now`. Old sessions without streams are closed.
     pub fn handle_timeout(&mut self, now: Instant) {
-        for session in &mut self.sessions {
+        self.looked_at = now;
+        for Held { session, .. } in &mut self.sessions {
             if session.poll_timeout().is_some_and(|at| at <= now) {
                 session.handle_timeout(now);
             }
@@ -183,30 +323,113 @@ impl<R> ClientCore<R> {
                 session.close();
             }
         }
+        self.health.handle_timeout(now);
+        self.note_fates(now);
+        self.end_dead_sessions(now);
+    }
+
+    /// Streams through a dead provider must not hang for ever. What is no fault of the provider, such as
+    /// a gateway or a link that is away, is waited for.
+    fn end_dead_sessions(&mut self, now: Instant) {
+        for Held { session, .. } in &mut self.sessions {
+            if let Some(since) = session.unanswered_since()
+                && now >= since + DEAD_AFTER
+                && self.health.came_since(since + PROOF_AFTER)
+            {
+                session.end(CloseReason::Unknown);
+            }
+        }
+    }
+
+    /// Whether anybody waits for something.
+    fn is_in_use(&self) -> bool {
+        self.sessions().any(|session| session.closed().is_none() && session.stream_count() > 0)
     }
 
     // --- Packets.
 
-    /// Whether [`ClientCore::next_packet`] has something.
+    /// Whether [`ClientCore::next_packet`] or [`ClientCore::next_loop`] has something.
     pub fn wants_transmit(&mut self, now: Instant) -> bool {
         let surbs = self.surbs.ready(now);
-        self.sessions.iter().any(|session| session.wants_transmit(now, surbs))
+        let wants = |held: &Held| {
+            self.providers[held.provider].is_reachable && held.session.wants_transmit(now, surbs)
+        };
+        self.sessions.iter().any(wants) || self.next_loop(now).is_some()
     }
 
-    /// Writes the contents of the next packet of any session to `out`; its mixes delay it by
-    /// `packet_delay` in all. `false` when there is none.
-    pub fn next_packet(&mut self, now: Instant, packet_delay: Duration, out: &mut Vec<u8>) -> bool {
-        self.surbs.ready(now);
+    /// Writes the contents of the next packet of any session to `out`; `way_to` says which way a packet
+    /// to a provider will go, if there is one.
+    pub fn next_packet(
+        &mut self,
+        now: Instant,
+        mut way_to: impl FnMut(usize) -> Option<Way>,
+        out: &mut Vec<u8>,
+    ) -> Pulled {
+        let surbs = self.surbs.ready(now);
         let count = self.sessions.len();
+        let mut result = Pulled::Nothing;
         for index in (self.turn..self.turn + count).map(|turn| turn % count) {
-            let session = &mut self.sessions[index];
+            let Held { session, provider } = &mut self.sessions[index];
+            if !self.providers[*provider].is_reachable || !session.wants_transmit(now, surbs) {
+                continue;
+            }
+            let Some(way) = way_to(*provider) else {
+                result = Pulled::NoWay(*provider);
+                continue;
+            };
+            let (number, under_way) = (session.next_number(), session.packets_under_way());
             let mut source = self.surbs.source(session.id());
-            if session.poll_transmit(now, packet_delay, &mut source, out) {
+            if session.poll_transmit(now, way.delay, &mut source, out) {
+                if session.packets_under_way() > under_way {
+                    self.under_way.insert((session.id(), number), way.mixes);
+                }
                 self.turn = index + 1;
-                return true;
+                return Pulled::Packet(*provider);
             }
         }
-        false
+        result
+    }
+
+    /// The next loop to send: a packet to this client itself, with an identifier that names it.
+    /// [`ClientCore::loop_taken`] must follow.
+    pub fn next_loop(&self, now: Instant) -> Option<LoopWish> {
+        self.health.next_loop(now).filter(|_| self.is_in_use())
+    }
+
+    /// The loop that was wished for is being made; [`ClientCore::loop_sent`] follows unless there is no
+    /// route for it.
+    pub fn loop_taken(&mut self, now: Instant, wish: LoopWish) {
+        self.health.loop_taken(now, wish);
+    }
+
+    /// The loop leaves.
+    pub fn loop_sent(&mut self, now: Instant, wish: LoopWish, identifier: Identifier, way: Way) {
+        self.health.loop_sent(now, wish, identifier, way);
+    }
+
+    /// Whether what has come is a loop.
+    pub fn loop_came(&mut self, now: Instant, identifier: &Identifier) -> bool {
+        let is_loop = self.health.loop_came(now, identifier);
+        if is_loop {
+            self.end_dead_sessions(now);
+        }
+        is_loop
+    }
+
+    /// Tells what is known of the mixes, and draws the conclusions.
+    fn note_fates(&mut self, now: Instant) {
+        for Held { session, .. } in &mut self.sessions {
+            while let Some(fate) = session.poll_fate() {
+                if let Some(mixes) = self.under_way.remove(&(session.id(), fate.number)) {
+                    self.health.on_fate(now, &mixes, fate.sent, fate.has_come);
+                }
+            }
+        }
+        if self.health.take_news() {
+            // Those that the provider has lead through it as well.
+            self.renew_surbs(now);
+            self.has_avoided = true;
+        }
     }
 
     // --- SURBs and replies.
@@ -218,7 +441,7 @@ impl<R> ClientCore<R> {
 
     /// SURBs that sessions want.
     pub fn surb_demand(&self) -> usize {
-        self.sessions.iter().map(ClientSession::surb_demand).sum()
+        self.sessions().map(ClientSession::surb_demand).sum()
     }
 
     /// How many SURBs to make now, at most `max`; [`ClientCore::deliver_surbs`] must follow.
@@ -236,7 +459,7 @@ impl<R> ClientCore<R> {
     /// others. All sessions replace those that they gave away; nobody waits for the new ones.
     pub fn replace_surbs(&mut self, now: Instant) {
         self.surbs.renew(now);
-        self.sessions.iter_mut().for_each(ClientSession::replace_surbs);
+        self.sessions.iter_mut().for_each(|held| held.session.replace_surbs());
     }
 
     /// SURBs that were made before `now` lead to nowhere: a node on their routes is gone or has another
@@ -245,7 +468,7 @@ impl<R> ClientCore<R> {
     /// A mere reconnect to the gateway is no reason: what leads there still does.
     pub fn renew_surbs(&mut self, now: Instant) {
         self.surbs.renew(now);
-        self.sessions.iter_mut().for_each(ClientSession::renew_surbs);
+        self.sessions.iter_mut().for_each(|held| held.session.renew_surbs());
     }
 
     /// The reply with this identifier has come: what recovers it. A second one finds nothing.
@@ -253,8 +476,7 @@ impl<R> ClientCore<R> {
         self.surbs.take(identifier)
     }
 
-    /// Takes the contents of a recovered reply for `session`, whose SURB was built with delays that
-    /// sum to `surb_delay`.
+    /// Takes the contents of a recovered reply for `session`, whose SURB led this way.
     ///
     /// # Errors
     /// [`ReplyError`]; after a violation the session has ended. Nothing happens when it had ended.
@@ -262,13 +484,17 @@ impl<R> ClientCore<R> {
         &mut self,
         now: Instant,
         session: SessionId,
-        surb_delay: Duration,
+        way: &Way,
         contents: &[u8],
     ) -> Result<(), ReplyError> {
-        match self.session(session) {
-            Some(session) => session.handle_reply(now, surb_delay, contents),
-            None => Ok(()),
+        if let Some(provider) = self.provider_of(session) {
+            self.providers[provider].avoided_until = None;
         }
+        let Some(session) = self.session(session) else { return Ok(()) };
+        session.handle_reply(now, way.delay, contents)?;
+        self.health.on_reply(now, &way.mixes);
+        self.note_fates(now);
+        Ok(())
     }
 }
 
@@ -281,23 +507,31 @@ mod tests {
     use rand::rngs::StdRng;
 
     use super::*;
+    use crate::testing::TestNetwork;
 
-    const DELAY: Duration = Duration::from_millis(45);
+    const WAY: Way = Way { delay: Duration::from_millis(45), mixes: [[0; 32]; LAYERS] };
 
+    /// With two providers.
     fn core() -> (ClientCore<()>, Instant) {
-        (ClientCore::new(2031, Duration::from_millis(15)), Instant::now())
+        let (topology, now) = (TestNetwork::new().topology(0), Instant::now());
+        (ClientCore::new(&topology, 2, now, 2031, Duration::from_millis(15)), now)
+    }
+
+    /// Whether a packet was written.
+    fn pull(core: &mut ClientCore<()>, now: Instant, out: &mut Vec<u8>) -> bool {
+        core.next_packet(now, |_| Some(WAY), out) != Pulled::Nothing
     }
 
     fn open(core: &mut ClientCore<()>, now: Instant) -> StreamKey {
         let mut rng = StdRng::seed_from_u64(core.sessions().len() as u64);
-        core.open(now, 0, &mut rng, "192.0.2.1:80".parse().unwrap()).unwrap()
+        core.open(now, 0, &mut rng, 0, "192.0.2.1:80".parse().unwrap()).unwrap()
     }
 
     /// Reply 0 with this frame.
     fn reply(core: &mut ClientCore<()>, now: Instant, id: SessionId, frame: &Frame<'_>) {
         let mut contents = vec![2, 0, 0, 0, 0, 0, 0];
         frame.encode(&mut contents);
-        core.handle_reply(now, id, DELAY, &contents).unwrap();
+        core.handle_reply(now, id, &WAY, &contents).unwrap();
     }
 
     fn surbs(count: u8, made: Instant) -> Vec<ReadySurb<()>> {
@@ -308,7 +542,7 @@ mod tests {
             let surb = Surb::from_bytes(&bytes).unwrap();
             let mut identifier = Identifier::default();
             identifier[0] = number;
-            ReadySurb { surb, identifier, recovery: (), delay: DELAY, made }
+            ReadySurb { surb, identifier, recovery: (), way: WAY, made }
         };
         (1..=count).map(ready).collect()
     }
@@ -346,14 +580,14 @@ mod tests {
         reply(&mut core, start, key.0, &Frame::Opened { stream: key.1, outcome });
         core.handle_timeout(start + SESSION_AGE);
         let mut out = Vec::new();
-        while core.next_packet(start + SESSION_AGE, DELAY, &mut out) {
+        while pull(&mut core, start + SESSION_AGE, &mut out) {
             assert_ne!(out[out.len() - 2..], [12, 0], "its stream was not released");
         }
         core.release(key);
         let due = core.poll_timeout().unwrap();
         assert!(due <= start + SESSION_AGE, "{:?}", due - start);
         core.handle_timeout(start + SESSION_AGE);
-        assert!(core.next_packet(start + SESSION_AGE, DELAY, &mut out));
+        assert!(pull(&mut core, start + SESSION_AGE, &mut out));
         assert_eq!(out[out.len() - 2..], [12, 0], "CLOSE, done");
     }
 
@@ -363,10 +597,10 @@ mod tests {
         let mut shown = Vec::new();
         let token = PresentedToken::from_bytes([7; ACCESS_TOKEN_LEN]);
         for (time, token) in [(now, None), (now + SESSION_AGE, token.clone())] {
-            core.set_access_token(token);
+            core.set_access_token(0, token);
             open(&mut core, time);
             let mut out = Vec::new();
-            while core.next_packet(time, DELAY, &mut out) {
+            while pull(&mut core, time, &mut out) {
                 let mut input = &out[17..];
                 take_varint(&mut input).unwrap();
                 take_varint(&mut input).unwrap();
@@ -390,7 +624,7 @@ mod tests {
         let mut out = Vec::new();
         let senders: Vec<_> = (0..20)
             .map(|_| {
-                assert!(core.next_packet(now, DELAY, &mut out));
+                assert!(pull(&mut core, now, &mut out));
                 out[1..17].to_vec()
             })
             .collect();
@@ -405,18 +639,18 @@ mod tests {
         let claimed = core.claim_surbs(now, 10);
         core.deliver_surbs(claimed, surbs(10, now));
         let mut out = Vec::new();
-        assert!(core.next_packet(now, DELAY, &mut out));
+        assert!(pull(&mut core, now, &mut out));
         assert_eq!(surbs_in(&out), [(0, 5)]);
         let claimed = core.claim_surbs(now, 10);
         let later = now + Duration::from_millis(1);
         core.renew_surbs(later);
         core.deliver_surbs(claimed, surbs(10, now));
-        while core.next_packet(later, DELAY, &mut out) {
+        while pull(&mut core, later, &mut out) {
             assert_eq!(surbs_in(&out), [], "those were made before");
         }
         let claimed = core.claim_surbs(later, 10);
         core.deliver_surbs(claimed, surbs(10, later));
-        assert!(core.next_packet(later, DELAY, &mut out));
+        assert!(pull(&mut core, later, &mut out));
         assert_eq!(surbs_in(&out), [(2, 5)], "the generation between is left out");
     }
 
@@ -431,7 +665,7 @@ mod tests {
         let claimed = core.claim_surbs(now, 10);
         core.deliver_surbs(claimed, surbs(10, now));
         let mut out = Vec::new();
-        assert!(core.next_packet(now, DELAY, &mut out));
+        assert!(pull(&mut core, now, &mut out));
         assert_eq!(surbs_in(&out), [(1, 5)]);
     }
 }

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::replay::{Admission, RecentTags};
-use mixsocks_common::topology::{NoRoute, Topology, UnixTime, check_route, random_route};
+use mixsocks_common::topology::{
+    NoRoute, RouteChoice, Topology, UnixTime, check_route, random_route,
+};
 use mixsocks_sphinx::{
     HopAddress, Identifier, OpenedPacket, Packet, PacketHeader, Payload, Peeled, ReplyRecovery,
     Route, SecretKey, build_headers, build_surbs, fill_headers, finish, max_plaintext,
@@ -27,6 +29,7 @@ use crate::gateway::{
     self, GatewayLinkConfig, GatewayLinkError, GatewayReceiver, GatewaySender, GatewayState,
 };
 use crate::headers::ReadyHeader;
+use crate::health::Way;
 use crate::surbs::ReadySurb;
 
 /// How long a recipient remembers the tags of packets, at least. Older replays do nothing: a reply is
@@ -225,13 +228,14 @@ impl Endpoint {
     fn routes(
         &self,
         recipient: &Address,
+        choice: &RouteChoice,
         identifiers: impl Iterator<Item = Identifier>,
     ) -> Result<Vec<Route>, NoRoute> {
         let (topology, mean_delay) = (self.topology(), self.mean_delay());
         let (now, mut rng) = (unix_time(), rand::rng());
         identifiers
             .map(|identifier| {
-                random_route(&topology, recipient, now, mean_delay, identifier, &mut rng)
+                random_route(&topology, recipient, now, mean_delay, identifier, choice, &mut rng)
             })
             .collect()
     }
@@ -244,13 +248,28 @@ impl Endpoint {
     pub fn make_headers(
         &self,
         recipient: &Address,
+        choice: &RouteChoice,
         count: usize,
     ) -> Result<Vec<ReadyHeader>, NoRoute> {
         let made = Instant::now();
-        let routes = self.routes(recipient, std::iter::repeat_n(Identifier::default(), count))?;
-        let delays = routes.iter().map(Route::total_delay);
-        let headers = build_headers(&mut rand::rng(), &routes).into_iter().zip(delays);
-        Ok(headers.map(|(header, delay)| ReadyHeader { header, delay, made }).collect())
+        let identifiers = std::iter::repeat_n(Identifier::default(), count);
+        let routes = self.routes(recipient, choice, identifiers)?;
+        let ways = routes.iter().map(Way::of);
+        let headers = build_headers(&mut rand::rng(), &routes).into_iter().zip(ways);
+        Ok(headers.map(|(header, way)| ReadyHeader { header, way, made }).collect())
+    }
+
+    /// Makes the header of a loop: a packet to this endpoint itself, and what names it when it comes.
+    ///
+    /// # Errors
+    /// [`NoRoute`] says why there is no way.
+    pub fn make_loop(&self, choice: &RouteChoice) -> Result<(Identifier, ReadyHeader), NoRoute> {
+        let made = Instant::now();
+        let identifier = identifiers().next().expect("they do not end");
+        let routes = self.routes(&self.address, choice, std::iter::once(identifier))?;
+        let way = Way::of(&routes[0]);
+        let header = build_headers(&mut rand::rng(), &routes).remove(0);
+        Ok((identifier, ReadyHeader { header, way, made }))
     }
 
     /// Makes the packet of a header; takes some 45 µs of CPU.
@@ -271,19 +290,18 @@ impl Endpoint {
     ///
     /// # Errors
     /// [`NoRoute`] says why there is no way to this endpoint.
-    pub fn make_surbs(&self, count: usize) -> Result<Vec<ReadySurb<ReplyRecovery>>, NoRoute> {
+    pub fn make_surbs(
+        &self,
+        choice: &RouteChoice,
+        count: usize,
+    ) -> Result<Vec<ReadySurb<ReplyRecovery>>, NoRoute> {
         let made = Instant::now();
-        let mut rng = rand::rng();
-        let identifiers = std::iter::repeat_with(|| rng.random())
-            // Zero means "not a reply".
-            .filter(|identifier| *identifier != Identifier::default())
-            .take(count);
-        let routes = self.routes(&self.address, identifiers)?;
+        let routes = self.routes(&self.address, choice, identifiers().take(count))?;
         let built = build_surbs(&mut rand::rng(), &routes).into_iter().zip(&routes);
         let ready = built.filter_map(|(built, route)| {
             let (surb, recovery) = built.ok()?;
-            let (identifier, delay) = (recovery.identifier(), route.total_delay());
-            Some(ReadySurb { surb, identifier, recovery, delay, made })
+            let (identifier, way) = (recovery.identifier(), Way::of(route));
+            Some(ReadySurb { surb, identifier, recovery, way, made })
         });
         Ok(ready.collect())
     }
@@ -345,6 +363,13 @@ impl Endpoint {
             })
             .collect()
     }
+}
+
+/// Random names of packets to oneself. Zero means that a packet is none.
+fn identifiers() -> impl Iterator<Item = Identifier> {
+    let mut rng = rand::rng();
+    std::iter::repeat_with(move || rng.random())
+        .filter(|identifier| *identifier != Identifier::default())
 }
 
 /// The time of day.

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use mixsocks_sphinx::PacketHeader;
 
+use crate::health::Way;
+
 /// Headers that are made at a time: as many as share vectors, and about a millisecond of work.
 const HEADERS_PER_TURN: usize = 8;
 
@@ -21,8 +23,8 @@ const MAX_READY_AGE: Duration = Duration::from_secs(1);
 pub struct ReadyHeader {
     /// All of the packet but its payload.
     pub header: PacketHeader,
-    /// The sum of the delays on its route.
-    pub delay: Duration,
+    /// Where it leads.
+    pub way: Way,
     /// When it was made: not later than its route was drawn.
     pub made: Instant,
 }
@@ -71,10 +73,10 @@ impl HeaderPool {
         self.renewed = Some(now);
     }
 
-    /// The delay of the header that is the next one to take.
-    pub(crate) fn next_delay(&mut self, now: Instant) -> Option<Duration> {
+    /// The way of the header that is the next one to take.
+    pub(crate) fn next_way(&mut self, now: Instant) -> Option<Way> {
         self.drop_outdated(now);
-        self.ready.front().map(|header| header.delay)
+        self.ready.front().map(|header| header.way)
     }
 
     /// Hands out the header that was made first.
@@ -113,7 +115,10 @@ mod tests {
         };
         let routes = vec![Route::new(&[hop], [2; 32], [0; 16]).unwrap(); numbers.len()];
         let headers = build_headers(&mut StdRng::seed_from_u64(1), &routes);
-        let ready = |(number, header)| ReadyHeader { header, delay: MS * number, made };
+        let ready = |(number, header)| {
+            let way = Way { delay: MS * number, mixes: Default::default() };
+            ReadyHeader { header, way, made }
+        };
         numbers.zip(headers).map(ready).collect()
     }
 
@@ -123,6 +128,10 @@ mod tests {
         pool.deliver(0, headers(0..2, now));
         assert!(pool.take(now).is_some() && pool.take(now).is_some());
         pool
+    }
+
+    fn next_delay(pool: &mut HeaderPool, now: Instant) -> Option<Duration> {
+        pool.next_way(now).map(|way| way.delay)
     }
 
     #[test]
@@ -169,11 +178,11 @@ mod tests {
         let mut pool = HeaderPool::default();
         pool.deliver(0, headers(0..3, now));
         for number in 0..3 {
-            assert_eq!(pool.next_delay(now), Some(MS * number));
-            assert_eq!(pool.next_delay(now), Some(MS * number), "looking takes nothing");
-            assert_eq!(pool.take(now).unwrap().delay, MS * number);
+            assert_eq!(next_delay(&mut pool, now), Some(MS * number));
+            assert_eq!(next_delay(&mut pool, now), Some(MS * number), "looking takes nothing");
+            assert_eq!(pool.take(now).unwrap().way.delay, MS * number);
         }
-        assert!(pool.next_delay(now).is_none() && pool.take(now).is_none());
+        assert!(pool.next_way(now).is_none() && pool.take(now).is_none());
     }
 
     #[test]
@@ -183,11 +192,11 @@ mod tests {
         pool.deliver(0, headers(0..2, now));
         assert_eq!(pool.claim(now, 0), 8);
         pool.renew(now + MS);
-        assert!(pool.next_delay(now + MS).is_none());
+        assert!(pool.next_way(now + MS).is_none());
         pool.deliver(8, headers(0..8, now));
-        assert!(pool.next_delay(now + MS).is_none(), "those were begun before");
+        assert!(pool.next_way(now + MS).is_none(), "those were begun before");
         pool.deliver(0, headers(5..6, now + MS));
-        assert_eq!(pool.next_delay(now + MS), Some(MS * 5));
+        assert_eq!(next_delay(&mut pool, now + MS), Some(MS * 5));
     }
 
     #[test]
@@ -196,8 +205,8 @@ mod tests {
         let mut pool = HeaderPool::default();
         pool.deliver(0, headers(0..2, now));
         pool.deliver(0, headers(2..3, now + MS));
-        assert_eq!(pool.next_delay(now + MAX_READY_AGE - MS), Some(Duration::ZERO));
-        assert_eq!(pool.take(now + MAX_READY_AGE).unwrap().delay, MS * 2);
+        assert_eq!(next_delay(&mut pool, now + MAX_READY_AGE - MS), Some(Duration::ZERO));
+        assert_eq!(pool.take(now + MAX_READY_AGE).unwrap().way.delay, MS * 2);
         assert!(pool.ready.is_empty());
     }
 }

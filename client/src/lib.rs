@@ -12,6 +12,7 @@ pub mod drops;
 mod endpoint;
 pub mod gateway;
 mod headers;
+pub mod health;
 mod renewal;
 #[cfg(feature = "socks")]
 pub mod socks;

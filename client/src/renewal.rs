@@ -34,7 +34,7 @@ pub enum Stale {
 }
 
 /// Watches the document and the key epoch of a client that is reached through one gateway and sends
-/// to recipients at another one.
+/// to recipients at others.
 ///
 /// Packets are made for the new keys as soon as the clock is in their epoch, or as the document is.
 /// SURBs that were given away are replaced at a random moment after that, while the nodes still take
@@ -47,7 +47,7 @@ pub enum Stale {
 pub struct Renewal {
     topology: Arc<Topology>,
     own_gateway: Identity,
-    peer_gateway: Identity,
+    peer_gateways: Vec<Identity>,
     /// Of the keys for which packets are made.
     key_epoch: u64,
     /// When SURBs of the key epoch before are replaced.
@@ -60,12 +60,12 @@ impl Renewal {
     pub fn new(
         topology: Arc<Topology>,
         own_gateway: Identity,
-        peer_gateway: Identity,
+        peer_gateways: Vec<Identity>,
         now: Instant,
         wall: UnixTime,
     ) -> Self {
         let key_epoch = key_epoch(&topology, wall);
-        Self { topology, own_gateway, peer_gateway, key_epoch, replace_at: None, next_look: now }
+        Self { topology, own_gateway, peer_gateways, key_epoch, replace_at: None, next_look: now }
     }
 
     /// When to look again.
@@ -134,7 +134,7 @@ impl Renewal {
         let mut mixes = (1..).take(LAYERS).flat_map(|layer| old.mixes(layer));
         if !mixes.all(goes_on) || !gateway_goes_on(&self.own_gateway) {
             Stale::Surbs
-        } else if !gateway_goes_on(&self.peer_gateway) {
+        } else if !self.peer_gateways.iter().all(gateway_goes_on) {
             Stale::MadeAhead
         } else {
             Stale::Nothing
@@ -194,7 +194,7 @@ mod tests {
             let now = Instant::now();
             let [own, peer] = network.gateways();
             let wall = UnixTime(KEY_EPOCH_SECONDS / 2);
-            let renewal = Renewal::new(document.clone(), own, peer, now, wall);
+            let renewal = Renewal::new(document.clone(), own, vec![peer], now, wall);
             Self { network, document, renewal, now, rng: StdRng::seed_from_u64(1) }
         }
 

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 use mixsocks_common::session::{SessionId, SurbSource};
 use mixsocks_sphinx::{Identifier, Surb};
 
+use crate::health::Way;
+
 /// SURBs that are kept ready at most: some packets' worth.
 pub const MAX_READY_SURBS: usize = 64;
 
@@ -24,8 +26,8 @@ pub struct ReadySurb<R> {
     pub identifier: Identifier,
     /// What recovers the reply.
     pub recovery: R,
-    /// The sum of the delays on its route.
-    pub delay: Duration,
+    /// The way of its reply.
+    pub way: Way,
     /// When it was made: not later than its route was drawn.
     pub made: Instant,
 }
@@ -37,8 +39,8 @@ pub struct Awaited<R> {
     pub recovery: R,
     /// Which session gave the SURB away.
     pub session: SessionId,
-    /// The sum of the delays on the SURB's route.
-    pub delay: Duration,
+    /// Its way.
+    pub way: Way,
 }
 
 /// All SURBs of a client.
@@ -144,8 +146,8 @@ impl<R> SurbSource for Source<'_, R> {
     fn write_surb(&mut self, out: &mut Vec<u8>) {
         if let Some(ready) = self.store.ready.pop_front() {
             out.extend_from_slice(ready.surb.as_bytes());
-            let ReadySurb { identifier, recovery, delay, .. } = ready;
-            self.store.remember(identifier, Awaited { recovery, session: self.session, delay });
+            let ReadySurb { identifier, recovery, way, .. } = ready;
+            self.store.remember(identifier, Awaited { recovery, session: self.session, way });
         }
     }
 }
@@ -167,7 +169,7 @@ mod tests {
             surb: Surb::from_bytes(&bytes).unwrap(),
             identifier: identifier(number),
             recovery: number,
-            delay: Duration::ZERO,
+            way: Way { delay: Duration::ZERO, mixes: Default::default() },
             made,
         }
     }

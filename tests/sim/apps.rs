@@ -58,7 +58,8 @@ impl<C: Codec> World<C> {
                     StreamEvent::Open { .. } => return Err("a client is asked to dial".to_owned()),
                 }
             }
-            ClientEvent::SessionEnded(id, reason) => {
+            ClientEvent::MixAvoided => self.note("a client avoids a mix".to_owned()),
+            ClientEvent::SessionEnded(id, _, reason) => {
                 self.note(format!("a client's session has ended: {reason}"));
                 for number in 0..self.streams.len() {
                     let is_of_it = self.streams[number].key.is_some_and(|key| key.0 == id);
@@ -178,7 +179,7 @@ impl<C: Codec> World<C> {
         let Role::Client(core) = &mut self.endpoints[client].role else {
             return Err("a provider opens no streams".to_owned());
         };
-        let key = core.open(now, wall_ms, rng, target).ok_or("a client opens no stream")?;
+        let key = core.open(now, wall_ms, rng, 0, target).ok_or("a client opens no stream")?;
         self.streams[number].key = Some(key);
         let start = Start { client, began: self.now, time_ms: start_time_ms(wall_ms) };
         self.starts.entry(key.0).or_insert(start);

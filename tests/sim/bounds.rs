@@ -49,7 +49,7 @@ fn check_client<R>(core: &ClientCore<R>) -> Result<(), String> {
     at_most(MAX_AWAITED_REPLIES, awaited, "awaited replies")?;
     // Streams are opened while the first session is young; one that has ended is forgotten at once.
     at_most(1, core.sessions().len(), "sessions of a client")?;
-    core.sessions().iter().try_for_each(|session| {
+    core.sessions().try_for_each(|session| {
         let max_bytes = max_stream_bytes(session.stream_count());
         at_most(max_bytes, session.held_bytes(), "bytes of a client's streams")
     })

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use mixsocks_common::session::frame::CloseReason;
 use mixsocks_common::session::{AccessTokens, MAX_START_AGE, START_STEP, SessionId};
-use mixsocks_common::topology::{Role as NodeRole, UnixTime, random_route};
+use mixsocks_common::topology::{Role as NodeRole, RouteChoice, UnixTime, random_route};
 use mixsocks_sphinx::Identifier;
 use rand::RngExt;
 
@@ -288,7 +288,9 @@ impl<C: Codec> World<C> {
         let identifier = if self.rng.random() { Identifier::default() } else { self.rng.random() };
         let topology = self.documents.published.last().expect("there is a first one");
         let (mean, now) = (topology.parameters.mean_delay, UnixTime(wall_ms / 1000));
-        if let Ok(route) = random_route(topology, &recipient, now, mean, identifier, &mut self.rng)
+        let choice = RouteChoice::default();
+        if let Ok(route) =
+            random_route(topology, &recipient, now, mean, identifier, &choice, &mut self.rng)
         {
             let sealed = SealedRoute { route: &route, topology, now };
             let packet = self.codec.build(&mut self.rng, &sealed, &contents);

@@ -2,9 +2,11 @@
 //! them.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mixsocks_client::core::ClientCore;
+use mixsocks_client::health::Way;
 use mixsocks_client::{ReadySurb, Renewal, Stale};
 use mixsocks_common::address::Address;
 use mixsocks_common::gateway::delivery::Delivery;
@@ -89,6 +91,8 @@ pub(crate) struct Endpoint<C: Codec> {
     surbs_awaited: BTreeSet<Identifier>,
     surbs_dead: BTreeSet<Identifier>,
     document: (usize, Document),
+    /// The one that the core has been told of.
+    followed: Document,
     renewal: Renewal,
     /// The gateway of those to whom it sends.
     peer_gateway: Identity,
@@ -134,7 +138,7 @@ impl<C: Codec> Endpoint<C> {
             key: NodeKey::lasting(*identity.as_bytes(), key, clock_error_ms),
             address: Address { identity, encryption, gateway },
             gateway: usize::from(number == 0),
-            role: role(number, wall_ms, topology),
+            role: role(number, now, wall_ms, topology),
             access: Access::default(),
             connection: 0,
             is_connected: false,
@@ -152,7 +156,8 @@ impl<C: Codec> Endpoint<C> {
             surbs_awaited: BTreeSet::new(),
             surbs_dead: BTreeSet::new(),
             document: (0, document.clone()),
-            renewal: Renewal::new(document.clone(), gateway, peer_gateway, now, wall),
+            followed: document.clone(),
+            renewal: Renewal::new(document.clone(), gateway, vec![peer_gateway], now, wall),
             peer_gateway,
         }
     }
@@ -188,7 +193,7 @@ impl<C: Codec> Endpoint<C> {
     pub(crate) fn restart(&mut self, world_now: Instant, wall_ms: u64) {
         let now = self.clock(world_now);
         self.in_socket.clear();
-        self.role = role(self.number, wall_ms, &self.document.1);
+        self.role = role(self.number, now, wall_ms, &self.document.1);
         self.take_access(world_now, self.access.clone());
         self.begin_renewal(now, wall_ms);
         self.tags = RecentTags::new(now, REPLAY_SPAN, REPLAY_TAGS, &mut self.rng);
@@ -201,7 +206,7 @@ impl<C: Codec> Endpoint<C> {
         let now = self.clock(world_now);
         match &mut self.role {
             Role::Provider(core) => core.set_access_tokens(now, access.demanded.clone()),
-            Role::Client(core) => core.set_access_token(access.shown.clone()),
+            Role::Client(core) => core.set_access_token(0, access.shown.clone()),
         }
         self.access = access;
     }
@@ -238,7 +243,7 @@ impl<C: Codec> Endpoint<C> {
     fn begin_renewal(&mut self, now: Instant, wall_ms: u64) {
         let (own, peer) = (self.address.gateway, self.peer_gateway);
         let wall = UnixTime(wall_ms / 1000);
-        self.renewal = Renewal::new(self.document.1.clone(), own, peer, now, wall);
+        self.renewal = Renewal::new(self.document.1.clone(), own, vec![peer], now, wall);
     }
 
     /// Follows the document and the clock. No headers are made ahead here.
@@ -246,6 +251,10 @@ impl<C: Codec> Endpoint<C> {
         let now = self.clock(world_now);
         let wall = UnixTime(self.wall_ms(right_ms) / 1000);
         let Role::Client(core) = &mut self.role else { return };
+        if !Arc::ptr_eq(&self.followed, &self.document.1) {
+            self.followed = self.document.1.clone();
+            core.follow(now, &self.followed, self.followed.parameters.mean_delay);
+        }
         match self.renewal.handle(&self.document.1, now, wall, &mut self.rng) {
             Stale::Nothing | Stale::MadeAhead => {}
             Stale::SurbsSoon => core.replace_surbs(now),
@@ -358,6 +367,9 @@ impl<C: Codec> Endpoint<C> {
                 if self.surbs_dead.remove(&identifier) {
                     return;
                 }
+                if core.loop_came(now, &identifier) {
+                    return;
+                }
                 if let Some(awaited) = core.take_awaited(&identifier)
                     && let Some(mut contents) = codec.recover(awaited.recovery, payload)
                 {
@@ -365,7 +377,7 @@ impl<C: Codec> Endpoint<C> {
                     if self.is_lied_to && self.rng.random_bool(LIES) {
                         contents = hostile::reply(&mut self.rng, contents);
                     }
-                    let _ = core.handle_reply(now, awaited.session, awaited.delay, &contents);
+                    let _ = core.handle_reply(now, awaited.session, &awaited.way, &contents);
                 }
             }
         }
@@ -426,17 +438,19 @@ impl<C: Codec> Endpoint<C> {
             return;
         }
         let mean = topology.parameters.mean_delay;
+        let choice = core.route_choice();
         let surbs: Vec<_> = (0..core.claim_surbs(now, SURBS_PER_TURN))
             .map(|_| {
                 let identifier = self.rng.random();
                 let to = &self.address;
-                let route = random_route(topology, to, wall, mean, identifier, &mut self.rng)
+                let rng = &mut self.rng;
+                let route = random_route(topology, to, wall, mean, identifier, &choice, rng)
                     .expect("there are routes");
                 let sealed = SealedRoute { route: &route, topology, now: wall };
                 let (surb, recovery) = codec.build_surb(&mut self.rng, &sealed);
-                let delay = route.total_delay();
+                let way = Way::of(&route);
                 self.surbs_awaited.insert(identifier);
-                ReadySurb { surb, identifier, recovery, delay, made: now }
+                ReadySurb { surb, identifier, recovery, way, made: now }
             })
             .collect();
         if !surbs.is_empty() {
@@ -494,12 +508,12 @@ impl<C: Codec> Endpoint<C> {
     }
 }
 
-fn role<C: Codec>(number: usize, wall_ms: u64, topology: &Topology) -> Role<C> {
+fn role<C: Codec>(number: usize, now: Instant, wall_ms: u64, topology: &Topology) -> Role<C> {
     let max_contents_bytes = max_plaintext(topology.parameters.payload_bytes);
     let mean_delay = topology.parameters.mean_delay;
     if number == 0 {
         Role::Provider(Box::new(ProviderCore::new(wall_ms, max_contents_bytes, mean_delay)))
     } else {
-        Role::Client(Box::new(ClientCore::new(max_contents_bytes, mean_delay)))
+        Role::Client(Box::new(ClientCore::new(topology, 1, now, max_contents_bytes, mean_delay)))
     }
 }

@@ -4,6 +4,8 @@ use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::time::{Duration, Instant};
 
+use mixsocks_client::core::Pulled;
+use mixsocks_client::health::Way;
 use mixsocks_common::keys::IdentityKey;
 use mixsocks_common::session::SessionId;
 use mixsocks_common::topology::{LAYERS, Parameters, Role, UnixTime, random_route};
@@ -505,20 +507,39 @@ impl<C: Codec> World<C> {
     pub(crate) fn flush_up(&mut self, endpoint: usize) {
         let spacing = self.weather.spacing.unwrap_or(SPACING);
         let provider = self.endpoints[0].address;
+        let own_address = self.endpoints[endpoint].address;
         let wall = UnixTime(self.endpoints[endpoint].wall_ms(self.wall_ms()) / 1000);
         let Self { endpoints, rng, codec, now, packets_built, .. } = self;
         let frames = endpoints[endpoint].pull(*now, spacing, |topology, own_now, contents| {
             *packets_built += 1;
             match contents {
                 crate::endpoint::Contents::ToProvider(core) => {
-                    let (identifier, mean) =
-                        (Identifier::default(), topology.parameters.mean_delay);
-                    let route =
-                        random_route(topology, &provider, wall, mean, identifier, rng).ok()?;
+                    let mean = topology.parameters.mean_delay;
+                    let mut choice = core.route_choice();
                     let mut out = Vec::new();
+                    let wish = core.next_loop(own_now);
+                    let (to, identifier) = match wish {
+                        Some(wish) => {
+                            core.loop_taken(own_now, wish);
+                            choice.through = wish.through;
+                            (&own_address, rng.random())
+                        }
+                        None => (&provider, Identifier::default()),
+                    };
+                    let route =
+                        random_route(topology, to, wall, mean, identifier, &choice, rng).ok()?;
+                    let way = Way::of(&route);
+                    match wish {
+                        Some(wish) => core.loop_sent(own_now, wish, identifier, way),
+                        None => {
+                            let pulled = core.next_packet(own_now, |_| Some(way), &mut out);
+                            if pulled == Pulled::Nothing {
+                                return None;
+                            }
+                        }
+                    }
                     let sealed = SealedRoute { route: &route, topology, now: wall };
-                    core.next_packet(own_now, route.total_delay(), &mut out)
-                        .then(|| (route.first_hop(), codec.build(rng, &sealed, &out)))
+                    Some((route.first_hop(), codec.build(rng, &sealed, &out)))
                 }
                 crate::endpoint::Contents::Reply(surb, contents) => codec.use_surb(surb, &contents),
             }

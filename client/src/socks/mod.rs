@@ -1,7 +1,9 @@
 //! The SOCKS5 listener (RFC 1928 and 1929): CONNECT to names, IPv4 and IPv6 addresses.
 //!
 //! A program gets its reply when the stream is open or could not be opened, with the code of what
-//! really happened at the provider. What it sent in advance travels with the OPEN.
+//! really happened at the provider. What it sent in advance travels with the OPEN. An optimistic listener
+//! says at once that the stream is open, so that what programs then say travels with the OPEN as well: it
+//! saves them one of two round trips, and they see a reset where the stream could not be opened.
 //!
 //! Nothing here logs targets or credentials. The SOCKS5 crate does, at DEBUG: a logging setup must
 //! switch the target [`QUIET_LOG_TARGET`] off.
@@ -45,6 +47,10 @@ pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most bytes that travel with an OPEN: they fit into one packet beside it.
 pub const MAX_EARLY_BYTES: usize = 1400;
 
+/// How long an optimistic listener waits for what a program says first. Those that have something to say
+/// do so at once; where the other side speaks first, this is lost.
+const FIRST_BYTES_WAIT: Duration = Duration::from_millis(10);
+
 /// Most bytes taken from a program that does not wait for its reply; then it is made to.
 const MAX_PENDING_BYTES: usize = 16 * 1024;
 
@@ -87,7 +93,14 @@ pub trait OpenStream: Clone + Send + Sync + 'static {
 #[derive(Debug)]
 pub struct SocksListener {
     listener: TcpListener,
+    manner: Manner,
+}
+
+/// How a port treats programs.
+#[derive(Debug, Clone, Default)]
+struct Manner {
     credentials: Option<Arc<Credentials>>,
+    is_optimistic: bool,
 }
 
 impl SocksListener {
@@ -96,7 +109,15 @@ impl SocksListener {
     /// With `credentials`, programs must give them. Without, they may give any user name and
     /// password, or none.
     pub fn new(listener: TcpListener, credentials: Option<Credentials>) -> Self {
-        Self { listener, credentials: credentials.map(Arc::new) }
+        let credentials = credentials.map(Arc::new);
+        Self { listener, manner: Manner { credentials, is_optimistic: false } }
+    }
+
+    /// Whether programs are told at once that a stream is open, without waiting for the provider.
+    #[must_use]
+    pub fn optimistic(mut self, is_optimistic: bool) -> Self {
+        self.manner.is_optimistic = is_optimistic;
+        self
     }
 
     /// A port on `address`.
@@ -130,7 +151,7 @@ impl SocksListener {
 
     /// Serves programs until `shutdown` resolves; then resets the streams that are left.
     pub async fn serve<O: OpenStream>(self, opener: O, shutdown: impl Future<Output = ()> + Send) {
-        serve(self.listener, self.credentials, MAX_CONNECTIONS, opener, shutdown).await;
+        serve(self.listener, self.manner, MAX_CONNECTIONS, opener, shutdown).await;
     }
 }
 
@@ -155,7 +176,7 @@ impl Accept for TcpListener {
 
 async fn serve<A: Accept, O: OpenStream>(
     mut acceptor: A,
-    credentials: Option<Arc<Credentials>>,
+    manner: Manner,
     max_connections: usize,
     opener: O,
     shutdown: impl Future<Output = ()> + Send,
@@ -181,7 +202,7 @@ async fn serve<A: Accept, O: OpenStream>(
         match accepted {
             Ok(local) if connections.len() < max_connections => {
                 (full, failing) = (false, false);
-                connections.spawn(handle(local, credentials.clone(), opener.clone()));
+                connections.spawn(handle(local, manner.clone(), opener.clone()));
             }
             Ok(_) => {
                 if !full {
@@ -217,13 +238,9 @@ fn concerns_one_connection(error: &io::Error) -> bool {
 }
 
 /// One connection, from its first byte to its last.
-async fn handle<L: Local, O: OpenStream>(
-    local: L,
-    credentials: Option<Arc<Credentials>>,
-    opener: O,
-) {
+async fn handle<L: Local, O: OpenStream>(local: L, manner: Manner, opener: O) {
     let mut local = Rewind::new(local);
-    let handshake = handshake::handshake(&mut local, credentials.as_deref());
+    let handshake = handshake::handshake(&mut local, manner.credentials.as_deref());
     let target = match timeout(HANDSHAKE_TIMEOUT, handshake).await {
         Ok(Ok(target)) => target,
         Ok(Err(error)) => {
@@ -232,6 +249,15 @@ async fn handle<L: Local, O: OpenStream>(
         }
         Err(_) => return debug!("a local connection stalled in its handshake"),
     };
+    if manner.is_optimistic {
+        if reply_success(&mut local).await.is_err() {
+            return;
+        }
+        if local.buffered() == 0 {
+            // Whether it says something, ends or breaks shows below.
+            let _ = timeout(FIRST_BYTES_WAIT, local.fill()).await;
+        }
+    }
     let early = local.take_ready(MAX_EARLY_BYTES).await;
     let sent_early = !early.is_empty();
     let opened = tokio::select! {
@@ -240,13 +266,15 @@ async fn handle<L: Local, O: OpenStream>(
     };
     match opened {
         Ok(stream) => {
-            let success = handshake::reply(OpenOutcome::Connected.code());
-            if local.write_all(&success).await.is_ok() && local.flush().await.is_ok() {
+            if manner.is_optimistic || reply_success(&mut local).await.is_ok() {
                 relay::relay(local, stream).await;
             }
         }
         Err(error) => {
             debug!(%error, "a stream was not opened");
+            if manner.is_optimistic {
+                return local.inner_mut().reset_on_drop();
+            }
             let outcome = match error.outcome() {
                 OpenOutcome::Connected => OpenOutcome::Failed,
                 outcome => outcome,
@@ -254,6 +282,11 @@ async fn handle<L: Local, O: OpenStream>(
             say_farewell(local, &handshake::reply(outcome.code())).await;
         }
     }
+}
+
+async fn reply_success<L: Local>(local: &mut Rewind<L>) -> io::Result<()> {
+    local.write_all(&handshake::reply(OpenOutcome::Connected.code())).await?;
+    local.flush().await
 }
 
 /// Resolves when the program that waits for its reply has gone.

@@ -169,6 +169,11 @@ impl Port {
     }
 
     fn with(credentials: Option<Credentials>, max_connections: usize) -> Self {
+        let credentials = credentials.map(Arc::new);
+        Self::of(Manner { credentials, is_optimistic: false }, max_connections)
+    }
+
+    fn of(manner: Manner, max_connections: usize) -> Self {
         let (arrivals, arrived) = mpsc::unbounded_channel();
         let (opened, opens) = mpsc::unbounded_channel();
         let (stop, stopped) = oneshot::channel::<()>();
@@ -178,11 +183,9 @@ impl Port {
                 pending().await
             }
         };
-        let credentials = credentials.map(Arc::new);
-        let arrivals_end = Arrivals(arrived);
         let task = tokio::spawn(serve(
-            arrivals_end,
-            credentials,
+            Arrivals(arrived),
+            manner,
             max_connections,
             Mixnet(opened),
             stopped,
@@ -295,6 +298,50 @@ async fn the_reply_waits_for_the_outcome() {
     timeout(Duration::from_secs(60), program.read(&mut byte)).await.unwrap_err();
     let (_far, _mix) = opening.accept();
     expect(&mut program, &reply(0)).await;
+}
+
+fn optimistic() -> Port {
+    Port::of(Manner { credentials: None, is_optimistic: true }, MAX_CONNECTIONS)
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_optimistic_port_replies_at_once_and_sends_the_first_bytes_along() {
+    let mut port = optimistic();
+    let (mut program, _) = port.connect();
+    program.write_all(&HELLO).await.unwrap();
+    expect(&mut program, &HELLO_ACCEPTED).await;
+    program.write_all(&connect_request("example.com:80")).await.unwrap();
+    expect(&mut program, &reply(0)).await;
+    program.write_all(b"GET / HTTP/1.0").await.unwrap();
+    let opening = port.opens.recv().await.unwrap();
+    assert_eq!(&*opening.early, b"GET / HTTP/1.0");
+    program.write_all(b" and more").await.unwrap();
+    let (mut far, _mix) = opening.accept();
+    expect(&mut far, b" and more").await;
+    far.write_all(b"answer").await.unwrap();
+    expect(&mut program, b"answer").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_optimistic_port_does_not_wait_long_for_a_program_that_listens_first() {
+    let mut port = optimistic();
+    let began = Instant::now();
+    let (mut program, _, opening) = port.request("example.com:25").await;
+    assert!(opening.early.is_empty());
+    assert_eq!(began.elapsed(), FIRST_BYTES_WAIT);
+    let (mut far, _mix) = opening.accept();
+    expect(&mut program, &reply(0)).await;
+    far.write_all(b"220 hello").await.unwrap();
+    expect(&mut program, b"220 hello").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_optimistic_port_resets_what_cannot_be_opened() {
+    let mut port = optimistic();
+    let (mut program, local, opening) = port.request("example.com:80").await;
+    opening.refuse(OpenError::Refused(OpenOutcome::Refused));
+    expect_end(&mut program, &reply(0)).await;
+    assert!(local.was_reset());
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! The client's end of a session: it alone controls how much is under way in both directions.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::time::{Duration, Instant};
 
@@ -49,6 +50,9 @@ const RETIRED_GENERATIONS: u64 = 1;
 /// CLOSE is repeated so many times at most: the provider forgets silent sessions by itself.
 const CLOSE_ATTEMPTS: u32 = 3;
 
+/// Fates of packets that wait to be asked for; more than can be under way.
+const MAX_FATES: usize = 8192;
+
 /// Random name of a session, known to its client and its provider alone; who knows it can write
 /// into the session, so it is not shown.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -67,6 +71,17 @@ pub trait SurbSource {
 
     /// Appends one SURB of 396 bytes. Called at most [`SurbSource::available`] times.
     fn write_surb(&mut self, out: &mut Vec<u8>);
+}
+
+/// What became of a packet that was to be acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PacketFate {
+    /// What [`ClientSession::next_number`] was before the packet.
+    pub number: u64,
+    /// When it left.
+    pub sent: Instant,
+    /// Whether the provider has it; else it is lost, as far as can be told.
+    pub has_come: bool,
 }
 
 /// Why a reply is not taken.
@@ -102,8 +117,11 @@ pub struct ClientSession {
     /// When a silence last led to a new generation of SURBs.
     renewed: Option<Instant>,
     ping_wanted: bool,
+    fates: VecDeque<PacketFate>,
     last_heard: Instant,
     last_asked: Instant,
+    /// When the first packet left that asks for an answer, of those since the last answer.
+    unanswered_since: Option<Instant>,
     /// Silence after which it asks next.
     keepalive: Duration,
     closing: Closing,
@@ -140,8 +158,10 @@ impl ClientSession {
             surbs: SurbWindow::new(now, reply_quantile),
             renewed: None,
             ping_wanted: false,
+            fates: VecDeque::new(),
             last_heard: now,
             last_asked: now,
+            unanswered_since: None,
             keepalive: FIRST_KEEPALIVE,
             closing: Closing::No,
             closed: None,
@@ -187,6 +207,36 @@ impl ClientSession {
     /// When the provider was heard of last; before that, when the session began.
     pub fn last_heard(&self) -> Instant {
         self.last_heard
+    }
+
+    /// Since when the provider owes an answer, whatever it answers to; `None` when it owes none.
+    pub fn unanswered_since(&self) -> Option<Instant> {
+        self.unanswered_since
+    }
+
+    /// The number of the next packet.
+    pub fn next_number(&self) -> u64 {
+        self.transport.flight.next_number()
+    }
+
+    /// Packets whose fate is open.
+    pub fn packets_under_way(&self) -> usize {
+        self.transport.flight.len()
+    }
+
+    /// What became of a packet, one of those that were to be acknowledged. Who does not ask misses all
+    /// but the last 8,192.
+    pub fn poll_fate(&mut self) -> Option<PacketFate> {
+        self.fates.pop_front()
+    }
+
+    fn note_fates(&mut self, packets: &[Sent], has_come: bool) {
+        for &Sent { number, at, .. } in packets {
+            if self.fates.len() == MAX_FATES {
+                self.fates.pop_front();
+            }
+            self.fates.push_back(PacketFate { number, sent: at, has_come });
+        }
     }
 
     /// Whether the provider has answered at all.
@@ -306,6 +356,7 @@ impl ClientSession {
             return Err(ReplyError::Duplicate);
         }
         self.last_heard = now;
+        self.unanswered_since = None;
         self.confirmed = true;
         self.access_token = None;
         // Both clocks are arbitrary: only differences count. It wraps after 71 minutes, which looks
@@ -365,6 +416,7 @@ impl ClientSession {
         ack: &Ack,
     ) -> Result<(), Violation> {
         let acked = self.transport.handle_ack(ack, now)?;
+        self.note_fates(&acked.packets, true);
         if let Some(latest) = &acked.latest {
             self.on_round_trip(now, latest, surb_delay, Duration::from_micros(ack.delay_us));
         }
@@ -410,6 +462,7 @@ impl ClientSession {
     }
 
     fn on_lost(&mut self, lost: &[Sent]) {
+        self.note_fates(lost, false);
         if lost.iter().any(|packet| packet.cargo.contains(&Cargo::Close))
             && let Closing::Sent { attempts } = self.closing
         {
@@ -595,9 +648,12 @@ impl ClientSession {
         if eliciting {
             self.ping_wanted = false;
             self.last_asked = now;
+            self.unanswered_since.get_or_insert(now);
         }
         debug_assert!(out.len() <= self.max_packet_bytes);
+        let number = self.next_number();
         self.transport.flight.on_sent(eliciting.then_some(Sent {
+            number,
             at: now,
             arrives: now + packet_delay,
             cargo,

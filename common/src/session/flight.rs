@@ -25,6 +25,7 @@ pub(super) enum Cargo {
 /// A packet that waits for its acknowledgement.
 #[derive(Clone, Debug)]
 pub(super) struct Sent {
+    pub(super) number: u64,
     pub(super) at: Instant,
     /// When it reaches the peer by the delays that the sender chose, without queueing and wires. A
     /// sender that did not choose them takes the time of sending.
@@ -215,7 +216,7 @@ mod tests {
     use rand::{RngExt, SeedableRng};
 
     fn sent(at: Instant, arrives: Instant) -> Sent {
-        Sent { at, arrives, cargo: vec![], surbs: 1 }
+        Sent { number: 0, at, arrives, cargo: vec![], surbs: 1 }
     }
 
     #[test]

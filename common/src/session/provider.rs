@@ -249,7 +249,9 @@ impl ProviderSession {
         let cargo = self.transport.write_frames(now, out, self.max_packet_bytes, fill);
         debug_assert!(out.len() <= self.max_packet_bytes);
         let eliciting = !cargo.is_empty();
+        let number = self.transport.flight.next_number();
         self.transport.flight.on_sent(eliciting.then_some(Sent {
+            number,
             at: now,
             arrives: now,
             cargo,

@@ -13,7 +13,7 @@ use std::time::Duration;
 pub(crate) use document::RawParameters;
 pub use document::{DocumentError, MAX_NODES, MAX_PROVIDERS};
 pub use epochs::Epochs;
-pub use route::{NoRoute, check_route, delay_quantile, random_route};
+pub use route::{NoRoute, RouteChoice, check_route, delay_quantile, random_route};
 pub use signed::{
     Authorities, AuthoritiesError, DocumentBody, DocumentDigest, MAX_DOCUMENT_BYTES,
     SignedTopology, TopologyError, sign, verify,

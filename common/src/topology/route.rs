@@ -1,8 +1,10 @@
 //! Routes: one mix of each layer, drawn evenly for each packet, with exponential delays.
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
-use mixsocks_sphinx::{Hop, Identifier, Route};
+use mixsocks_sphinx::{Hop, HopAddress, Identifier, Route};
 use rand::seq::IteratorRandom;
 use rand::{Rng, RngExt};
 
@@ -51,9 +53,35 @@ pub fn check_route(topology: &Topology, gateway: &Identity, now: UnixTime) -> Re
     }
 }
 
+/// Which mixes routes lead through, if not through any.
+#[derive(Debug, Clone, Default)]
+pub struct RouteChoice {
+    /// Mixes that are left out while their layer has others.
+    pub avoided: Arc<BTreeSet<HopAddress>>,
+    /// A mix that takes its layer, avoided or not.
+    pub through: Option<HopAddress>,
+}
+
+impl RouteChoice {
+    fn draw<'a, M: Iterator<Item = (&'a Node, EncryptionKey)>>(
+        &self,
+        mixes: impl Fn() -> M,
+        rng: &mut impl Rng,
+    ) -> Option<(&'a Node, EncryptionKey)> {
+        let id = |mix: &Node| *mix.identity.as_bytes();
+        if let Some(through) = self.through
+            && let Some(mix) = mixes().find(|(mix, _)| id(mix) == through)
+        {
+            return Some(mix);
+        }
+        let good = mixes().filter(|(mix, _)| !self.avoided.contains(&id(mix)));
+        good.choose(rng).or_else(|| mixes().choose(rng))
+    }
+}
+
 /// Draws a route to `recipient`: a mix of each layer, its gateway, itself.
 ///
-/// Each mix holds the packet for an exponentially distributed time of mean `mean_delay`, cut at the
+/// Mixes are drawn evenly from those that `choice` leaves. Each mix holds the packet for an exponentially distributed time of mean `mean_delay`, cut at the
 /// network's maximum; the gateway and the recipient do not delay. Choices are independent of each
 /// other and of earlier routes. Each node's key is that of the key epoch at `now`; mixes that have
 /// told none for it are left out.
@@ -66,13 +94,14 @@ pub fn random_route(
     now: UnixTime,
     mean_delay: Duration,
     identifier: Identifier,
+    choice: &RouteChoice,
     rng: &mut impl Rng,
 ) -> Result<Route, NoRoute> {
     let (gateway, gateway_key) = gateway_with_key(topology, &recipient.gateway, now)?;
     let mut hops = Vec::with_capacity(LAYERS + 2);
     for layer in (1..).take(LAYERS) {
-        let (mix, key) = mixes_with_keys(topology, layer, now)
-            .choose(rng)
+        let (mix, key) = choice
+            .draw(|| mixes_with_keys(topology, layer, now), rng)
             .ok_or(NoRoute::LayerWithoutKeys(layer))?;
         let delay = exponential(mean_delay, rng).min(topology.parameters.max_delay);
         hops.push(hop(mix, key, delay));
@@ -170,6 +199,7 @@ mod tests {
         topology: Topology,
         recipient: Address,
         keys: Vec<(Identity, SecretKey)>,
+        choice: RouteChoice,
         rng: StdRng,
     }
 
@@ -221,18 +251,20 @@ mod tests {
             let network = NetworkName::new("test").unwrap();
             let validity = UnixTime(0)..UnixTime(1);
             let topology = Topology::new(network, 1, validity, parameters, nodes, vec![]).unwrap();
-            Self { topology, recipient, keys, rng }
+            Self { topology, recipient, keys, choice: RouteChoice::default(), rng }
         }
 
         fn route(&mut self) -> Route {
             let mean = self.topology.parameters.mean_delay;
             let (topology, recipient) = (&self.topology, &self.recipient);
-            random_route(topology, recipient, NOW, mean, IDENTIFIER, &mut self.rng).unwrap()
+            random_route(topology, recipient, NOW, mean, IDENTIFIER, &self.choice, &mut self.rng)
+                .unwrap()
         }
 
         fn route_at(&mut self, now: UnixTime) -> Result<Route, NoRoute> {
-            let Self { topology, recipient, rng, .. } = self;
-            let route = random_route(topology, recipient, now, Duration::ZERO, IDENTIFIER, rng);
+            let Self { topology, recipient, choice, rng, .. } = self;
+            let no_delay = Duration::ZERO;
+            let route = random_route(topology, recipient, now, no_delay, IDENTIFIER, choice, rng);
             let checked = check_route(topology, &recipient.gateway, now);
             assert_eq!(checked.err().as_ref(), route.as_ref().err());
             route
@@ -334,6 +366,28 @@ mod tests {
         // With 3 degrees of freedom an even draw exceeds 40 with probability 10^-8. A mix that is
         // drawn a tenth too often adds 100.
         assert!(chi_square < 40.0, "{chi_square}: {counts:?}");
+    }
+
+    #[test]
+    fn what_is_avoided_is_drawn_only_where_there_is_nothing_else() {
+        let mut fixture = Fixture::new(9);
+        let layer = |fixture: &Fixture, layer| -> Vec<HopAddress> {
+            fixture.topology.mixes(layer).map(|mix| *mix.identity.as_bytes()).collect()
+        };
+        let (first, second) = (layer(&fixture, 1), layer(&fixture, 2));
+        let avoided: BTreeSet<_> = first[..2].iter().chain(&second).copied().collect();
+        fixture.choice.avoided = Arc::new(avoided);
+        let mut drawn = BTreeSet::new();
+        for _ in 0..200 {
+            let route = fixture.route();
+            drawn.extend(route.hops().map(|(address, _)| address).take(2));
+        }
+        // All of them, but for a chance of 10^-24.
+        assert_eq!(drawn, first[2..].iter().chain(&second).copied().collect());
+        fixture.choice.through = Some(first[1]);
+        assert!((0..20).all(|_| fixture.route().first_hop() == first[1]), "asked for by name");
+        fixture.choice.through = Some([9; 32]);
+        assert!((0..20).all(|_| fixture.route().first_hop() != first[1]), "no such mix");
     }
 
     #[test]
