@@ -471,6 +471,12 @@ impl<R> ClientCore<R> {
         self.sessions.iter_mut().for_each(|held| held.session.renew_surbs());
     }
 
+    /// The gateway is reached again after a cut or a sleep: sessions with streams ask their providers, one
+    /// packet each, whether there is news.
+    pub fn path_is_back(&mut self) {
+        self.sessions.iter_mut().for_each(ClientSession::path_is_back);
+    }
+
     /// The reply with this identifier has come: what recovers it. A second one finds nothing.
     pub fn take_awaited(&mut self, identifier: &Identifier) -> Option<Awaited<R>> {
         self.surbs.take(identifier)

@@ -300,6 +300,9 @@ impl<C: Codec> Endpoint<C> {
         }
         self.connection = connection;
         self.is_connected = true;
+        if let Role::Client(core) = &mut self.role {
+            core.path_is_back();
+        }
         self.free_at = now;
         Ok(())
     }

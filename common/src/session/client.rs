@@ -8,7 +8,7 @@ use bytes::BufMut;
 use mixsocks_sphinx::SURB_LEN;
 
 use super::estimate::{Queueing, Window};
-use super::flight::{Cargo, Sent};
+use super::flight::{Cargo, Sent, Trip};
 use super::frame::{Ack, CloseReason, Frame, FrameError, StreamId, put_surbs_header};
 use super::streams::{Side, StreamEvent, Violation};
 use super::surb_window::SurbWindow;
@@ -37,10 +37,10 @@ pub const KEEPALIVE: Duration = Duration::from_secs(5 * 60);
 /// A session from which nothing was heard for so long is dead.
 pub const SESSION_SILENCE: Duration = Duration::from_secs(15 * 60);
 
-/// When all waits have been in vain for so long, SURBs get a new generation: all that the provider has
-/// may lead to nowhere, and it uses the oldest first. Longer than gateways hold packets for somebody who
-/// reconnects, and a wait more.
-const RENEW_AFTER: Duration = Duration::from_secs(15);
+/// In a silence SURBs get a new generation, and another one each time that it has lasted so much longer:
+/// all that the provider has may lead to nowhere, and it uses the oldest first. Longer than gateways hold
+/// packets for somebody who reconnects, and a wait more.
+const RENEW_EVERY: Duration = Duration::from_secs(15);
 
 /// How far the generation goes on when those before it are dead, and when the last one is only to be
 /// replaced: a provider keeps the generation before the newest, and none before that.
@@ -298,6 +298,15 @@ impl ClientSession {
         self.ping_wanted = true;
     }
 
+    /// The way to the provider was cut, at this end, and is free again. Streams that wait for nothing but
+    /// the provider's words ask for them: what it said meanwhile may be lost, and its SURBs with it.
+    pub fn path_is_back(&mut self) {
+        self.transport.on_sign_of_life();
+        if !self.transport.streams.is_empty() && self.closing == Closing::No {
+            self.ping();
+        }
+    }
+
     /// From now on SURBs are of a new generation, and the provider uses no older ones any more: those
     /// lead to nowhere, as a node on their routes is gone or has another key, or the client has another
     /// gateway. Replies under way are still taken.
@@ -357,6 +366,7 @@ impl ClientSession {
         }
         self.last_heard = now;
         self.unanswered_since = None;
+        self.transport.on_sign_of_life();
         self.confirmed = true;
         self.access_token = None;
         // Both clocks are arbitrary: only differences count. It wraps after 71 minutes, which looks
@@ -445,7 +455,7 @@ impl ClientSession {
     fn on_round_trip(
         &mut self,
         now: Instant,
-        latest: &Sent,
+        latest: &Trip,
         surb_delay: Duration,
         ack_delay: Duration,
     ) {
@@ -518,13 +528,14 @@ impl ClientSession {
         if !lost.is_empty() && self.transport.is_backing_off() {
             let Transport { flight, received, .. } = &mut self.transport;
             self.surbs.forget_report(flight, received);
-            // Once in a silence: whatever arrives first of it tells the provider.
+            // Whatever arrives first of it tells the provider, which keeps the old ones until new ones
+            // take their places: perhaps they are good.
             if let Some(since) = self.transport.waiting_in_vain_since()
-                && now >= since + RENEW_AFTER
-                && self.renewed.is_none_or(|renewed| renewed < since)
+                && self.transport.is_silence()
+                && self.renewed.is_none_or(|at| at < since || now >= at + RENEW_EVERY)
             {
                 self.renewed = Some(now);
-                self.renew_surbs();
+                self.replace_surbs();
             }
         }
         if self.keepalive_due().is_some_and(|due| now >= due) {

@@ -69,6 +69,14 @@ const BASE_SPAN: Duration = Duration::from_secs(30);
 /// processor, whose hiccups delay single packets, while a queue delays all of them.
 const STANDING_SPAN: Duration = Duration::from_millis(50);
 
+/// A packet that takes longer than that beyond the shortest trip was held up, by a cut link or a machine
+/// that slept, and says little about the next one.
+const MAX_BEYOND_SECONDS: f64 = 2.0;
+
+/// Between the shortest trip and another one: no packet is under way for so long, as gateways hold none
+/// for more than 10 s. One of two clocks has jumped.
+const CLOCK_JUMP_SECONDS: f64 = 15.0;
+
 /// Queueing on a path, from times of which only differences mean something.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Queueing {
@@ -96,7 +104,16 @@ impl Queueing {
         self.base.update(trip, now);
         self.standing.update(trip, now);
         let beyond = trip - self.base.min().unwrap_or(trip);
-        self.smoothed.update((beyond - self.unknown).max(0.0));
+        self.smoothed.update((beyond - self.unknown).clamp(0.0, MAX_BEYOND_SECONDS));
+    }
+
+    /// The same for a trip from one clock to another, of which either may have jumped: then all before
+    /// means nothing.
+    pub(super) fn update_between_clocks(&mut self, trip: f64, now: Instant) {
+        if self.base().is_some_and(|base| trip - base > CLOCK_JUMP_SECONDS) {
+            *self = Self::new(now, self.unknown);
+        }
+        self.update(trip, now);
     }
 
     /// The shortest recent trip, in seconds: one without queues.

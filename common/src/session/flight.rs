@@ -34,13 +34,37 @@ pub(super) struct Sent {
     pub(super) surbs: usize,
 }
 
+impl Sent {
+    fn trip(&self) -> Trip {
+        Trip { at: self.at, arrives: self.arrives }
+    }
+}
+
+/// The times of a packet: when it left, and when it reaches the peer as [`Sent`] has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Trip {
+    pub(super) at: Instant,
+    pub(super) arrives: Instant,
+}
+
 /// What an acknowledgement brought.
 #[derive(Debug)]
 pub(super) struct Acked {
     pub(super) packets: Vec<Sent>,
     /// The packet that the peer received last, when this is the first news of it.
-    pub(super) latest: Option<Sent>,
+    pub(super) latest: Option<Trip>,
 }
+
+impl Acked {
+    /// Whether the peer has received something of which this is the first news.
+    pub(super) fn is_progress(&self) -> bool {
+        !self.packets.is_empty() || self.latest.is_some()
+    }
+}
+
+/// Packets that were given up and are remembered, the newest: an acknowledgement that comes after all
+/// tells that the path takes longer than was thought.
+const MAX_GIVEN_UP: usize = 64;
 
 /// The packets that one side has sent and not heard of. Each operation is O(log n) in their number,
 /// plus what it takes out; what a moving mark passes is looked at once.
@@ -52,6 +76,8 @@ pub(super) struct Flight {
     /// Of those, the numbers that were due at the peer by `overdue_at`.
     overdue: BTreeSet<u64>,
     overdue_at: Option<Instant>,
+    /// What was given up because time had passed, at most [`MAX_GIVEN_UP`].
+    given_up: BTreeMap<u64, Trip>,
     surbs: SurbsUnderWay,
 }
 
@@ -148,7 +174,11 @@ impl Flight {
         let named: Vec<u64> = named.map(|(&number, _)| number).collect();
         let latest = named.binary_search(&ack.latest).ok();
         let packets: Vec<Sent> = named.into_iter().map(|number| self.take(number)).collect();
-        Some(Acked { latest: latest.map(|index| packets[index].clone()), packets })
+        let latest = match latest {
+            Some(index) => Some(packets[index].trip()),
+            None => self.given_up.remove(&ack.latest),
+        };
+        Some(Acked { packets, latest })
     }
 
     /// Takes out the packets that the receiver says it does not wait for any more.
@@ -184,7 +214,12 @@ impl Flight {
         while let Some(&(arrives, number)) = self.by_arrival.first()
             && arrives <= cutoff
         {
-            lost.push(self.take(number));
+            let sent = self.take(number);
+            self.given_up.insert(number, sent.trip());
+            if self.given_up.len() > MAX_GIVEN_UP {
+                self.given_up.pop_first();
+            }
+            lost.push(sent);
         }
         lost
     }
@@ -325,6 +360,30 @@ mod tests {
         flight.forget_surbs();
         assert_eq!(flight.uncounted_surbs(), 0);
         assert_eq!(flight.lost_by_time(ms(100)).len(), 6);
+    }
+
+    #[test]
+    fn news_of_what_was_given_up_tell_how_long_it_took() {
+        let start = Instant::now();
+        let ms = |n| start + Duration::from_millis(n);
+        let mut flight = Flight::default();
+        for n in 0..MAX_GIVEN_UP as u64 + 1 {
+            flight.on_sent(Some(sent(ms(n), ms(n + 10))));
+        }
+        assert_eq!(flight.lost_by_time(ms(1000)).len(), MAX_GIVEN_UP + 1);
+        let ack = |latest| Ack {
+            latest,
+            delay_us: 0,
+            first: latest,
+            end: latest + 1,
+            settled: latest,
+            ranges: std::iter::once(latest..latest + 1).collect(),
+        };
+        let acked = flight.on_ack(&ack(1)).unwrap();
+        assert_eq!(acked.latest, Some(Trip { at: ms(1), arrives: ms(11) }));
+        assert!(acked.packets.is_empty() && acked.is_progress());
+        assert!(!flight.on_ack(&ack(1)).unwrap().is_progress(), "that is no news any more");
+        assert!(!flight.on_ack(&ack(0)).unwrap().is_progress(), "the oldest is forgotten");
     }
 
     /// ACKs whose cutoffs go back and forth lose neither too much nor too little.

@@ -9,7 +9,7 @@ use super::OpenOutcome;
 use super::PacketKind;
 use super::client::{SESSION_SILENCE, StreamReset};
 use super::estimate::Queueing;
-use super::flight::Sent;
+use super::flight::{Sent, Trip};
 use super::frame::{CloseReason, Frame, FrameError, StreamId};
 use super::stock::{RESERVE_SURBS, SurbStock};
 use super::streams::{Side, StreamEvent, Violation};
@@ -168,6 +168,7 @@ impl ProviderSession {
             return Err(PacketError::Duplicate);
         }
         self.last_heard = now;
+        self.transport.on_sign_of_life();
         for frame in &frames {
             match frame {
                 Frame::Open { .. }
@@ -203,7 +204,7 @@ impl ProviderSession {
         }
     }
 
-    fn on_round_trip(&mut self, now: Instant, latest: &Sent, ack_delay: Duration) {
+    fn on_round_trip(&mut self, now: Instant, latest: &Trip, ack_delay: Duration) {
         let trip = now.saturating_duration_since(latest.at).saturating_sub(ack_delay).as_secs_f64();
         self.transport.queueing.update(trip, now);
     }

@@ -18,10 +18,11 @@ const MIN_WINDOW_SURBS: usize = MIN_WINDOW as usize;
 /// Use is measured over two long waits for a reply and this, for wires and busy processors.
 const MIN_USAGE_SPAN: Duration = Duration::from_millis(200);
 
-/// SURBs that may be given out beyond two for each reply heard. A provider that says it has none, and
-/// keeps them, could make the client send at any rate, and later answer in a burst that it knows
-/// again; honest networks that lose a quarter of all packets each way, and four whole windows in
-/// blackouts, stay within.
+/// SURBs that may be given out for each reply heard, and beyond that. A provider that says it has none,
+/// and keeps them, could make the client send at any rate, and later answer in a burst that it knows
+/// again. Honest networks stay within: those that lose half of all packets each way, as when one of two
+/// mixes of a layer is dead, and a sixth of the rest; and four whole windows in blackouts.
+const MAX_PER_REPLY: u64 = 6;
 const MAX_UNANSWERED: u64 = 4 * MAX_WINDOW as u64;
 
 /// The client's book of SURBs. Its window is how much the provider may have under way: SURBs are
@@ -126,7 +127,7 @@ impl SurbWindow {
     /// `surb_delay`; `now` and `sent` are the two ends' clocks.
     pub(super) fn on_reply(&mut self, now: Instant, surb_delay: Duration, number: u64, trip: f64) {
         self.heard += 1;
-        self.queueing.update(trip - surb_delay.as_secs_f64(), now);
+        self.queueing.update_between_clocks(trip - surb_delay.as_secs_f64(), now);
         let left = now.checked_sub(surb_delay).unwrap_or(now);
         if self.marks.back().is_none_or(|&(_, end)| end <= number) {
             while self.marks.back().is_some_and(|&(at, _)| at >= left) {
@@ -144,7 +145,7 @@ impl SurbWindow {
     /// SURBs leave for the provider; whether it is still plausible that it needs them.
     pub(super) fn on_given(&mut self, count: usize) -> bool {
         self.given += count as u64;
-        self.given <= 2 * self.heard + MAX_UNANSWERED
+        self.given <= MAX_PER_REPLY * self.heard + MAX_UNANSWERED
     }
 
     /// A reply with this number, which left at `left` by the delays of its SURB, tells how many SURBs

@@ -15,11 +15,11 @@ const INITIAL_BASE: Duration = Duration::from_millis(500);
 pub(super) const MIN_MARGIN: Duration = Duration::from_millis(20);
 
 /// Waits for a silent peer double up to this: it may be away for long, and a user notices when it
-/// takes longer than that to go on once it is back. Two packets in 5 s burden nobody.
-const MAX_BACKOFF_WAIT: Duration = Duration::from_secs(5);
+/// takes longer than that to go on once it is back. Two packets in 2 s burden nobody.
+const MAX_BACKOFF_WAIT: Duration = Duration::from_secs(2);
 
-/// Doublings after which every wait has reached it: the shortest is more than 2^-8 of it.
-const MAX_BACKOFF: u32 = 8;
+/// Doublings after which every wait has reached it: the shortest is more than 2^-7 of it.
+const MAX_BACKOFF: u32 = 7;
 
 /// Packets that may be under way while the peer is silent.
 const PROBE_PACKETS: usize = 2;
@@ -116,6 +116,18 @@ impl Transport {
         self.backoff > 0
     }
 
+    /// Whether more than one wait has been in vain: then it is not the loss of single packets.
+    pub(super) fn is_silence(&self) -> bool {
+        self.backoff > 1
+    }
+
+    /// The peer can be heard, or its link is there again: whoever is backing off asks it soon, and need
+    /// not wait until a long wait has ended. Only an acknowledgement ends the backing off, as the way
+    /// there may be cut.
+    pub(super) fn on_sign_of_life(&mut self) {
+        self.backoff = self.backoff.min(1);
+    }
+
     /// When the first of the waits ended that have been in vain since the last progress.
     pub(super) fn waiting_in_vain_since(&self) -> Option<Instant> {
         self.waiting_in_vain_since
@@ -128,7 +140,7 @@ impl Transport {
                 self.streams.on_acked(cargo);
             }
         }
-        if !acked.packets.is_empty() {
+        if acked.is_progress() {
             self.backoff = 0;
             self.waiting_in_vain_since = None;
             self.last_progress = now;
