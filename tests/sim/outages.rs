@@ -20,7 +20,7 @@ const SEEDS: u64 = 4;
 /// When the fault begins: all transfers are under way.
 const BEGINS: Duration = Duration::from_millis(1500);
 /// What a busy stream carries: more than it can until then.
-const BULK_BYTES: u64 = 24 << 20;
+const BULK_BYTES: u64 = 8 << 20;
 /// What a slow one carries: a packet's worth each 100 ms, until the last fault is over.
 const SLOW_BYTES: u64 = 900 * SLOW_CHUNK as u64;
 const SLOW_CHUNK: usize = 1500;

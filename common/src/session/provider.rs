@@ -106,6 +106,12 @@ impl ProviderSession {
         self.stock.refused()
     }
 
+    /// Forgets all SURBs.
+    #[cfg(test)]
+    pub(super) fn lose_surbs(&mut self) {
+        self.stock.lose();
+    }
+
     /// Bytes of memory that its streams and SURBs take.
     pub fn held_bytes(&self) -> usize {
         self.transport.streams.held_bytes() + self.stock.len() * SURB_LEN

@@ -90,6 +90,13 @@ impl SurbStock {
         self.retired.pop_front().or_else(|| self.newest.pop_front())
     }
 
+    /// All that are at hand get lost.
+    #[cfg(test)]
+    pub(super) fn lose(&mut self) {
+        self.newest.clear();
+        self.drop_retired();
+    }
+
     /// When [`SurbStock::handle_timeout`] wants to be called.
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
         self.retired_until

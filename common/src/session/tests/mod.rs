@@ -19,6 +19,7 @@ mod generations;
 mod hostile;
 mod latency;
 mod outages;
+mod promises;
 mod rules;
 
 const MAX_PACKET_BYTES: usize = 2031;
@@ -145,6 +146,8 @@ struct World {
     provider_events: Vec<StreamEvent>,
     /// Nothing gets through.
     blackout: bool,
+    /// Something is to be done at this time.
+    alarm: Option<Instant>,
 }
 
 impl World {
@@ -171,6 +174,7 @@ impl World {
             client_events: Vec::new(),
             provider_events: Vec::new(),
             blackout: false,
+            alarm: None,
         }
     }
 
@@ -260,6 +264,7 @@ impl World {
             self.maker.done_at,
             self.client.poll_timeout().map(|at| wait(at, 0)),
             session.and_then(|session| session.poll_timeout()).map(|at| wait(at, 1)),
+            self.alarm.take_if(|at| *at > self.now),
         ];
         let Some(next) = next.into_iter().flatten().chain(links).min() else { return false };
         self.now = self.now.max(next);
@@ -323,7 +328,10 @@ impl World {
 
     fn run_for(&mut self, time: Duration) {
         let until = self.now + time;
-        while self.now < until && self.step() {}
+        while self.now < until {
+            self.alarm = Some(until);
+            self.step();
+        }
     }
 
     fn run_until(&mut self, limit: Duration, mut done: impl FnMut(&mut Self) -> bool) {

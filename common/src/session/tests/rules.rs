@@ -102,7 +102,7 @@ fn the_peer_may_forget_what_was_acknowledged() {
 }
 
 /// A client that has received replies with these numbers, which only tell a stock.
-fn client_after(numbers: &[u64], now: Instant) -> ClientSession {
+pub(super) fn client_after(numbers: &[u64], now: Instant) -> ClientSession {
     let id = SessionId([3; SESSION_ID_LEN]);
     let mut client = ClientSession::new(id, 0, now, MAX_PACKET_BYTES, MEAN_DELAY);
     client.open("192.0.2.1:80".parse().unwrap()).unwrap();
@@ -116,7 +116,12 @@ fn tell_stock(client: &mut ClientSession, now: Instant, number: u64, count: u64)
 }
 
 /// The client takes a reply with this number, and with the floor zero.
-fn take_reply(client: &mut ClientSession, now: Instant, number: u64, frames: &[Frame<'_>]) {
+pub(super) fn take_reply(
+    client: &mut ClientSession,
+    now: Instant,
+    number: u64,
+    frames: &[Frame<'_>],
+) {
     let mut reply = vec![PacketKind::Reply as u8];
     put_varint(&mut reply, number);
     put_varint(&mut reply, number);
