@@ -416,8 +416,8 @@ mod tests {
     }
 
     /// What has no wrong text: paths, and a provider's name.
-    const TAKES_ANY_TEXT: [&str; 5] =
-        ["topology", "data_dir", "invitation", "access_token_file", "provider"];
+    const TAKES_ANY_TEXT: [&str; 6] =
+        ["topology", "data_dir", "invitation", "access_token_file", "provider", "impairment"];
 
     /// Each key of each role's file, wrong in each way.
     #[test]

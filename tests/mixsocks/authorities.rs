@@ -14,7 +14,7 @@ use crate::servers::{body, http};
 use crate::town::{Plan, Town, authority};
 
 const EPOCHS: u64 = 3;
-const PLAN: Plan = Plan { authorities: 3, epoch: 6, key_epochs: 2, valid_epochs: 3 };
+const PLAN: Plan = Plan { authorities: 3, epoch: 6, valid_epochs: 3, ..Plan::SMALL };
 
 /// A stream that runs through all of a phase, and the bytes that it must bring.
 const STREAM_BYTES: usize = 2 * 1024 * 1024;

@@ -1,7 +1,7 @@
 //! Machines for tests: network namespaces of their own with addresses of their own, joined by a bridge
 //! that is a namespace as well. Nothing in them reaches anything else.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -9,6 +9,30 @@ use crate::process::{Process, mixsocks, skip};
 
 /// So many labs at a time would be a mistake.
 const MAX_LABS: u32 = 200;
+
+/// Where a thread is: on a machine of a [`Lab`], or on this one.
+#[derive(Clone, Default)]
+pub(crate) struct Place(Option<PathBuf>);
+
+impl Place {
+    /// Moves this thread there, and with it those that it starts.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn enter(&self) {
+        use std::os::fd::AsFd;
+
+        use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+        if let Some(namespace) = &self.0 {
+            let file = std::fs::File::open(namespace).unwrap();
+            move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+        }
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    pub(crate) fn enter(&self) {
+        assert!(self.0.is_none(), "there is no such machine: {:?}", self.0);
+    }
+}
 
 /// Machines on one network, 10.99.x.0/24; taken down with all of their processes when dropped.
 pub(crate) struct Lab {
@@ -77,8 +101,20 @@ impl Lab {
         self.within(&self.name(machine), &["link", "set", "eth0", state]);
     }
 
+    /// Pulls a machine's cable, or plugs it in again: nobody is told.
+    pub(crate) fn set_plugged(&self, last: u8, is_plugged: bool) {
+        let port = format!("p{last}");
+        let to: &[&str] = if is_plugged { &["master", "bridge"] } else { &["nomaster"] };
+        self.within(&self.name("net"), &[&["link", "set", &port], to].concat());
+    }
+
     fn within(&self, name: &str, words: &[&str]) {
         ip(&[&["-n", name][..], words].concat()).unwrap();
+    }
+
+    /// Where threads can go.
+    pub(crate) fn place(&self, machine: &str) -> Place {
+        Place(Some(Path::new("/run/netns").join(self.name(machine))))
     }
 
     /// A command on a machine, without the variables that would change what the program does.

@@ -8,7 +8,7 @@ use crate::process::{DEADLINE, Process, mixsocks, run};
 use crate::servers::body;
 use crate::town::{Plan, Town};
 
-const PLAN: Plan = Plan { authorities: 1, epoch: 8, key_epochs: 2, valid_epochs: 5 };
+const PLAN: Plan = Plan { epoch: 8, valid_epochs: 5, ..Plan::SMALL };
 /// Long enough to be under way when a machine is cut off.
 const LENGTH: usize = 8 * 1024 * 1024;
 
@@ -17,7 +17,7 @@ fn serve(town: &Town) -> (Process, String) {
     let folder = town.folder("web");
     std::fs::create_dir(&folder).unwrap();
     std::fs::write(folder.join("file"), body(LENGTH, 9)).unwrap();
-    let mut command = town.lab().command("provider", "python3");
+    let mut command = town.lab().command("provider-1", "python3");
     command.args(["-u", "-m", "http.server", "8000", "--bind", "127.0.0.1", "--directory"]);
     let server = Process::start(command.arg(&folder));
     server.wait_for("Serving HTTP on");

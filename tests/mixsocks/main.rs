@@ -9,6 +9,7 @@
 mod authorities;
 mod bad_input;
 mod browser;
+mod faults;
 mod killed;
 mod lab;
 mod life;
@@ -22,5 +23,6 @@ mod servers;
 mod socks;
 mod tools;
 mod town;
+mod transfer;
 mod transfers;
 mod watching;

@@ -10,10 +10,10 @@ const SECONDS: u32 = 200;
 #[test]
 fn a_stream_outlives_twenty_key_epochs() {
     let origin = http();
-    let plan = Plan { authorities: 1, epoch: 10, key_epochs: 1, valid_epochs: 3 };
+    let plan = Plan { epoch: 10, key_epochs: 1, valid_epochs: 3, ..Plan::SMALL };
     let mut town = Town::on_loopback(plan);
     town.start_all();
-    let names = ["mix-1", "mix-2", "mix-3", "gateway-1", "gateway-2", "provider", "client"];
+    let names = ["mix-1", "mix-2", "mix-3", "gateway-1", "gateway-2", "provider-1", "client"];
     let logs = names.map(|name| town.log(name));
     let first = town.epoch();
     let to = town.folder("stream");

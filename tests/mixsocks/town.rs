@@ -1,5 +1,5 @@
-//! A whole network of separate processes: authorities, three mixes, two gateways, a provider and a
-//! client, each on an address of its own.
+//! A whole network of separate processes: authorities, mixes, gateways, providers and a client, each on
+//! an address of its own.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use crate::lab::Lab;
+use crate::lab::{Lab, Place};
 use crate::process::{DEADLINE, Ended, Process, mixsocks, run};
+use crate::transfer::Ends;
 
 /// How the network is.
 pub(crate) struct Plan {
@@ -20,18 +21,46 @@ pub(crate) struct Plan {
     pub(crate) epoch: u32,
     pub(crate) key_epochs: u32,
     pub(crate) valid_epochs: u32,
+    pub(crate) mixes: u8,
+    pub(crate) gateways: u8,
+    pub(crate) providers: u8,
+    /// Whether [`Town::impair`] can be used.
+    pub(crate) impaired: bool,
 }
 
-/// Members, by their number in addresses.
-const MEMBERS: [(&str, u8); 6] = [
-    ("mix-1", 11),
-    ("mix-2", 12),
-    ("mix-3", 13),
-    ("gateway-1", 14),
-    ("gateway-2", 15),
-    ("provider", 16),
-];
-const CLIENT: (&str, u8) = ("client", 17);
+impl Plan {
+    /// One authority, one route.
+    pub(crate) const SMALL: Self = Self {
+        authorities: 1,
+        epoch: 60,
+        key_epochs: 2,
+        valid_epochs: 10,
+        mixes: 3,
+        gateways: 2,
+        providers: 1,
+        impaired: false,
+    };
+
+    /// Mixes, gateways and providers by name: mix-1, mix-2, …
+    fn members(&self) -> Vec<String> {
+        [("mix", self.mixes), ("gateway", self.gateways), ("provider", self.providers)]
+            .into_iter()
+            .flat_map(|(kind, count)| (1..=count).map(move |number| format!("{kind}-{number}")))
+            .collect()
+    }
+
+    /// How many of each, as the authorities want it.
+    fn counts(&self) -> String {
+        let Self { mixes, gateways, providers, .. } = self;
+        format!("mix={mixes},gateway={gateways},provider={providers}")
+    }
+}
+
+const CLIENT: &str = "client";
+/// The last number of the first member's address; the others follow, and the client after them.
+const FIRST_MEMBER: u8 = 11;
+/// What a node says when it has read how its packets are to fare.
+const IMPAIRED: &str = "under test, packets fare";
 const LINK_PORT: u16 = 9001;
 const CLIENT_PORT: u16 = 9002;
 const DIRECTORY_PORT: u16 = 9000;
@@ -67,8 +96,10 @@ impl Town {
             let number = u8::try_from(number).unwrap();
             lab.add(&authority(number.into()), Some(1 + number));
         }
-        for (name, last) in MEMBERS.into_iter().chain([CLIENT]) {
-            lab.add(name, Some(last));
+        for (name, last) in
+            plan.members().into_iter().chain([CLIENT.to_owned()]).zip(FIRST_MEMBER..)
+        {
+            lab.add(&name, Some(last));
         }
         Self::new(plan, Some(lab), (0, 0))
     }
@@ -80,7 +111,7 @@ impl Town {
             let mut command = mixsocks();
             command.args(["directory", "init"]);
             if number == 0 {
-                command.args(["--invite", "mix=3,gateway=2,provider=1"]);
+                command.args(["--invite", &town.plan.counts()]);
             }
             let made = run(command.arg("--data-dir").arg(town.folder(&authority(number))));
             assert!(made.status.success(), "{}", made.stderr);
@@ -88,16 +119,26 @@ impl Town {
             town.keys.push(std::fs::read_to_string(key).unwrap().trim().to_owned());
         }
         for number in 1..town.plan.authorities {
-            for (name, _) in MEMBERS {
+            for name in town.plan.members() {
                 let folder = town.folder(&authority(number));
                 let mut command = mixsocks();
-                command.args(["directory", "invite", kind(name)]);
-                command.arg("--invitation").arg(town.invitation(name));
+                command.args(["directory", "invite", kind(&name)]);
+                command.arg("--invitation").arg(town.invitation(&name));
                 let made = run(command.arg("--data-dir").arg(folder));
                 assert!(made.status.success(), "{}", made.stderr);
             }
         }
+        if town.plan.impaired {
+            for name in town.nodes() {
+                std::fs::write(town.impairment(&name), "").unwrap();
+            }
+        }
         town
+    }
+
+    /// Mixes and gateways by name.
+    pub(crate) fn nodes(&self) -> Vec<String> {
+        self.plan.members().into_iter().filter(|name| kind(name) != "provider").collect()
     }
 
     /// Starts all, and returns when all do their work.
@@ -105,22 +146,23 @@ impl Town {
         for number in 0..self.plan.authorities {
             self.start(&authority(number));
         }
-        for (name, _) in MEMBERS {
-            self.start(name);
+        for name in self.plan.members() {
+            self.start(&name);
         }
-        self.start("client");
-        self.wait_for("client", "socks5h://");
-        for (name, _) in MEMBERS {
-            self.wait_healthy(name);
+        self.start(CLIENT);
+        self.wait_for(CLIENT, "socks5h://");
+        for name in self.plan.members() {
+            self.wait_healthy(&name);
         }
     }
 
-    fn wait_healthy(&self, name: &str) {
+    /// Waits until one of them does its work.
+    pub(crate) fn wait_healthy(&self, name: &str) {
         let deadline = Instant::now() + DEADLINE;
         let url = format!("http://{}/healthz", self.address(name, METRICS_PORT));
         loop {
             let mut curl = match &self.lab {
-                Some(lab) => lab.command(CLIENT.0, "curl"),
+                Some(lab) => lab.command(CLIENT, "curl"),
                 None => Command::new("curl"),
             };
             let ended = run(curl.args(["-q", "--silent", "--fail", "--noproxy", "*", &url]));
@@ -158,6 +200,35 @@ impl Town {
         self.running[name].stderr_so_far()
     }
 
+    /// The gateway that a client or provider has chosen.
+    pub(crate) fn gateway_of(&self, name: &str) -> String {
+        let file = if name == CLIENT { "client/gateway" } else { "gateway" };
+        let chosen = std::fs::read_to_string(self.folder(name).join(file)).unwrap();
+        let mut nodes = self.nodes().into_iter();
+        nodes
+            .find(|node| {
+                self.wait_for(node, &format!("{}  ", kind(node))).starts_with(chosen.trim())
+            })
+            .unwrap()
+    }
+
+    fn impairment(&self, name: &str) -> PathBuf {
+        self.dir.path().join(format!("{name}.impairment"))
+    }
+
+    /// Says what happens to the packets that a node sends to others, and returns when it does.
+    pub(crate) fn impair(&self, name: &str, how: &str) {
+        std::fs::write(self.impairment(name), how).unwrap();
+        let times = || self.log(name).matches(IMPAIRED).count();
+        let before = times();
+        self.signal(name, "HUP");
+        let deadline = Instant::now() + DEADLINE;
+        while times() == before {
+            assert!(Instant::now() < deadline, "{name} reads no {how:?}: {}", self.log(name));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     pub(crate) fn folder(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -174,13 +245,19 @@ impl Town {
     pub(crate) fn address(&self, name: &str, port: u16) -> SocketAddr {
         let last = match name.strip_prefix("authority-") {
             Some(number) => 1 + number.parse::<u8>().unwrap(),
-            None => MEMBERS.into_iter().chain([CLIENT]).find(|(n, _)| *n == name).unwrap().1,
+            None => self.last_number(name),
         };
         let ip = match &self.lab {
             Some(lab) => lab.address(last),
             None => format!("127.{}.{}.{last}", self.place.0, self.place.1),
         };
         format!("{ip}:{port}").parse().unwrap()
+    }
+
+    /// The last number of a member's or the client's address.
+    pub(crate) fn last_number(&self, name: &str) -> u8 {
+        let names = self.plan.members().into_iter().chain([CLIENT.to_owned()]);
+        names.zip(FIRST_MEMBER..).find(|(known, _)| known == name).unwrap().1
     }
 
     /// Where an authority listens.
@@ -192,13 +269,19 @@ impl Town {
     pub(crate) fn proxy(&self) -> String {
         match self.lab {
             Some(_) => format!("127.0.0.1:{PROXY_PORT}"),
-            None => self.address("client", PROXY_PORT).to_string(),
+            None => self.address(CLIENT, PROXY_PORT).to_string(),
         }
     }
 
+    /// Programs of the client's user, and servers on the provider's machine.
+    pub(crate) fn ends(&self) -> Ends {
+        let place = |name| self.lab.as_ref().map_or_else(Place::default, |lab| lab.place(name));
+        let proxy = self.proxy().parse().unwrap();
+        Ends { proxy, program: place(CLIENT), server: place("provider-1") }
+    }
+
     fn invitation(&self, name: &str) -> PathBuf {
-        let file = if name == "provider" { "provider-1" } else { name };
-        self.folder(&authority(0)).join("invite").join(file)
+        self.folder(&authority(0)).join("invite").join(name)
     }
 
     fn program(&self, name: &str) -> Command {
@@ -219,7 +302,7 @@ impl Town {
         let mut command = self.program(name);
         match name.strip_prefix("authority-") {
             Some(number) => self.authority_options(&mut command, number.parse().unwrap()),
-            None if name == "client" => {
+            None if name == CLIENT => {
                 command.args(["client", "run", "--socks", &self.proxy()]).args(self.network());
             }
             None => self.member_options(&mut command, name),
@@ -237,7 +320,7 @@ impl Town {
     fn authority_options(&self, command: &mut Command, number: usize) {
         let listen = self.address(&authority(number), DIRECTORY_PORT).to_string();
         command.args(["directory", "run", "--private-addresses", "--listen", &listen]);
-        command.args(["--minimum", "mix=3,gateway=2,provider=1"]);
+        command.args(["--minimum", &self.plan.counts()]);
         command.args(["--epoch", &format!("{}s", self.plan.epoch)]);
         command.args(["--key-epochs", &self.plan.key_epochs.to_string()]);
         command.args(["--valid-epochs", &self.plan.valid_epochs.to_string()]);
@@ -247,11 +330,11 @@ impl Town {
     }
 
     fn member_options(&self, command: &mut Command, name: &str) {
-        let role = if name == "provider" { "provider" } else { "node" };
+        let role = if kind(name) == "provider" { "provider" } else { "node" };
         command.args([role, "run"]).args(self.network());
         command.arg("--invitation").arg(self.invitation(name));
         if role == "provider" {
-            command.arg("--allow-private");
+            command.args(["--allow-private", "--name", name]);
             return;
         }
         // Nodes with machines of their own may get another address.
@@ -261,6 +344,9 @@ impl Town {
         };
         command.args(["--kind", kind(name), "--listen", &ip(LINK_PORT)]);
         command.args(["--client-listen", &ip(CLIENT_PORT)]);
+        if self.plan.impaired {
+            command.arg("--impairment").arg(self.impairment(name));
+        }
         if self.lab.is_some() && !self.folder(name).join("config.toml").exists() {
             let address = self.address(name, LINK_PORT).to_string();
             let client_address = self.address(name, CLIENT_PORT).to_string();
@@ -272,7 +358,7 @@ impl Town {
     pub(crate) fn status_with(&self, word: &str) -> String {
         let deadline = Instant::now() + DEADLINE;
         loop {
-            let mut command = self.program(CLIENT.0);
+            let mut command = self.program(CLIENT);
             let status = run(command.args(["network", "status"]).args(self.network()));
             if status.stdout.contains(word) {
                 return status.stdout;
@@ -300,7 +386,7 @@ impl Town {
     /// `curl` through the proxy.
     pub(crate) fn curl(&self, url: &str, to: &Path) -> Process {
         match &self.lab {
-            Some(lab) => lab.curl("client", &self.proxy(), url, to),
+            Some(lab) => lab.curl(CLIENT, &self.proxy(), url, to),
             None => {
                 let mut command = Command::new("curl");
                 command.args(["-q", "--silent", "--show-error", "--fail", "--max-time", "600"]);

@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use crate::servers::{body, http};
 use crate::town::{METRICS_PORT, Plan, Town, authority};
 
-const PLAN: Plan = Plan { authorities: 1, epoch: 60, key_epochs: 2, valid_epochs: 10 };
+const PLAN: Plan = Plan::SMALL;
 const ROLES: [(&str, &str); 8] = [
     ("authority-0", "directory"),
     ("mix-1", "node"),
@@ -14,7 +14,7 @@ const ROLES: [(&str, &str); 8] = [
     ("mix-3", "node"),
     ("gateway-1", "node"),
     ("gateway-2", "node"),
-    ("provider", "provider"),
+    ("provider-1", "provider"),
     ("client", "client"),
 ];
 
@@ -75,13 +75,13 @@ fn streams_come_to_their_end_before_a_provider_does() {
     while std::fs::metadata(&to).map_or(0, |metadata| metadata.len()) == 0 {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
-    town.signal("provider", "TERM");
-    let ended = town.end("provider");
+    town.signal("provider-1", "TERM");
+    let ended = town.end("provider-1");
     assert!(ended.status.success(), "{}", ended.stderr);
     let ended = under_way.wait();
     assert!(ended.status.success(), "{}", ended.stderr);
     assert!(std::fs::read(&to).unwrap() == body(200_000, 3), "other bytes came");
-    for (name, _) in ROLES.into_iter().filter(|(name, _)| *name != "provider") {
+    for (name, _) in ROLES.into_iter().filter(|(name, _)| *name != "provider-1") {
         town.signal(name, "TERM");
         let ended = town.end(name);
         assert!(ended.status.success(), "{name}: {}", ended.stderr);

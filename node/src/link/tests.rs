@@ -454,3 +454,48 @@ async fn links_of_nodes_that_may_not_send_here_any_more_are_closed() {
     let back = async { while dial_from(&net, ENTRY, MIX).await.is_err() {} };
     soon(Box::pin(back)).await;
 }
+
+/// What a network under test does to packets, and stops doing.
+#[tokio::test]
+async fn impaired_links_lose_packets_and_say_so() {
+    let mut net = TestNet::new().await;
+    let (_listener, mut packets, _) = start_listener(&mut net, 8);
+    let (context, counters) = net.context(ENTRY);
+    let cut = Impairment { cut: true, ..Impairment::default() };
+    let (impairments, impairment) = watch::channel(cut);
+    let pool = LinkPool::start(context.impaired(Some(impairment))).unwrap();
+    for _ in 0..10 {
+        pool.send(&net.identity(MIX), packet(1));
+    }
+    until_dropped(&counters, DropReason::Impaired, 10).await;
+    impairments.send_replace(Impairment { delay: Duration::from_millis(1), ..cut });
+    pool.send(&net.identity(MIX), packet(1));
+    until_dropped(&counters, DropReason::Impaired, 11).await;
+    impairments
+        .send_replace(Impairment { delay: Duration::from_millis(1), ..Impairment::default() });
+    let arrived = async {
+        loop {
+            // Until it is known that they may pass.
+            pool.send(&net.identity(MIX), packet(2));
+            let wait = Duration::from_millis(20);
+            if let Ok(Some(arrived)) = tokio::time::timeout(wait, packets.recv()).await {
+                return arrived;
+            }
+        }
+    };
+    assert_eq!(soon(arrived).await, packet(2));
+    pool.send(&net.identity(2), packet(3));
+    until_dropped(&counters, DropReason::UnknownNextHop, 1).await;
+}
+
+/// Else TCP would ask a peer that is gone for a quarter of an hour, ever more rarely.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn connections_without_an_answer_are_given_up() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    prepare(&stream).unwrap();
+    let socket = socket2::SockRef::from(&stream);
+    assert_eq!(socket.tcp_user_timeout().unwrap(), Some(UNANSWERED_TIMEOUT));
+    assert!(stream.nodelay().unwrap());
+}
