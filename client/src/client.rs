@@ -265,6 +265,7 @@ impl Client {
         let mut tasks = JoinSet::new();
         tasks.spawn(endpoint.receive(receiver, shared.clone()));
         tasks.spawn(shared.clone().follow_documents());
+        tasks.spawn(shared.clone().follow_link());
         for _ in 0..worker_count() {
             tasks.spawn(shared.clone().send_packets());
             tasks.spawn(shared.clone().make_ahead());
@@ -600,6 +601,21 @@ impl Shared {
                 self.wake_senders.notify_one();
             })
             .await;
+    }
+
+    /// Has sessions ask for news whenever the link to the gateway is there again.
+    async fn follow_link(self: Arc<Self>) {
+        let mut link = self.endpoint.state().clone();
+        let is_up = |state: &LinkState| matches!(state, LinkState::Connected);
+        loop {
+            if link.wait_for(|state| !is_up(state)).await.is_err()
+                || link.wait_for(is_up).await.is_err()
+            {
+                return;
+            }
+            self.lock().core.path_is_back();
+            self.wake_senders.notify_one();
+        }
     }
 
     /// Why nothing is heard in the session. The first time in a row the user is told.

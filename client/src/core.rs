@@ -474,7 +474,7 @@ impl<R> ClientCore<R> {
     /// The gateway is reached again after a cut or a sleep: sessions with streams ask their providers, one
     /// packet each, whether there is news.
     pub fn path_is_back(&mut self) {
-        self.sessions.iter_mut().for_each(ClientSession::path_is_back);
+        self.sessions.iter_mut().for_each(|held| held.session.path_is_back());
     }
 
     /// The reply with this identifier has come: what recovers it. A second one finds nothing.
