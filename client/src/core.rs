@@ -9,7 +9,7 @@ use mixsocks_common::session::{
     ClientSession, PresentedToken, ReplyError, SessionId, StreamEvent, StreamReset, start_time_ms,
 };
 use mixsocks_common::target::Target;
-use mixsocks_common::topology::{LAYERS, RouteChoice, Topology, delay_quantile};
+use mixsocks_common::topology::{RouteChoice, Topology, delay_quantile};
 use mixsocks_sphinx::Identifier;
 use rand::{Rng, RngExt};
 
@@ -34,7 +34,8 @@ pub const DEAD_AFTER: Duration = Duration::from_secs(90);
 /// The mixnet works if something came that left so long after the first packet without an answer.
 const PROOF_AFTER: Duration = Duration::from_secs(5);
 
-const MIXES_OF_A_ROUTE: u32 = LAYERS as u32;
+/// Mixes that a packet and its answer pass.
+const PATH_MIXES: u32 = 6;
 
 /// What the shell must be told.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -162,7 +163,7 @@ impl<R> ClientCore<R> {
     /// A provider that owes an answer for so long is silent.
     pub fn silent_after(&self) -> Duration {
         // Both ways, and once more for what is lost.
-        SILENT_AFTER + 2 * delay_quantile(self.mean_delay, 2 * MIXES_OF_A_ROUTE)
+        SILENT_AFTER + 2 * delay_quantile(self.mean_delay, PATH_MIXES)
     }
 
     /// Whom to ask for a stream, the best one first: those that there is a route to, in the user's order,
@@ -508,6 +509,7 @@ impl<R> ClientCore<R> {
 mod tests {
     use mixsocks_common::session::frame::{Frame, take_varint};
     use mixsocks_common::session::{ACCESS_TOKEN_LEN, OpenOutcome};
+    use mixsocks_common::topology::LAYERS;
     use mixsocks_sphinx::{SURB_LEN, Surb};
     use rand::SeedableRng;
     use rand::rngs::StdRng;
@@ -617,6 +619,114 @@ mod tests {
             }
         }
         assert_eq!(shown, [None, token]);
+    }
+
+    fn packet(core: &mut ClientCore<()>, now: Instant) {
+        assert!(pull(core, now, &mut Vec::new()));
+    }
+
+    #[test]
+    fn a_provider_that_owes_an_answer_for_long_is_preferred_no_more() {
+        let (mut core, start) = core();
+        assert_eq!(core.candidates(start), [0, 1]);
+        let key = open(&mut core, start);
+        packet(&mut core, start);
+        let silent = start + core.silent_after();
+        assert_eq!(core.candidates(silent - Duration::from_nanos(1)), [0, 1]);
+        assert_eq!(core.candidates(silent), [1, 0]);
+        let outcome = OpenOutcome::Connected;
+        reply(&mut core, silent, key.0, &Frame::Opened { stream: key.1, outcome });
+        assert_eq!(core.candidates(silent), [0, 1]);
+        // So is one of which the shell says so, for a while.
+        core.avoid_provider(silent, 0);
+        assert_eq!(core.candidates(silent), [1, 0]);
+        assert_eq!(core.candidates(silent + AVOIDED_FOR), [0, 1]);
+        core.set_reachable(1, false);
+        assert_eq!(core.candidates(silent), [0]);
+    }
+
+    #[test]
+    fn each_provider_has_sessions_of_its_own() {
+        let (mut core, now) = core();
+        let mut rng = StdRng::seed_from_u64(1);
+        let target: Target = "192.0.2.1:80".parse().unwrap();
+        let keys: Vec<_> = [0, 1, 0]
+            .map(|provider| core.open(now, 0, &mut rng, provider, target.clone()).unwrap())
+            .into();
+        assert!(keys[0].0 == keys[2].0 && keys[0].0 != keys[1].0);
+        assert_eq!(core.provider_of(keys[1].0), Some(1));
+        let mut out = Vec::new();
+        // Without a way to one of them, the other's turn comes.
+        let only = |number| move |provider| (provider == number).then_some(WAY);
+        assert_eq!(core.next_packet(now, only(1), &mut out), Pulled::Packet(1));
+        assert_eq!(core.next_packet(now, only(1), &mut out), Pulled::NoWay(0));
+        core.set_reachable(0, false);
+        assert_eq!(core.next_packet(now, only(1), &mut out), Pulled::Nothing);
+    }
+
+    /// The client's loop through any mixes: whether there was one to send.
+    fn send_loop(core: &mut ClientCore<()>, now: Instant, identifier: Identifier) -> bool {
+        let Some(wish) = core.next_loop(now) else { return false };
+        core.loop_taken(now, wish);
+        core.loop_sent(now, wish, identifier, WAY);
+        true
+    }
+
+    #[test]
+    fn streams_of_a_dead_provider_end_when_the_mixnet_works() {
+        for mixnet_works in [false, true] {
+            let (mut core, start) = core();
+            let key = open(&mut core, start);
+            packet(&mut core, start);
+            let mut sent = Vec::new();
+            // Its packets are given up, and the loops that follow come back, or do not.
+            let mut now = start;
+            while now < start + 2 * DEAD_AFTER && core.session(key.0).is_some() {
+                now = core.poll_timeout().unwrap().max(now + Duration::from_millis(1));
+                core.handle_timeout(now);
+                let claimed = core.claim_surbs(now, 10);
+                core.deliver_surbs(claimed, surbs(10, now));
+                while pull(&mut core, now, &mut Vec::new()) {}
+                let identifier = [u8::try_from(sent.len()).unwrap(); 16];
+                if send_loop(&mut core, now, identifier) {
+                    sent.push(identifier);
+                    assert!(!mixnet_works || core.loop_came(now, &identifier));
+                }
+                while let Some(event) = core.poll_event() {
+                    println!("{event:?} after {:?}", now - start);
+                }
+            }
+            assert!(sent.len() > 3, "loops were sent: {}", sent.len());
+            assert_eq!(core.session(key.0).is_none(), mixnet_works);
+            if mixnet_works {
+                assert!((DEAD_AFTER..DEAD_AFTER + Duration::from_secs(5)).contains(&(now - start)));
+            }
+        }
+    }
+
+    #[test]
+    fn a_client_without_streams_sends_no_loops() {
+        let (mut core, now) = core();
+        let key = open(&mut core, now);
+        packet(&mut core, now);
+        core.health.on_fate(now, &WAY.mixes, now, false);
+        assert!(core.next_loop(now).is_some());
+        let outcome = OpenOutcome::Refused;
+        reply(&mut core, now, key.0, &Frame::Opened { stream: key.1, outcome });
+        core.release(key);
+        assert!(core.next_loop(now).is_none() && core.session(key.0).is_some());
+    }
+
+    #[test]
+    fn what_is_under_way_is_forgotten_with_its_session() {
+        let (mut core, now) = core();
+        let key = open(&mut core, now);
+        core.write(key, &[1; 30_000]).unwrap();
+        while pull(&mut core, now, &mut Vec::new()) {}
+        assert_eq!(core.under_way.len(), core.session(key.0).unwrap().packets_under_way());
+        core.end();
+        while core.poll_event().is_some() {}
+        assert!(core.under_way.is_empty());
     }
 
     #[test]

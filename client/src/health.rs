@@ -8,6 +8,7 @@
 //! half of a layer: whoever can kill mixes must not choose the route either.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -58,10 +59,11 @@ const UNSEEN_REPLIES: f64 = 16.0;
 /// After so many replies it is looked which mixes none came through.
 const REPLIES_PER_LOOK: u32 = 64;
 
-/// A loss says something about a mix only if a packet that left at about the same time came through
-/// another one of its layer: else the whole path was away. So long is such a time, and so many of them
-/// are remembered.
-const MOMENT: Duration = Duration::from_millis(250);
+/// A loss says something about a mix only if packets came through another one of its layer that left at
+/// the same time, or shortly before and shortly after: else the whole path was away. So long is a moment,
+/// so many of them are short, and so many are remembered.
+const MOMENT: Duration = Duration::from_millis(100);
+const SHORT_MOMENTS: u64 = 5;
 const MAX_MOMENTS: usize = 64;
 
 /// Loops after a loss: through any mixes, or through one that is suspected and some through others, which
@@ -86,6 +88,11 @@ const LOOP_SLACK: Duration = Duration::from_secs(1);
 const FIRST_PROBE: Duration = Duration::from_secs(1);
 const MAX_PROBE: Duration = Duration::from_secs(60);
 
+/// When a mix that is avoided has answered, loops follow so fast, from so long on before it may be used
+/// again.
+const RECOVERY_PROBE: Duration = Duration::from_millis(200);
+const RECOVERY: Duration = Duration::from_secs(3);
+
 /// How long a mix is avoided at least; twice as long each time, until it was good for [`FORGIVEN`].
 const FIRST_AVOIDED: Duration = Duration::from_secs(5);
 const MAX_AVOIDED: Duration = Duration::from_secs(5 * 60);
@@ -108,7 +115,8 @@ pub struct Health {
     layers: [Layer; LAYERS],
     avoided: Arc<BTreeSet<HopAddress>>,
     has_news: bool,
-    /// Loops under way, by identifier, and when each is given up.
+    /// Loops that are not judged yet, by identifier, and when each is: those that came as late as those
+    /// that did not, so that the scores see them in the order in which they left.
     loops: BTreeMap<Identifier, Loop>,
     deadlines: BTreeSet<(Instant, Identifier)>,
     /// Loops still to be sent.
@@ -124,9 +132,9 @@ pub struct Health {
 struct Loop {
     mixes: Mixes,
     sent: Instant,
-    deadline: Instant,
     /// The avoided mix that it asks.
     asks: Option<HopAddress>,
+    has_come: bool,
 }
 
 /// When loops may follow a loss.
@@ -213,13 +221,23 @@ impl Mix {
         self.suspicion.max(self.score) >= SUSPECT_SCORE || replies - self.seen >= UNSEEN_REPLIES
     }
 
-    fn on_came(&mut self, moment: u64, is_loop: bool) {
+    fn on_came(&mut self, is_loop: bool) {
         let evidence = self.evidence(is_loop);
         *evidence = (*evidence - CAME_SCORE).max(0.0);
+    }
+
+    fn passed_on(&mut self, moment: u64) {
         self.moments.insert(moment);
         if self.moments.len() > MAX_MOMENTS {
             self.moments.pop_first();
         }
+    }
+
+    /// Whether it passed packets on that left at that moment.
+    fn passed_at(&self, moment: u64) -> bool {
+        let any = |moments: Range<u64>| self.moments.range(moments).next().is_some();
+        let before = moment.saturating_sub(SHORT_MOMENTS)..moment;
+        any(moment..moment + 1) || any(before) && any(moment + 1..moment + 1 + SHORT_MOMENTS)
     }
 
     fn avoid(&mut self, now: Instant) {
@@ -298,7 +316,8 @@ impl Health {
     /// An own packet that left at `sent` has come to the provider, or is lost.
     pub fn on_fate(&mut self, now: Instant, mixes: &Mixes, sent: Instant, has_come: bool) {
         if has_come {
-            return self.on_came(mixes, sent, false);
+            self.passed_on(mixes, sent);
+            return self.on_came(mixes, false);
         }
         self.on_lost(now, mixes, sent, false);
         let is_explained = mixes.iter().any(|id| self.avoided.contains(id));
@@ -322,25 +341,32 @@ impl Health {
         }
     }
 
-    fn on_came(&mut self, mixes: &Mixes, sent: Instant, is_loop: bool) {
+    fn on_came(&mut self, mixes: &Mixes, is_loop: bool) {
+        for (layer, id) in self.layers.iter_mut().zip(mixes) {
+            if let Some(mix) = layer.mixes.get_mut(id) {
+                mix.on_came(is_loop);
+            }
+        }
+    }
+
+    /// What left at `sent` has come through these.
+    fn passed_on(&mut self, mixes: &Mixes, sent: Instant) {
         let moment = self.moment(sent);
         self.newest = self.newest.max(Some(sent));
         for (layer, id) in self.layers.iter_mut().zip(mixes) {
             if let Some(mix) = layer.mixes.get_mut(id) {
-                mix.on_came(moment, is_loop);
+                mix.passed_on(moment);
             }
         }
     }
 
     fn on_lost(&mut self, now: Instant, mixes: &Mixes, sent: Instant, is_loop: bool) {
         let moment = self.moment(sent);
-        let nearby = moment.saturating_sub(1)..=moment + 1;
         // A mix that is avoided explains the loss; the others are not to blame.
         let is_explained = mixes.iter().any(|id| self.avoided.contains(id));
         for (layer, id) in self.layers.iter_mut().zip(mixes) {
             let mut others = layer.mixes.iter().filter(|(other, _)| *other != id);
-            let has_others =
-                others.any(|(_, mix)| mix.moments.range(nearby.clone()).next().is_some());
+            let has_others = others.any(|(_, mix)| mix.passed_at(moment));
             let Some(mix) = layer.mixes.get_mut(id) else { continue };
             if has_others && (!is_explained || mix.avoided.is_some()) {
                 let evidence = mix.evidence(is_loop);
@@ -352,7 +378,7 @@ impl Health {
 
     fn moment(&self, time: Instant) -> u64 {
         let millis = time.saturating_duration_since(self.start).as_millis();
-        u64::try_from(millis / MOMENT.as_millis()).unwrap_or(u64::MAX - 1)
+        u64::try_from(millis / MOMENT.as_millis()).unwrap_or(u64::MAX / 2)
     }
 
     /// Of the mixes that `concerns` names, avoids what is dead, as far as may be, and has loops sent
@@ -381,6 +407,12 @@ impl Health {
         if has_dead {
             self.has_news = true;
             self.list_avoided();
+            // What was lost through others may have been lost through that one.
+            for mix in self.layers.iter_mut().flat_map(|layer| layer.mixes.values_mut()) {
+                if mix.avoided.is_none() {
+                    (mix.suspicion, mix.score) = (0.0, 0.0);
+                }
+            }
             // From now on it is asked now and then.
             let avoided = &self.avoided;
             let is_over = |wish: &LoopWish| wish.through.is_some_and(|id| avoided.contains(&id));
@@ -427,22 +459,26 @@ impl Health {
             avoided.is_asked = true;
         }
         let deadline = now + way.delay + LOOP_SLACK;
-        self.loops.insert(identifier, Loop { mixes: way.mixes, sent: now, deadline, asks });
+        let sent = Loop { mixes: way.mixes, sent: now, asks, has_come: false };
+        self.loops.insert(identifier, sent);
         self.deadlines.insert((deadline, identifier));
     }
 
-    /// Whether what has come is a loop; it then has done its work.
+    /// Whether what has come is a loop.
     pub fn loop_came(&mut self, now: Instant, identifier: &Identifier) -> bool {
-        let Some(came) = self.loops.remove(identifier) else { return false };
-        self.deadlines.remove(&(came.deadline, *identifier));
-        self.on_came(&came.mixes, came.sent, true);
-        if let Some(avoided) = came.asks.and_then(|id| self.avoided_mix(&id)) {
-            // It may be back: ask again at once.
+        let Some(came) = self.loops.get_mut(identifier).filter(|sent| !sent.has_come) else {
+            return false;
+        };
+        came.has_come = true;
+        let Loop { mixes, sent, asks, .. } = *came;
+        self.passed_on(&mixes, sent);
+        if let Some(avoided) = asks.and_then(|id| self.avoided_mix(&id)) {
+            // It may be back: it is asked more often when it may be used again.
             avoided.is_asked = false;
             avoided.interval = FIRST_PROBE;
-            avoided.next_probe = now;
+            let soon = avoided.until.checked_sub(RECOVERY).unwrap_or(now);
+            avoided.next_probe = (now + RECOVERY_PROBE).max(soon);
         }
-        self.readmit_recovered(now);
         true
     }
 
@@ -487,20 +523,25 @@ impl Health {
         probe.chain(wish).min()
     }
 
-    /// Gives up loops that are overdue.
+    /// Judges the loops that should have come by now.
     pub fn handle_timeout(&mut self, now: Instant) {
         while let Some(&(deadline, identifier)) = self.deadlines.first()
             && deadline <= now
         {
             self.deadlines.pop_first();
-            let Some(lost) = self.loops.remove(&identifier) else { continue };
-            if let Some(avoided) = lost.asks.and_then(|id| self.avoided_mix(&id)) {
+            let Some(sent) = self.loops.remove(&identifier) else { continue };
+            if sent.has_come {
+                self.on_came(&sent.mixes, true);
+                continue;
+            }
+            if let Some(avoided) = sent.asks.and_then(|id| self.avoided_mix(&id)) {
                 avoided.is_asked = false;
                 avoided.interval = (2 * avoided.interval).min(MAX_PROBE);
                 avoided.next_probe = now + avoided.interval;
             }
-            self.on_lost(now, &lost.mixes, lost.sent, true);
+            self.on_lost(now, &sent.mixes, sent.sent, true);
         }
+        self.readmit_recovered(now);
     }
 }
 
@@ -508,5 +549,291 @@ impl Layer {
     /// How many of its mixes are avoided.
     fn avoided(&self) -> usize {
         self.mixes.values().filter(|mix| mix.avoided.is_some()).count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::rngs::StdRng;
+    use rand::seq::IndexedRandom;
+    use rand::{RngExt, SeedableRng};
+
+    use super::*;
+    use crate::testing::TestNetwork;
+
+    const MS: Duration = Duration::from_millis(1);
+    const TRIP: Duration = Duration::from_millis(100);
+
+    /// A client of a network that loses what a test says.
+    struct World {
+        health: Health,
+        now: Instant,
+        rng: StdRng,
+        /// Share of what is lost anywhere.
+        loss: f64,
+        dead: BTreeSet<HopAddress>,
+        /// Loops under way, and when they come.
+        coming: VecDeque<(Instant, Identifier)>,
+        loops: usize,
+    }
+
+    impl World {
+        /// Two mixes in each layer.
+        fn new(seed: u64) -> Self {
+            let now = Instant::now();
+            let health = Health::new(&TestNetwork::new().topology(0), now);
+            let rng = StdRng::seed_from_u64(seed);
+            let (dead, coming) = (BTreeSet::new(), VecDeque::new());
+            Self { health, now, rng, loss: 0.0, dead, coming, loops: 0 }
+        }
+
+        fn mix(&self, layer: usize, number: usize) -> HopAddress {
+            *self.health.layers[layer].mixes.keys().nth(number).unwrap()
+        }
+
+        /// As routes are drawn.
+        fn draw(&mut self, through: Option<HopAddress>) -> Mixes {
+            let Self { health, rng, .. } = self;
+            std::array::from_fn(|layer| {
+                let mixes = &health.layers[layer].mixes;
+                if let Some(through) = through.filter(|id| mixes.contains_key(id)) {
+                    return through;
+                }
+                let good: Vec<_> =
+                    mixes.keys().filter(|id| !health.avoided.contains(*id)).collect();
+                **good.choose(rng).unwrap()
+            })
+        }
+
+        fn is_lost(&mut self, mixes: &Mixes) -> bool {
+            mixes.iter().any(|id| self.dead.contains(id)) || self.rng.random_bool(self.loss)
+        }
+
+        /// Loops leave and come.
+        fn step(&mut self, time: Duration) {
+            self.now += time;
+            let now = self.now;
+            while self.coming.front().is_some_and(|(at, _)| *at <= now) {
+                let (_, identifier) = self.coming.pop_front().unwrap();
+                assert!(self.health.loop_came(now, &identifier));
+                assert!(!self.health.loop_came(now, &identifier), "once");
+            }
+            self.health.handle_timeout(now);
+            while let Some(wish) = self.health.next_loop(now) {
+                self.health.loop_taken(now, wish);
+                let mixes = self.draw(wish.through);
+                let (identifier, way) = (self.rng.random(), Way { delay: TRIP, mixes });
+                self.health.loop_sent(now, wish, identifier, way);
+                self.loops += 1;
+                if !self.is_lost(&mixes) {
+                    self.coming.push_back((now + TRIP, identifier));
+                }
+            }
+            assert!(self.health.wishes.len() <= MAX_WISHES);
+        }
+
+        /// Own packets, one in a millisecond, for so long; their fate is known 200 ms later.
+        fn send(&mut self, time: Duration) {
+            let mut fates = VecDeque::new();
+            let end = self.now + time;
+            while self.now < end {
+                let mixes = self.draw(None);
+                let has_come = !self.is_lost(&mixes);
+                fates.push_back((self.now, mixes, has_come));
+                self.step(MS);
+                while fates.front().is_some_and(|(sent, ..)| *sent + 2 * TRIP <= self.now) {
+                    let (sent, mixes, has_come) = fates.pop_front().unwrap();
+                    self.health.on_fate(self.now, &mixes, sent, has_come);
+                }
+            }
+        }
+
+        fn rest(&mut self, time: Duration) {
+            let end = self.now + time;
+            while self.now < end {
+                self.step(10 * MS);
+            }
+        }
+
+        fn avoided(&self) -> Vec<HopAddress> {
+            self.health.avoided.iter().copied().collect()
+        }
+    }
+
+    #[test]
+    fn a_dead_mix_is_avoided_within_two_seconds_and_no_other() {
+        for seed in 0..20 {
+            let mut world = World::new(seed);
+            world.send(Duration::from_secs(1));
+            let dead = world.mix(1, 0);
+            world.dead.insert(dead);
+            world.send(Duration::from_secs(2));
+            assert_eq!(world.avoided(), [dead], "seed {seed}");
+            assert!(world.health.take_news() && !world.health.take_news());
+            assert_eq!(*world.health.choice().avoided, world.dead);
+        }
+    }
+
+    /// One request is lost, and loops find out why.
+    #[test]
+    fn a_client_that_hardly_sends_finds_a_dead_mix_within_five_seconds() {
+        for seed in 0..20 {
+            let mut world = World::new(seed);
+            let dead = world.mix(0, 1);
+            world.dead.insert(dead);
+            let mixes = [dead, world.mix(1, 0), world.mix(2, 0)];
+            world.health.on_fate(world.now, &mixes, world.now, false);
+            world.rest(Duration::from_secs(5));
+            assert_eq!(world.avoided(), [dead], "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn random_loss_makes_no_mix_seem_dead() {
+        for (seed, loss) in [(1, 0.01), (2, 0.05), (3, 0.2)] {
+            let mut world = World::new(seed);
+            world.loss = loss;
+            world.send(Duration::from_secs(60));
+            assert_eq!(world.avoided(), [] as [HopAddress; 0], "loss {loss}");
+            assert!(world.loops < 6000, "{} loops in a minute with {loss}", world.loops);
+        }
+    }
+
+    #[test]
+    fn at_most_half_of_a_layer_is_avoided() {
+        let mut world = World::new(1);
+        world.send(Duration::from_secs(1));
+        // Something comes through now and then, so that the layer is not away as a whole.
+        let dead = [world.mix(0, 0), world.mix(0, 1)];
+        let alive: Vec<_> = (1..3).map(|layer| world.mix(layer, 0)).collect();
+        for number in 0..2000usize {
+            let mixes = [dead[number % 2], alive[0], alive[1]];
+            let identifier = world.rng.random();
+            let wish = LoopWish { through: None };
+            let way = Way { delay: TRIP, mixes };
+            world.health.loop_sent(world.now, wish, identifier, way);
+            world.now += MS;
+            if number % 100 < 2 {
+                world.health.loop_came(world.now, &identifier);
+            }
+            world.health.handle_timeout(world.now);
+        }
+        world.now += 2 * LOOP_SLACK;
+        world.health.handle_timeout(world.now);
+        let avoided = world.health.layers.each_ref().map(Layer::avoided);
+        assert!(avoided[0] == 1 && avoided.iter().all(|count| *count <= 1), "{avoided:?} of two");
+    }
+
+    #[test]
+    fn when_nothing_comes_at_all_no_mix_is_blamed() {
+        let mut world = World::new(1);
+        world.send(Duration::from_secs(1));
+        world.loss = 1.0;
+        world.send(Duration::from_secs(40));
+        world.loss = 0.0;
+        world.send(Duration::from_secs(5));
+        assert_eq!(world.avoided(), [] as [HopAddress; 0]);
+    }
+
+    #[test]
+    fn a_mix_that_is_back_is_used_again() {
+        let mut world = World::new(1);
+        world.send(Duration::from_secs(1));
+        let dead = world.mix(2, 1);
+        world.dead.insert(dead);
+        world.send(Duration::from_secs(4));
+        assert_eq!(world.avoided(), [dead]);
+        world.dead.clear();
+        world.send(FIRST_AVOIDED + Duration::from_secs(6));
+        assert_eq!(world.avoided(), [] as [HopAddress; 0]);
+        // The next time it is avoided for longer.
+        world.dead.insert(dead);
+        world.send(Duration::from_secs(4));
+        world.dead.clear();
+        world.send(FIRST_AVOIDED);
+        assert_eq!(world.avoided(), [dead]);
+        world.send(FIRST_AVOIDED + Duration::from_secs(12));
+        assert_eq!(world.avoided(), [] as [HopAddress; 0]);
+    }
+
+    #[test]
+    fn a_mix_that_stays_dead_is_asked_ever_more_rarely() {
+        let mut world = World::new(1);
+        let dead = world.mix(2, 1);
+        world.dead.insert(dead);
+        world.send(Duration::from_secs(5));
+        world.rest(Duration::from_secs(600));
+        let before = world.loops;
+        world.rest(Duration::from_secs(600));
+        let asked = world.loops - before;
+        assert!((5..=15).contains(&asked), "{asked} loops in ten minutes");
+    }
+
+    /// What a provider says must not decide over routes.
+    #[test]
+    fn lies_about_packets_make_no_mix_avoided() {
+        let mut world = World::new(1);
+        world.send(Duration::from_secs(1));
+        let hated = world.mix(2, 0);
+        for _ in 0..20_000 {
+            let mixes = world.draw(None);
+            world.health.on_fate(world.now, &mixes, world.now, !mixes.contains(&hated));
+            if !mixes.contains(&hated) {
+                world.health.on_reply(world.now, &mixes);
+            }
+            world.step(MS);
+        }
+        assert_eq!(world.avoided(), [] as [HopAddress; 0]);
+    }
+
+    /// Replies show it, even if nothing that is sent is lost.
+    #[test]
+    fn a_mix_that_passes_no_replies_on_is_found_by_loops() {
+        let mut world = World::new(1);
+        let dead = world.mix(2, 0);
+        world.dead.insert(dead);
+        for _ in 0..3000 {
+            let mixes = world.draw(None);
+            if !mixes.contains(&dead) {
+                world.health.on_reply(world.now, &mixes);
+            }
+            world.step(MS);
+        }
+        assert_eq!(world.avoided(), [dead]);
+    }
+
+    #[test]
+    fn a_layer_of_one_mix_is_never_avoided() {
+        let mut network = TestNetwork::new();
+        (1..=3).for_each(|layer| network.remove_mix(layer));
+        let mut world = World::new(1);
+        world.health.follow(&network.topology(0), world.now);
+        let only = *world.health.layers[0].mixes.keys().next().unwrap();
+        world.send(Duration::from_secs(1));
+        world.dead.insert(only);
+        world.send(Duration::from_secs(20));
+        assert!(world.avoided().is_empty());
+    }
+
+    #[test]
+    fn a_new_document_keeps_what_is_known_of_those_that_stay() {
+        let network = TestNetwork::new();
+        let mut world = World::new(1);
+        world.health.follow(&network.topology(0), world.now);
+        world.send(Duration::from_secs(1));
+        let dead = world.mix(0, 0);
+        world.dead.insert(dead);
+        world.send(Duration::from_secs(3));
+        world.health.follow(&network.topology(0), world.now);
+        assert_eq!(world.avoided(), [dead]);
+        // With one mix left in the layer, that one is used whatever it does.
+        let mut smaller = network;
+        while *world.health.layers[0].mixes.keys().next().unwrap() == dead
+            && world.health.layers[0].mixes.len() > 1
+        {
+            smaller.remove_mix(1);
+            world.health.follow(&smaller.topology(0), world.now);
+        }
+        assert!(world.health.layers[0].avoided() <= world.health.layers[0].mixes.len() / 2);
     }
 }
