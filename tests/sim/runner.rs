@@ -13,13 +13,16 @@ use crate::world::World;
 /// Seeds that a plain `cargo test` runs.
 const DEFAULT_SEEDS: u64 = 300;
 /// One seed in so many has real cryptography.
-const REAL_EVERY: u64 = 20;
+const REAL_EVERY: u64 = 50;
 /// When everything must be over: every wait in the protocol is far shorter.
 const OVER_BY: Duration = Duration::from_secs(FAULTS_END.as_secs() + 240);
 /// After that long, nothing is under way any more.
 const SETTLED_AFTER: Duration = Duration::from_secs(30);
 /// How long an idle network is watched: sessions grow old and are closed meanwhile.
 const WATCHED_FOR: Duration = Duration::from_secs(20 * 60);
+/// The same while half of what is sent is lost for good: each CLOSE of a session may be, and the provider
+/// then waits for a quarter of an hour.
+const WATCHED_WHEN_LOSSY: Duration = Duration::from_secs(20 * 60 + SESSION_SILENCE.as_secs());
 /// Packets of a session that is closed: CLOSE three times at most, with what is sent for it.
 const PACKETS_OF_A_CLOSE: u64 = 12;
 /// Packets of a session whose SURBs are replaced: forty in fives, each acknowledged, and as many again
@@ -69,16 +72,18 @@ pub(crate) fn play<C: Codec>(world: &mut World<C>) -> Result<(), String> {
     let delivered = world.documents.delivered;
     let (of_clients, of_provider) = world.sessions();
     let orphans = if world.may_have_orphans() { of_provider } else { 0 };
-    let watched = settled + WATCHED_FOR;
+    let watched_for = if world.is_lossy_for_good() { WATCHED_WHEN_LOSSY } else { WATCHED_FOR };
+    let watched = settled + watched_for;
     while world.step(watched)? {}
     let talk = world.packets_built - before;
-    let changes = world.key_changes(WATCHED_FOR);
+    let changes = world.key_changes(watched_for);
     let of_session = PACKETS_OF_A_CLOSE + changes * PACKETS_OF_A_RENEWAL;
     if talk > of_clients * of_session + orphans * PACKETS_TO_NOBODY {
         return Err(format!("an idle network sends {talk} packets for {of_clients} sessions"));
     }
     let happened = world.happened - happened;
-    let of_link = EVENTS_OF_A_LINK + changes * EVENTS_OF_A_CHANGE;
+    let of_link = EVENTS_OF_A_LINK * watched_for.as_secs().div_ceil(WATCHED_FOR.as_secs())
+        + changes * EVENTS_OF_A_CHANGE;
     let may_happen = world.endpoints.len() as u64 * of_link
         + talk * EVENTS_OF_A_PACKET
         + (world.documents.delivered - delivered) * EVENTS_OF_A_DOCUMENT;
@@ -101,6 +106,14 @@ fn number_from(variable: &str) -> Option<u64> {
     Some(text.parse().unwrap_or_else(|_| panic!("{variable}={text} is not a number")))
 }
 
+/// The first of many seeds: zero, or any, so that each night runs others.
+fn first_seed() -> u64 {
+    match std::env::var("MIXSOCKS_SIM_FROM").as_deref() {
+        Ok("random") => rand::random::<u32>().into(),
+        _ => number_from("MIXSOCKS_SIM_FROM").unwrap_or(0),
+    }
+}
+
 /// Two runs of one seed are the same run, or no failure could be replayed.
 #[test]
 fn a_seed_decides_everything() {
@@ -118,8 +131,9 @@ fn a_seed_decides_everything() {
 fn every_seed_ends_well() {
     let (first, count) = match number_from("MIXSOCKS_SIM_SEED") {
         Some(seed) => (seed, 1),
-        None => (0, number_from("MIXSOCKS_SIM_SEEDS").unwrap_or(DEFAULT_SEEDS)),
+        None => (first_seed(), number_from("MIXSOCKS_SIM_SEEDS").unwrap_or(DEFAULT_SEEDS)),
     };
+    println!("{count} seeds from {first} on");
     let began = Instant::now();
     let next = AtomicU64::new(first);
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);

@@ -696,6 +696,11 @@ impl<C: Codec> World<C> {
         })
     }
 
+    /// Whether packets are lost after the last fault, too.
+    pub(crate) fn is_lossy_for_good(&self) -> bool {
+        self.faults.iter().any(|planned| matches!(planned.fault, Fault::MixKilled(_)))
+    }
+
     pub(crate) fn provider(&mut self) -> &mut mixsocks_provider::core::ProviderCore {
         match &mut self.endpoints[0].role {
             EndpointRole::Provider(core) => core,
