@@ -125,57 +125,57 @@ fn one_packet_of_twenty_is_lost() {
 #[test]
 fn one_packet_of_five_is_lost() {
     let pauses = pauses(seconds(90), Fault::Loss(0.2));
-    assert!(pauses.longest() < seconds(4), "{pauses:?}");
+    assert!(pauses.longest() < seconds(2), "{pauses:?}");
 }
 
 #[test]
 fn a_mix_is_restarted() {
-    assert_goes_on_after(seconds(5), seconds(3), Fault::MixDown(0, Memory::Tags));
+    assert_goes_on_after(seconds(5), seconds(2), Fault::MixDown(0, Memory::Tags));
 }
 
 #[test]
 fn the_clients_gateway_is_restarted() {
-    assert_goes_on_after(seconds(5), seconds(3), Fault::GatewayDown(0, Memory::Tags));
+    assert_goes_on_after(seconds(5), seconds(2), Fault::GatewayDown(0, Memory::Tags));
 }
 
 #[test]
 fn the_providers_gateway_is_restarted() {
-    assert_goes_on_after(seconds(5), seconds(3), Fault::GatewayDown(1, Memory::Tags));
+    assert_goes_on_after(seconds(5), seconds(2), Fault::GatewayDown(1, Memory::Tags));
 }
 
 #[test]
 fn the_client_is_cut_off_for_half_a_minute() {
-    assert_goes_on_after(seconds(30), seconds(3), Fault::Cut(1));
+    assert_goes_on_after(seconds(30), seconds(2), Fault::Cut(1));
 }
 
 #[test]
 fn the_clients_machine_sleeps_for_a_minute_and_its_clock_jumps() {
     let fault = Fault::Suspended(1, SleepingClock::GoesOn);
-    assert_goes_on_after(seconds(60), seconds(3), fault);
+    assert_goes_on_after(seconds(60), seconds(2), fault);
 }
 
 #[test]
 fn the_clients_machine_sleeps_for_a_minute_and_its_clock_stands_still() {
     let fault = Fault::Suspended(1, SleepingClock::StandsStill);
-    assert_goes_on_after(seconds(60), seconds(3), fault);
+    assert_goes_on_after(seconds(60), seconds(2), fault);
 }
 
 #[test]
 fn the_providers_machine_sleeps_for_a_minute_and_its_clock_jumps() {
     let fault = Fault::Suspended(0, SleepingClock::GoesOn);
-    assert_goes_on_after(seconds(60), seconds(3), fault);
+    assert_goes_on_after(seconds(60), seconds(2), fault);
 }
 
 #[test]
 fn the_providers_machine_sleeps_for_a_minute_and_its_clock_stands_still() {
     let fault = Fault::Suspended(0, SleepingClock::StandsStill);
-    assert_goes_on_after(seconds(60), seconds(3), fault);
+    assert_goes_on_after(seconds(60), seconds(2), fault);
 }
 
 #[test]
 fn all_surbs_are_lost() {
     let pauses = pauses(Duration::ZERO, Fault::SurbsLost);
-    assert!(pauses.longest() < seconds(4), "{pauses:?}");
+    assert!(pauses.longest() < seconds(2), "{pauses:?}");
 }
 
 /// Whoever avoids dead mixes needs half of the packets only, as every second route is dead: a bound of

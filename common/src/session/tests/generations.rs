@@ -31,12 +31,12 @@ fn dead_surbs_are_replaced_at_once_when_the_client_knows() {
     assert!(time < Duration::from_secs(1), "{time:?}");
 }
 
-/// Using up the dead ones one by one would take minutes.
+/// Using up the dead ones one by one would take half a minute.
 #[test]
-fn dead_surbs_are_replaced_after_a_long_silence() {
+fn dead_surbs_are_replaced_in_a_silence() {
     let time = answer_after_surbs_died(false);
     println!("{time:?}");
-    assert!(time < Duration::from_secs(30), "{time:?}");
+    assert!(time < Duration::from_secs(3), "{time:?}");
 }
 
 /// The client has nothing to say, and waits for the answer; only its keepalive shows that none can come.
@@ -54,12 +54,12 @@ fn dead_surbs_are_replaced_while_the_client_only_waits() {
         world.client.read(stream, &mut chunk).unwrap().is_some()
     });
     let time = world.now - answered;
-    assert!(time < Duration::from_secs(45), "{time:?}");
+    assert!(time < FIRST_KEEPALIVE + Duration::from_secs(3), "{time:?}");
 }
 
-/// What a provider has is good after a cut of some seconds, however fast the mixes are.
+/// What a provider has may be good after a cut of some seconds, however fast the mixes are.
 #[test]
-fn a_short_silence_is_no_reason_to_replace_surbs() {
+fn a_short_silence_leaves_the_stock_as_large_as_it_was() {
     for mean_delay in [Duration::ZERO, MEAN_DELAY] {
         stock_survives_a_short_silence(mean_delay);
     }
