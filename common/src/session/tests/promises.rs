@@ -312,21 +312,54 @@ fn a_path_slower_than_any_wait_is_learnt() {
     }
 }
 
-/// The server has said something while the client was away, which waits for nothing else.
+/// The server has said something while the client was away, which waits for nothing else. The provider
+/// has used up its SURBs meanwhile, and the next keepalive is minutes away.
 #[test]
 fn a_client_that_is_back_asks_for_news() {
     let mut world = World::new(227, Network::perfect());
     let stream = world.open();
+    let asked = 2 * KEEPALIVE;
     world.run_for(Duration::from_secs(3600));
+    let sent = world.sent[0];
+    world.run_until(Duration::from_secs(3600) + asked, |world| world.sent[0] > sent);
+    world.run_for(Duration::from_secs(30));
+    let sent = world.sent[0];
     world.blackout = true;
     world.provider().write(stream, b"news").unwrap();
-    world.run_for(MINUTE);
+    world.run_for(2 * MINUTE);
     world.blackout = false;
+    assert_eq!((world.sent[0], world.provider().stock_surbs()), (sent, 0));
     world.client.path_is_back();
     let back = world.now;
     world.run_until(Duration::from_secs(7200), |world| !read_all(world, true, stream).0.is_empty());
     let time = world.now - back;
     assert!(time < Duration::from_secs(2), "{time:?}");
+}
+
+/// Who hears of the peer asks again soon, not after the long wait that it had come to.
+#[test]
+fn a_sign_of_life_shortens_the_wait() {
+    let mut sender = Sender::new(200);
+    sender.open(1, 100_000);
+    let mut out = Vec::new();
+    let began = sender.now;
+    let mut probed = began;
+    while probed < began + Duration::from_secs(10) {
+        while sender.session.poll_transmit(sender.now, &mut out).is_some() {
+            probed = sender.now;
+        }
+        sender.now = sender.session.poll_timeout().unwrap();
+        sender.session.handle_timeout(sender.now);
+    }
+    while sender.session.poll_transmit(sender.now, &mut out).is_some() {}
+    let (probed, next) = (sender.now, sender.session.poll_timeout().unwrap());
+    assert_eq!(next - probed, Duration::from_secs(2));
+    sender.handle(&[Frame::Credit { stream: 1, limit: 1 }]);
+    sender.now += ACK_DELAY;
+    assert!(sender.session.poll_transmit(sender.now, &mut out).is_some(), "an ACK");
+    let sooner = sender.session.poll_timeout().unwrap();
+    // Twice the first wait, as nothing is known of the path.
+    assert!(sooner - probed < Duration::from_millis(1700), "{:?}", sooner - probed);
 }
 
 /// Packets that were under way while a machine slept, or lay at a gateway, say little about the path.
