@@ -1,11 +1,11 @@
 //! The command line: every option, also as a `MIXSOCKS_…` variable, parsed once into what it means.
 
+mod bench;
 mod roles;
 
 use std::ffi::OsString;
 use std::fmt;
 use std::net::SocketAddr;
-use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,6 +18,9 @@ use mixsocks_common::address::Address;
 use mixsocks_common::keys::Identity;
 use mixsocks_directory::Url;
 
+pub(crate) use self::bench::{
+    BenchArgs, BenchCommand, BenchMixArgs, BenchSoakArgs, BenchSphinxArgs, Row,
+};
 pub(crate) use self::roles::{
     Allowed, DirectoryArgs, DirectoryCommand, DirectoryInitArgs, ExitArgs, InviteArgs, MemberArgs,
     NodeArgs, NodeCommand, PeerChoice, ProviderArgs, ProviderCommand, RunArgs, TokenArgs,
@@ -27,12 +30,6 @@ use crate::config::{self, ConfigFile};
 
 /// Mixes hold no packet longer than this, so a mean beyond it would be a promise that is not kept.
 pub(crate) const MAX_DELAY: Duration = Duration::from_secs(10);
-
-/// A longer measurement tells nothing more.
-const MAX_BENCH_SECONDS: u64 = 600;
-
-/// Packets of a measurement: the most take up 240 MB.
-const BENCH_PACKETS: RangeInclusive<usize> = 100..=100_000;
 
 /// A local SOCKS5 proxy whose traffic goes through a mixnet.
 #[derive(Debug, Parser)]
@@ -413,69 +410,6 @@ pub(crate) struct ClientArgs {
     pub(crate) run: RunArgs,
 }
 
-/// Options of `mixsocks bench`.
-#[derive(Debug, Args)]
-#[command(args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
-pub(crate) struct BenchArgs {
-    #[command(subcommand)]
-    pub(crate) command: Option<BenchCommand>,
-    /// Measure this proxy (its provider must reach this machine's loopback addresses) instead of a
-    /// network that is started for the measurement.
-    #[arg(long, value_name = "ADDR:PORT", value_parser = parse_socket_address)]
-    pub(crate) socks: Option<SocketAddr>,
-    #[command(flatten)]
-    pub(crate) traffic: TrafficArgs,
-    /// How long each transfer runs.
-    #[arg(
-        long, value_name = "N", default_value_t = 5,
-        value_parser = clap::value_parser!(u64).range(1..=MAX_BENCH_SECONDS)
-    )]
-    pub(crate) seconds: u64,
-    /// Print one JSON object instead of a table.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-/// What `mixsocks bench` measures other than a proxy.
-#[derive(Debug, Subcommand)]
-pub(crate) enum BenchCommand {
-    /// Measure what Sphinx packets cost, beside the crate sphinx-packet.
-    Sphinx(BenchSphinxArgs),
-    /// Measure packets through a mix and its links, beside a mix with the crate sphinx-packet.
-    Mix(BenchMixArgs),
-    /// The process of a mix that `bench mix` starts.
-    #[command(hide = true)]
-    MixProcess,
-}
-
-/// Options of `mixsocks bench mix`.
-#[derive(Debug, Args)]
-pub(crate) struct BenchMixArgs {
-    /// Packets of each measurement; there are three of each mix.
-    #[arg(
-        long, value_name = "N", default_value_t = 10_000,
-        value_parser = parse_bench_packets
-    )]
-    pub(crate) packets: usize,
-    /// Print one JSON object instead of a table.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-/// Options of `mixsocks bench sphinx`.
-#[derive(Debug, Args)]
-pub(crate) struct BenchSphinxArgs {
-    /// How long all of it takes, about.
-    #[arg(
-        long, value_name = "N", default_value_t = 8,
-        value_parser = clap::value_parser!(u64).range(1..=MAX_BENCH_SECONDS)
-    )]
-    pub(crate) seconds: u64,
-    /// Print one JSON object instead of a table.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
 /// How the client times its sending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Profile {
@@ -553,12 +487,6 @@ fn parse_socket_address(text: &str) -> Result<SocketAddr, String> {
     })
 }
 
-fn parse_bench_packets(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|packets| BENCH_PACKETS.contains(packets)).ok_or_else(|| {
-        format!("expected a number from {} to {}", BENCH_PACKETS.start(), BENCH_PACKETS.end())
-    })
-}
-
 fn parse_mean_delay(text: &str) -> Result<Duration, String> {
     let delay = humantime::parse_duration(text)
         .map_err(|_| "expected a number and a unit, such as 15ms or 0.1s".to_owned())?;
@@ -578,33 +506,6 @@ mod tests {
     #[test]
     fn the_definition_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn bench_measures_packets_or_a_proxy() {
-        let parse = |words: &[&str]| -> Result<BenchArgs, CliError> {
-            let words = ["mixsocks", "bench"].iter().chain(words).map(OsString::from);
-            match Cli::from_words(words)?.command {
-                Command::Bench(args) => Ok(args),
-                other => panic!("{other:?}"),
-            }
-        };
-        assert!(parse(&["--seconds", "2"]).unwrap().command.is_none());
-        let Some(BenchCommand::Sphinx(args)) = parse(&["sphinx", "--json"]).unwrap().command else {
-            panic!("no subcommand");
-        };
-        assert_eq!((args.seconds, args.json), (8, true));
-        let Some(BenchCommand::Mix(args)) = parse(&["mix", "--packets", "100"]).unwrap().command
-        else {
-            panic!("no subcommand");
-        };
-        assert_eq!((args.packets, args.json), (100, false));
-        for wrong in ["0", "99", "100001", "many"] {
-            assert!(parse(&["mix", "--packets", wrong]).is_err(), "{wrong}");
-        }
-        for wrong in [&["--json", "sphinx"][..], &["sphinx", "--seconds", "0"], &["sphinks"]] {
-            assert!(parse(wrong).is_err(), "{wrong:?}");
-        }
     }
 
     #[test]

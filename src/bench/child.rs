@@ -1,73 +1,73 @@
-//! Processes that are measured: this program once more; and `mixsocks up` in one of its own.
+//! Processes that are measured: this program once more, with other words; and what the system tells
+//! of any process.
 
-use std::net::SocketAddr;
 use std::process::Stdio;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use serde::Serialize;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, ChildStdout, Command};
+use tokio::time::timeout;
 
-use crate::cli::TrafficArgs;
+/// Starting takes a few seconds; a machine under load may need more.
+pub(super) const START_TIME: Duration = Duration::from_secs(120);
 
-/// Starting takes under two seconds; a machine under load may need more.
-const START_TIME: Duration = Duration::from_secs(60);
+/// How long a process may take to go that was killed; it takes milliseconds.
+const DEATH_TIME: Duration = Duration::from_secs(2);
 
 /// A running child; killed when dropped. Its data are temporary, so it needs no gentle end.
-pub(super) struct Network {
+pub(super) struct Process {
     child: Child,
-    proxy: SocketAddr,
-    /// Kept open, so that the child can write.
-    _stdout: BufReader<ChildStdout>,
-    _data_dir: tempfile::TempDir,
+    /// Kept open, so that the child can write: a few lines, which fit into a pipe.
+    stdout: BufReader<ChildStdout>,
 }
 
-/// Memory of a process.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Memory {
-    pub(super) resident_mib: f64,
-    pub(super) peak_resident_mib: f64,
-}
-
-impl Network {
-    /// Starts the network and waits until its proxy listens.
-    pub(super) async fn start(traffic: TrafficArgs) -> Result<Self> {
-        let data_dir = tempfile::tempdir().context("cannot make a temporary directory")?;
-        let mut command = command()?;
-        command.args(["up", "--socks", "127.0.0.1:0", "--allow-private"]);
-        command.arg("--data-dir").arg(data_dir.path());
-        command.arg("--profile").arg(traffic.timing.profile.to_string());
-        if let Some(mean_delay) = traffic.mean_delay {
-            command.arg("--mean-delay").arg(humantime::format_duration(mean_delay).to_string());
-        }
+impl Process {
+    /// Starts a [`command`].
+    pub(super) fn start(command: &mut Command) -> Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut child = command.spawn().context("cannot start the network")?;
-        let stdout = child.stdout.take().context("the network has no output")?;
-        let mut stdout = BufReader::new(stdout);
-        let proxy = tokio::time::timeout(START_TIME, read_proxy(&mut stdout))
-            .await
-            .context("the network is not ready after a minute")??;
-        Ok(Self { child, proxy, _stdout: stdout, _data_dir: data_dir })
+        let mut child = command.spawn().context("cannot start a process")?;
+        let stdout = child.stdout.take().context("the process has no output")?;
+        Ok(Self { child, stdout: BufReader::new(stdout) })
     }
 
-    /// Where its proxy listens.
-    pub(super) fn proxy(&self) -> SocketAddr {
-        self.proxy
+    /// What follows `word` on the first line that it writes next with this word in it.
+    pub(super) async fn wait_for(&mut self, word: &str) -> Result<String> {
+        let found = async {
+            let mut line = String::new();
+            while self.stdout.read_line(&mut line).await? > 0 {
+                if let Some((_, rest)) = line.split_once(word) {
+                    return Ok(rest.trim().to_owned());
+                }
+                line.clear();
+            }
+            bail!("it has ended")
+        };
+        timeout(START_TIME, found).await.context("it takes too long to start")?
     }
 
-    /// Ends it.
-    pub(super) async fn stop(mut self) -> Result<()> {
-        self.child.kill().await.context("cannot end the network")
+    /// Its number; `None` when it has ended and that was noticed.
+    pub(super) fn id(&self) -> Option<u32> {
+        self.child.id()
     }
 
-    /// CPU time that it has used; `None` where the system does not tell.
-    pub(super) fn cpu_seconds(&self) -> Option<f64> {
-        cpu_seconds(&self.child)
+    /// Ends it without a warning, and waits until it is gone.
+    pub(super) async fn kill(mut self) -> Result<()> {
+        self.child.kill().await.context("cannot end a process")
     }
+}
 
-    /// Its memory; `None` where the system does not tell.
-    pub(super) fn memory(&self) -> Option<Memory> {
-        parse_memory(&proc_file(&self.child, "status")?)
+impl Drop for Process {
+    /// Waits, so that nobody writes any more into a directory that is removed next.
+    fn drop(&mut self) {
+        // Fails when it has ended already, which is fine.
+        let _ = self.child.start_kill();
+        let started = Instant::now();
+        while matches!(self.child.try_wait(), Ok(None)) && started.elapsed() < DEATH_TIME {
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
@@ -85,22 +85,30 @@ pub(super) fn command() -> Result<Command> {
     Ok(command)
 }
 
-/// CPU time that a child has used; `None` where the system does not tell.
-pub(super) fn cpu_seconds(child: &Child) -> Option<f64> {
-    parse_cpu_seconds(&proc_file(child, "stat")?)
+/// Memory of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(super) struct Memory {
+    pub(super) resident_mib: f64,
+    pub(super) peak_resident_mib: f64,
 }
 
-fn proc_file(child: &Child, name: &str) -> Option<String> {
-    std::fs::read_to_string(format!("/proc/{}/{name}", child.id()?)).ok()
+/// CPU time that a process has used; `None` where the system does not tell.
+pub(super) fn cpu_seconds(id: u32) -> Option<f64> {
+    parse_cpu_seconds(&proc_file(id, "stat")?)
 }
 
-async fn read_proxy(stdout: &mut BufReader<ChildStdout>) -> Result<SocketAddr> {
-    let mut line = String::new();
-    stdout.read_line(&mut line).await?;
-    let Some((_, address)) = line.split_once("socks5h://") else {
-        bail!("the network does not start");
-    };
-    Ok(address.trim().parse()?)
+/// Memory of a process; `None` where the system does not tell.
+pub(super) fn memory(id: u32) -> Option<Memory> {
+    parse_memory(&proc_file(id, "status")?)
+}
+
+/// Name of a process's program; `None` where the system does not tell.
+pub(super) fn program_name(id: u32) -> Option<String> {
+    Some(proc_file(id, "comm")?.trim().to_owned())
+}
+
+fn proc_file(id: u32, name: &str) -> Option<String> {
+    std::fs::read_to_string(format!("/proc/{id}/{name}")).ok()
 }
 
 /// Fields 14 and 15 of `/proc/<pid>/stat`, user and system time (`man 5 proc`). The second field is

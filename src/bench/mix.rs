@@ -288,7 +288,7 @@ impl MixProcess {
     }
 
     fn cpu_seconds(&self) -> Option<f64> {
-        child::cpu_seconds(&self.child)
+        child::cpu_seconds(self.child.id()?)
     }
 }
 

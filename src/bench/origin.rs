@@ -7,6 +7,12 @@
 //! | `TINY` | the server answers one byte |
 //! | `DOWN <seed>` | the server sends the pattern for as long as it is wanted |
 //! | `UP <seed>` | the client sends the pattern, and [`Origin::arrived`] tells what has arrived |
+//! | `GET <seed> <n>` | the server sends `n` bytes of the pattern; another line may follow |
+//! | `PUT <seed> <n>` | the client sends `n` bytes, and the server a verdict; another line may follow |
+//! | `TURN <seed> <n>` | the client sends `n` bytes and ends its direction; then the server sends a verdict and `n` bytes |
+//! | `CUT <seed> <n>` | the server sends `n` bytes and resets the connection |
+//!
+//! A verdict is [`RIGHT`] or [`WRONG`].
 
 use std::collections::BTreeMap;
 use std::io;
@@ -21,8 +27,12 @@ use tokio::task::AbortHandle;
 /// Bytes of one read or write.
 pub(super) const CHUNK_BYTES: usize = 16 * 1024;
 
-/// Longest first line.
+/// Longest line.
 const MAX_LINE_BYTES: u64 = 64;
+
+/// The server's verdict on bytes that it was sent.
+pub(super) const RIGHT: u8 = b'+';
+pub(super) const WRONG: u8 = b'-';
 
 /// A running server; a clone is the same one, and the last drop stops it.
 #[derive(Clone, Debug)]
@@ -88,9 +98,34 @@ async fn answer(stream: TcpStream, arrivals: Arrivals) -> Result<()> {
     stream.set_nodelay(true)?;
     let mut stream = BufReader::with_capacity(CHUNK_BYTES, stream);
     let mut line = String::new();
-    (&mut stream).take(MAX_LINE_BYTES).read_line(&mut line).await?;
-    let words: Vec<_> = line.split_whitespace().collect();
-    match words[..] {
+    loop {
+        line.clear();
+        if (&mut stream).take(MAX_LINE_BYTES).read_line(&mut line).await? == 0 {
+            return Ok(());
+        }
+        let words: Vec<_> = line.split_whitespace().collect();
+        match words[..] {
+            ["GET", seed, bytes] => {
+                send_exactly(&mut stream, Pattern(seed.parse()?), bytes.parse()?).await?;
+            }
+            ["PUT", seed, bytes] => {
+                let bytes: u64 = bytes.parse()?;
+                let arrived =
+                    receive_all(&mut (&mut stream).take(bytes), Pattern(seed.parse()?)).await?;
+                stream.write_all(&[arrived.verdict(bytes)]).await?;
+            }
+            _ => return answer_last(stream, &words, &arrivals).await,
+        }
+    }
+}
+
+/// A request that no other follows.
+async fn answer_last(
+    mut stream: BufReader<TcpStream>,
+    words: &[&str],
+    arrivals: &Arrivals,
+) -> Result<()> {
+    match *words {
         ["TINY"] => {
             stream.write_all(b"!").await?;
             stream.shutdown().await?;
@@ -102,12 +137,54 @@ async fn answer(stream: TcpStream, arrivals: Arrivals) -> Result<()> {
             let mut chunk = vec![0; CHUNK_BYTES];
             while let read @ 1.. = stream.read(&mut chunk).await? {
                 arrived.take(Pattern(seed), &chunk[..read]);
-                lock(&arrivals).insert(seed, arrived);
+                lock(arrivals).insert(seed, arrived);
             }
+        }
+        ["TURN", seed, bytes] => {
+            let (pattern, bytes) = (Pattern(seed.parse()?), bytes.parse()?);
+            let arrived = receive_all(&mut stream, pattern).await?;
+            stream.write_all(&[arrived.verdict(bytes)]).await?;
+            send_exactly(&mut stream, pattern, bytes).await?;
+            stream.shutdown().await?;
+        }
+        ["CUT", seed, bytes] => {
+            send_exactly(&mut stream, Pattern(seed.parse()?), bytes.parse()?).await?;
+            stream.get_ref().set_zero_linger()?;
         }
         _ => bail!("unknown request"),
     }
     Ok(())
+}
+
+/// Receives the pattern until the end.
+async fn receive_all(
+    stream: &mut (impl AsyncReadExt + Unpin),
+    pattern: Pattern,
+) -> io::Result<Arrived> {
+    let mut arrived = Arrived::default();
+    let mut chunk = vec![0; CHUNK_BYTES];
+    while let read @ 1.. = stream.read(&mut chunk).await? {
+        arrived.take(pattern, &chunk[..read]);
+    }
+    Ok(arrived)
+}
+
+/// Sends so many bytes of the pattern.
+pub(super) async fn send_exactly(
+    stream: &mut (impl AsyncWriteExt + Unpin),
+    pattern: Pattern,
+    bytes: u64,
+) -> io::Result<()> {
+    let mut chunk = vec![0; CHUNK_BYTES];
+    let mut sent = 0;
+    while sent < bytes {
+        let left = usize::try_from(bytes - sent).unwrap_or(CHUNK_BYTES);
+        let chunk = &mut chunk[..left.min(CHUNK_BYTES)];
+        pattern.write(sent, chunk);
+        stream.write_all(chunk).await?;
+        sent += chunk.len() as u64;
+    }
+    stream.flush().await
 }
 
 /// Sends the pattern without end.
@@ -139,6 +216,11 @@ impl Arrived {
             self.first_wrong = pattern.first_wrong(self.bytes, bytes);
         }
         self.bytes += bytes.len() as u64;
+    }
+
+    /// Whether so many bytes have arrived, and all are right.
+    fn verdict(self, bytes: u64) -> u8 {
+        if self == (Self { bytes, first_wrong: None }) { RIGHT } else { WRONG }
     }
 }
 

@@ -1,6 +1,10 @@
-//! One stream through the proxy, as a program would use it.
+//! Streams through the proxy, as a program would use them.
 
+use std::convert::Infallible;
+use std::fmt;
+use std::io::{Error, ErrorKind};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -8,10 +12,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{timeout, timeout_at};
 
-use super::origin::{Arrived, CHUNK_BYTES, Origin, Pattern, send};
+use super::origin::{Arrived, CHUNK_BYTES, Origin, Pattern, RIGHT, WRONG, send, send_exactly};
 
 /// A request that takes longer is stuck.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Which way the bytes go, as the program sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +38,37 @@ pub(super) struct Moved {
     pub(super) bytes: u64,
     pub(super) seconds: f64,
 }
+
+/// Bytes arrived that were not sent so. Nothing excuses it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct WrongBytes;
+
+impl fmt::Display for WrongBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("bytes arrived wrong")
+    }
+}
+
+impl std::error::Error for WrongBytes {}
+
+/// The proxy refuses a connection, with its SOCKS5 reply code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Refused {
+    pub(super) target: SocketAddr,
+    pub(super) code: u8,
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { target, code } = self;
+        match code {
+            2 => write!(f, "the provider's policy forbids {target}; it needs --allow-private"),
+            code => write!(f, "the proxy cannot reach {target} (SOCKS5 reply {code:02})"),
+        }
+    }
+}
+
+impl std::error::Error for Refused {}
 
 impl Transfer {
     /// Runs it, and checks every byte that arrives. Then it is cut off, because what is still under
@@ -59,7 +94,7 @@ impl Transfer {
         };
         let seconds = started.elapsed().as_secs_f64();
         if let Some(offset) = arrived.first_wrong {
-            bail!("byte {offset} arrived wrong");
+            return Err(WrongBytes).context(format!("at offset {offset}"));
         }
         Ok(Moved { bytes: arrived.bytes, seconds })
     }
@@ -90,27 +125,156 @@ pub(super) async fn tiny(proxy: SocketAddr, origin: SocketAddr) -> Result<Durati
     Ok(started.elapsed())
 }
 
+/// A download that only an error ends, and that is cut off when this is dropped. `bytes` is how much
+/// has arrived.
+pub(super) async fn endless(
+    proxy: SocketAddr,
+    origin: SocketAddr,
+    bytes: &AtomicU64,
+) -> Result<Infallible> {
+    let mut connection = Connection::open(proxy, origin).await?;
+    let seed = rand::random();
+    connection.say("DOWN", seed, None).await?;
+    let mut arrived = Arrived::default();
+    let mut chunk = vec![0; CHUNK_BYTES];
+    loop {
+        let read = connection.stream.read(&mut chunk).await.context("the download broke")?;
+        ensure!(read > 0, "the download ended early");
+        arrived.take(Pattern(seed), &chunk[..read]);
+        ensure!(arrived.first_wrong.is_none(), WrongBytes);
+        bytes.store(arrived.bytes, Ordering::Relaxed);
+    }
+}
+
+/// A connection to the server through the proxy, for one request after the other.
+pub(super) struct Connection {
+    stream: TcpStream,
+}
+
+impl Connection {
+    pub(super) async fn open(proxy: SocketAddr, origin: SocketAddr) -> Result<Self> {
+        Ok(Self { stream: open(proxy, origin).await? })
+    }
+
+    /// Downloads so many bytes.
+    pub(super) async fn get(&mut self, bytes: u64) -> Result<()> {
+        let seed = rand::random();
+        self.say("GET", seed, Some(bytes)).await?;
+        self.receive(Pattern(seed), bytes).await
+    }
+
+    /// Uploads so many bytes.
+    pub(super) async fn put(&mut self, bytes: u64) -> Result<()> {
+        let seed = rand::random();
+        self.say("PUT", seed, Some(bytes)).await?;
+        send_exactly(&mut self.stream, Pattern(seed), bytes).await?;
+        self.verdict().await
+    }
+
+    /// Uploads so many bytes, ends this direction, and only then downloads as many.
+    pub(super) async fn turn(mut self, bytes: u64) -> Result<()> {
+        let seed = rand::random();
+        self.say("TURN", seed, Some(bytes)).await?;
+        send_exactly(&mut self.stream, Pattern(seed), bytes).await?;
+        self.stream.shutdown().await?;
+        self.verdict().await?;
+        self.receive(Pattern(seed), bytes).await?;
+        self.end().await
+    }
+
+    /// Downloads up to so many bytes until the server resets the connection.
+    pub(super) async fn be_cut(mut self, bytes: u64) -> Result<()> {
+        let seed = rand::random();
+        self.say("CUT", seed, Some(bytes)).await?;
+        match self.receive_until(Pattern(seed), bytes + 1).await {
+            Ok(_) => bail!("a reset arrived as an end"),
+            Err(error) if is_reset(&error) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Begins a download or an upload of so many bytes, and resets the connection in the middle.
+    pub(super) async fn cut(mut self, direction: Direction, bytes: u64) -> Result<()> {
+        let seed = rand::random();
+        match direction {
+            Direction::Down => {
+                self.say("GET", seed, Some(bytes)).await?;
+                self.receive(Pattern(seed), bytes / 2).await?;
+            }
+            Direction::Up => {
+                self.say("PUT", seed, Some(bytes)).await?;
+                send_exactly(&mut self.stream, Pattern(seed), bytes / 2).await?;
+            }
+        }
+        Ok(self.stream.set_zero_linger()?)
+    }
+
+    /// Ends this direction, and waits until the server has done so as well.
+    pub(super) async fn end(mut self) -> Result<()> {
+        self.stream.shutdown().await?;
+        let more = self.stream.read(&mut [0]).await?;
+        ensure!(more == 0, WrongBytes);
+        Ok(())
+    }
+
+    async fn say(&mut self, what: &str, seed: u64, bytes: Option<u64>) -> Result<()> {
+        let bytes = bytes.map(|bytes| format!(" {bytes}")).unwrap_or_default();
+        Ok(self.stream.write_all(format!("{what} {seed}{bytes}\n").as_bytes()).await?)
+    }
+
+    async fn verdict(&mut self) -> Result<()> {
+        match self.stream.read_u8().await? {
+            RIGHT => Ok(()),
+            WRONG => Err(WrongBytes).context("at the server"),
+            _ => Err(WrongBytes).context("in the server's verdict"),
+        }
+    }
+
+    async fn receive(&mut self, pattern: Pattern, bytes: u64) -> Result<()> {
+        let arrived = self.receive_until(pattern, bytes).await?;
+        if arrived < bytes {
+            return Err(Error::from(ErrorKind::UnexpectedEof).into());
+        }
+        Ok(())
+    }
+
+    /// How many bytes have arrived when there are so many, or at the end.
+    async fn receive_until(&mut self, pattern: Pattern, bytes: u64) -> Result<u64> {
+        let mut arrived = Arrived::default();
+        let mut stream = (&mut self.stream).take(bytes);
+        let mut chunk = vec![0; CHUNK_BYTES];
+        while let read @ 1.. = stream.read(&mut chunk).await? {
+            arrived.take(pattern, &chunk[..read]);
+            ensure!(arrived.first_wrong.is_none(), WrongBytes);
+        }
+        Ok(arrived.bytes)
+    }
+}
+
+fn is_reset(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Error>().is_some_and(|error| error.kind() == ErrorKind::ConnectionReset)
+}
+
 /// CONNECT without authentication (RFC 1928).
 async fn open(proxy: SocketAddr, target: SocketAddr) -> Result<TcpStream> {
     const ADDRESS_TYPE_IPV4: u8 = 1;
     let connected = TcpStream::connect(proxy).await;
     let mut stream = connected.with_context(|| format!("no proxy answers at {proxy}"))?;
     stream.set_nodelay(true)?;
-    let SocketAddr::V4(target) = target else { bail!("the measuring server has an IPv4 address") };
+    let SocketAddr::V4(address) = target else { bail!("the measuring server has an IPv4 address") };
     stream.write_all(&[5, 1, 0]).await?;
     let mut method = [0; 2];
     stream.read_exact(&mut method).await.context("no SOCKS5 proxy answers")?;
     ensure!(method == [5, 0], "the proxy does not speak SOCKS5, or wants a password");
     let mut request = vec![5, 1, 0, ADDRESS_TYPE_IPV4];
-    request.extend(target.ip().octets());
-    request.extend(target.port().to_be_bytes());
+    request.extend(address.ip().octets());
+    request.extend(address.port().to_be_bytes());
     stream.write_all(&request).await?;
     let mut reply = [0; 10];
     stream.read_exact(&mut reply).await.context("the proxy gives no reply")?;
     ensure!(reply[3] == ADDRESS_TYPE_IPV4, "the proxy's reply is of another kind");
     match reply[1] {
         0 => Ok(stream),
-        2 => bail!("the provider's policy forbids {target}; it needs --allow-private"),
-        code => bail!("the proxy cannot reach {target} (SOCKS5 reply {code:02})"),
+        code => Err(Refused { target, code }.into()),
     }
 }

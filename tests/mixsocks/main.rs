@@ -8,6 +8,7 @@
 
 mod authorities;
 mod bad_input;
+mod bench;
 mod browser;
 mod faults;
 mod killed;
