@@ -224,6 +224,11 @@ impl Endpoint {
         }
     }
 
+    /// A place on the link for another packet, if there is one at once.
+    pub fn try_reserve(&self) -> Option<mpsc::Permit<'_, (HopAddress, Packet)>> {
+        self.sender.try_reserve().ok()
+    }
+
     /// Draws a route for each identifier.
     fn routes(
         &self,
@@ -272,17 +277,19 @@ impl Endpoint {
         Ok((identifier, ReadyHeader { header, way, made }))
     }
 
-    /// Makes the packet of a header; takes some 45 µs of CPU.
+    /// Makes the packets of headers and contents; takes some 15 µs of CPU for each when they are many,
+    /// and 30 µs for a single one.
     ///
     /// # Panics
-    /// When `contents` are longer than [`Endpoint::max_contents_bytes`]: a local mistake.
-    pub fn build(&self, header: PacketHeader, contents: &[u8]) -> (HopAddress, Packet) {
-        let first_hop = header.first_hop();
-        let packet = fill_headers(self.payload_bytes, vec![(header, contents)])
-            .pop()
-            .expect("one request gives one result")
-            .expect("contents fit");
-        (first_hop, packet)
+    /// When contents are longer than [`Endpoint::max_contents_bytes`]: a local mistake.
+    pub fn build<'a>(
+        &self,
+        requests: impl Iterator<Item = (PacketHeader, &'a [u8])>,
+    ) -> Vec<(HopAddress, Packet)> {
+        let requests: Vec<_> = requests.collect();
+        let first_hops: Vec<_> = requests.iter().map(|(header, _)| header.first_hop()).collect();
+        let packets = fill_headers(self.payload_bytes, requests).into_iter();
+        first_hops.into_iter().zip(packets.map(|packet| packet.expect("contents fit"))).collect()
     }
 
     /// Makes `count` SURBs for replies to this endpoint; takes some 130 µs of CPU for each when they are

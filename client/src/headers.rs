@@ -31,8 +31,8 @@ pub struct ReadyHeader {
 
 /// The headers of a client that nobody has taken.
 ///
-/// They are at most twice [`HEADERS_PER_TURN`], those that are being made included, and one more for
-/// each task that found none. A client that sends less often than once in [`MAX_READY_AGE`] gets none
+/// They are at most twice [`HEADERS_PER_TURN`], those that are being made included, and as many once more
+/// for each task that found none. A client that sends less often than once in [`MAX_READY_AGE`] gets none
 /// made ahead.
 #[derive(Debug, Default)]
 pub(crate) struct HeaderPool {
@@ -47,13 +47,14 @@ pub(crate) struct HeaderPool {
 }
 
 impl HeaderPool {
-    /// How many headers to make now: some when they run short, and `least` in any case.
-    /// [`HeaderPool::deliver`] must follow.
+    /// How many headers to make now: some when they run short, and `least` in any case. A busy client
+    /// that needs one gets some, as eight take hardly longer than one. [`HeaderPool::deliver`] must follow.
     pub(crate) fn claim(&mut self, now: Instant, least: usize) -> usize {
         self.drop_outdated(now);
         let is_busy = self.busy_until.is_some_and(|until| now < until);
         let is_short = self.ready.len() + self.in_making < HEADERS_PER_TURN;
-        let claimed = if is_busy && is_short { HEADERS_PER_TURN.max(least) } else { least };
+        let makes_some = is_busy && (is_short || least > 0);
+        let claimed = if makes_some { HEADERS_PER_TURN.max(least) } else { least };
         self.in_making += claimed;
         claimed
     }
@@ -154,8 +155,8 @@ mod tests {
         let mut pool = busy_pool(now);
         assert_eq!(pool.claim(now, 0), 8);
         assert_eq!(pool.claim(now, 0), 0, "eight are being made");
-        assert_eq!(pool.claim(now, 1), 1, "whoever cannot wait makes one");
-        pool.deliver(1, headers(0..1, now));
+        assert_eq!(pool.claim(now, 1), 8, "whoever cannot wait makes some");
+        pool.deliver(8, headers(0..1, now));
         pool.deliver(8, headers(1..9, now));
         assert!(pool.take(now).is_some() && pool.claim(now, 0) == 0, "eight are left");
         assert!(pool.take(now).is_some() && pool.claim(now, 0) == 8, "seven are left");
