@@ -393,7 +393,7 @@ pub(crate) struct ClientArgs {
     #[command(flatten)]
     pub(crate) network: NetworkArgs,
     /// The provider to use: a name from the topology, or an address. Of several, each serves while those
-    /// before it are silent; without any, all that the network advertises, in an order of chance.
+    /// before it are silent; without any, two by chance of those that the network advertises.
     #[arg(
         long, value_name = "NAME|ADDRESS", env = "MIXSOCKS_PROVIDER", action = ArgAction::Append,
         value_delimiter = ',', value_parser = ProviderChoice::parse

@@ -24,6 +24,9 @@ use crate::signals::Signals;
 use crate::topology_file;
 use crate::up::{proxy_line, weakness};
 
+/// Of providers that chance has chosen, the one that is used, and one for when it is silent.
+const PROVIDERS_BY_CHANCE: usize = 2;
+
 /// Where the gateway that was chosen is remembered.
 const GATEWAY_FILE: &str = "client/gateway";
 
@@ -125,9 +128,11 @@ async fn start(args: &ClientArgs) -> Result<Started> {
     };
     let newest = topology.borrow().clone();
     let mut providers = choose(&newest)?;
-    let gateway = gateway(&dir, &newest, &providers)?;
-    // It would see both ends.
-    providers.retain(|provider| provider.gateway != gateway);
+    let gateway = gateway(&dir, &newest, &mut providers, args.provider.is_empty())?;
+    if args.provider.is_empty() {
+        // Each provider that a client turns to learns where it goes.
+        providers.truncate(PROVIDERS_BY_CHANCE);
+    }
     let way =
         Way { topology: topology.clone(), gateway, providers: providers.clone(), access_token };
     let client = proxy::connect(&dir, way).await?;
@@ -218,31 +223,61 @@ fn provider(topology: &Topology, choice: &ProviderChoice) -> Result<Address> {
     }
 }
 
-/// The gateway that was chosen earlier, or else a random one; never that of the only provider, which could
-/// then see both ends, and if possible that of none.
-fn gateway(dir: &DataDir, topology: &Topology, providers: &[Address]) -> Result<Identity> {
-    let serves = |gateway: &Identity| {
-        providers.iter().filter(|provider| provider.gateway == *gateway).count()
-    };
-    if let Some(text) = dir.read_text(GATEWAY_FILE)? {
-        let chosen: Identity = text.trim().parse().with_context(|| {
-            let path = dir.path().join(GATEWAY_FILE);
-            format!("the file {} is damaged; delete it to choose a new gateway", path.display())
-        })?;
-        if serves(&chosen) < providers.len() && topology.gateway(&chosen).is_some() {
-            return Ok(chosen);
+/// The gateway that was chosen earlier, or else a random one, but never that of the first provider, which
+/// could then see both ends; providers at it are left out. Providers without an order give way to the
+/// gateway that was chosen earlier.
+fn gateway(
+    dir: &DataDir,
+    topology: &Topology,
+    providers: &mut Vec<Address>,
+    by_chance: bool,
+) -> Result<Identity> {
+    let chosen = match chosen_gateway(dir, topology, providers, by_chance)? {
+        Some(chosen) => chosen,
+        None => {
+            let first = providers.first().map(|provider| provider.gateway);
+            let others = topology.gateways().map(|node| node.identity);
+            let others = others.filter(|gateway| Some(*gateway) != first);
+            let Some(chosen) = others.choose(&mut rand::rng()) else {
+                bail!(
+                    "this network has no gateway but the provider's own, which would see both ends; \
+                     choose a provider at another gateway with --provider"
+                );
+            };
+            dir.write(GATEWAY_FILE, format!("{chosen}\n").as_bytes())?;
+            chosen
         }
-        tracing::warn!("the gateway used before cannot be used any more; choosing a new one");
-    }
-    let all = || topology.gateways().map(|node| node.identity);
-    let free = all().filter(|gateway| serves(gateway) == 0).choose(&mut rand::rng());
-    let any = || all().filter(|gateway| serves(gateway) < providers.len()).choose(&mut rand::rng());
-    let Some(chosen) = free.or_else(any) else {
-        bail!(
-            "this network has no gateway but the provider's own, which would see both ends; choose \
-             a provider at another gateway with --provider"
-        );
     };
-    dir.write(GATEWAY_FILE, format!("{chosen}\n").as_bytes())?;
+    let before = providers.len();
+    providers.retain(|provider| provider.gateway != chosen);
+    if providers.len() < before && !by_chance {
+        tracing::warn!(
+            "a provider is left out: its gateway is the client's as well, and would see both ends"
+        );
+    }
     Ok(chosen)
+}
+
+/// The gateway that was chosen earlier, if it can still be used.
+fn chosen_gateway(
+    dir: &DataDir,
+    topology: &Topology,
+    providers: &[Address],
+    by_chance: bool,
+) -> Result<Option<Identity>> {
+    let Some(text) = dir.read_text(GATEWAY_FILE)? else { return Ok(None) };
+    let chosen: Identity = text.trim().parse().with_context(|| {
+        let path = dir.path().join(GATEWAY_FILE);
+        format!("the file {} is damaged; delete it to choose a new gateway", path.display())
+    })?;
+    let is_elsewhere = |provider: &Address| provider.gateway != chosen;
+    let fits = match by_chance {
+        true => providers.iter().any(is_elsewhere),
+        false => providers.first().is_some_and(is_elsewhere),
+    };
+    if fits && topology.gateway(&chosen).is_some() {
+        return Ok(Some(chosen));
+    }
+    tracing::warn!("the gateway used before cannot be used any more; choosing a new one");
+    Ok(None)
 }

@@ -304,37 +304,35 @@ impl Client {
         target: Target,
         early: &[u8],
     ) -> Result<MixStream, OpenError> {
-        let began = Instant::now();
-        let candidates = self.shared.candidates(began)?;
-        let deadline = began + SILENCE_LIMIT;
+        let deadline = Instant::now() + SILENCE_LIMIT;
+        let mut candidates = self.shared.candidates(Instant::now())?.into_iter().peekable();
         let mut result = Err(OpenError::ProviderSilent.into());
-        for (rank, &provider) in candidates.iter().enumerate() {
-            let is_last = rank + 1 == candidates.len();
+        while let Some(provider) = candidates.next() {
+            let silent_at = Instant::now() + self.shared.lock().core.silent_after();
             // What was sent early may have been passed on: it must not be sent to another one as well.
-            let may_move_on = !is_last && early.is_empty();
-            let silent_at = match may_move_on {
-                true => deadline.min(Instant::now() + self.shared.lock().core.silent_after()),
-                false => deadline,
-            };
-            result = self.try_open(provider, target.clone(), early, silent_at).await;
-            if let Err(Attempt::Again(_)) = result {
-                result = self.try_open(provider, target.clone(), early, silent_at).await;
+            let may_move_on =
+                candidates.peek().is_some() && early.is_empty() && silent_at < deadline;
+            let patience =
+                if may_move_on { Patience::Until(silent_at) } else { Patience::Last(deadline) };
+            result = self.try_open(provider, target.clone(), early, patience).await;
+            // For the same reason not again.
+            if matches!(result, Err(Attempt::Again(_))) && early.is_empty() {
+                result = self.try_open(provider, target.clone(), early, patience).await;
             }
-            match &result {
-                Err(Attempt::Failed(OpenError::ProviderSilent)) if may_move_on => {}
-                _ => break,
+            if !matches!(result, Err(Attempt::MoveOn)) {
+                break;
             }
         }
         result.map_err(Attempt::into_error)
     }
 
-    /// Waits for the answer of one provider; nothing may be heard of it until `silent_at`.
+    /// Waits for the answer of one provider.
     async fn try_open(
         &self,
         provider: usize,
         target: Target,
         early: &[u8],
-        silent_at: Instant,
+        patience: Patience,
     ) -> Result<MixStream, Attempt> {
         let began = Instant::now();
         let (answer, answered) = oneshot::channel();
@@ -349,18 +347,28 @@ impl Client {
         self.shared.wake_senders.notify_one();
         self.shared.wake_makers.notify_one();
         tokio::pin!(answered);
-        let result = match timeout_at(silent_at.into(), &mut answered).await {
-            Ok(result) => result,
-            Err(_) if !self.shared.heard_since(key.0, began) => {
-                return Err(self.shared.silence(key.0));
-            }
-            Err(_) => match timeout_at((began + OPEN_LIMIT).into(), &mut answered).await {
-                Ok(result) => result,
-                Err(_) => return Err(self.shared.silence(key.0)),
-            },
-        };
         // Only a client that is shut down drops the other end.
-        result.unwrap_or(Err(OpenError::Closed.into())).map(|()| stream)
+        let opened = |result: Result<Result<(), Attempt>, _>| {
+            result.unwrap_or(Err(OpenError::Closed.into())).map(|()| stream)
+        };
+        let (Patience::Until(silent_at) | Patience::Last(silent_at)) = patience;
+        if let Ok(result) = timeout_at(silent_at.into(), &mut answered).await {
+            return opened(result);
+        }
+        if matches!(patience, Patience::Until(_)) && self.shared.is_at_fault(provider, key.0, began)
+        {
+            return Err(Attempt::MoveOn);
+        }
+        let deadline = began + SILENCE_LIMIT;
+        if let Ok(result) = timeout_at(deadline.into(), &mut answered).await {
+            return opened(result);
+        }
+        if !self.shared.is_silent(key.0, Instant::now())
+            && let Ok(result) = timeout_at((began + OPEN_LIMIT).into(), &mut answered).await
+        {
+            return opened(result);
+        }
+        Err(self.shared.silence())
     }
 
     /// Tells the provider to forget the sessions, and stops. Streams that are open are reset.
@@ -388,9 +396,20 @@ impl Client {
     }
 }
 
+/// How long one provider is waited for.
+#[derive(Clone, Copy)]
+enum Patience {
+    /// Until then; after that another one is asked, if it is this one's fault.
+    Until(Instant),
+    /// Until then, as there is nobody else to ask.
+    Last(Instant),
+}
+
 /// How an attempt to open a stream failed.
 enum Attempt {
     Failed(OpenError),
+    /// The provider says nothing although the mixnet works: another one may be asked.
+    MoveOn,
     /// The session was refused, so that nothing was done in it: another one may be taken.
     Again(CloseReason),
 }
@@ -405,6 +424,7 @@ impl Attempt {
     fn into_error(self) -> OpenError {
         match self {
             Self::Failed(error) => error,
+            Self::MoveOn => OpenError::ProviderSilent,
             Self::Again(reason) => OpenError::SessionEnded(reason),
         }
     }
@@ -464,13 +484,6 @@ impl State {
         }
     }
 
-    fn tell_silent(&mut self, error: OpenError) -> Attempt {
-        if !std::mem::replace(&mut self.told_silent, true) {
-            tracing::warn!("streams cannot be opened: {error}");
-        }
-        error.into()
-    }
-
     fn renew_headers(&mut self, now: Instant) {
         self.providers.iter_mut().for_each(|provider| provider.headers.renew(now));
     }
@@ -480,9 +493,10 @@ impl State {
         match reason {
             // The provider was restarted since it began.
             CloseReason::Unknown => true,
-            // The document did not say so.
+            // The document did not say so. Where there is a choice, the token is for those that it names.
             CloseReason::TokenNeeded
-                if self.providers[provider].access_token.is_some()
+                if self.providers.len() == 1
+                    && self.providers[provider].access_token.is_some()
                     && !self.core.shows_access_token(provider) =>
             {
                 let token = self.providers[provider].access_token.clone();
@@ -561,11 +575,14 @@ impl Shared {
         state.settle();
     }
 
-    /// Whether the provider has said anything in the session since then.
-    fn heard_since(&self, id: SessionId, since: Instant) -> bool {
+    /// Whether the provider has owed an answer in the session for longer than it takes one that lives:
+    /// replies that were under way when it died do not count for it.
+    fn is_silent(&self, id: SessionId, now: Instant) -> bool {
         let mut state = self.lock();
+        let long = state.core.silent_after() / 2;
         let session = state.core.session(id);
-        session.is_some_and(|session| session.is_confirmed() && session.last_heard() > since)
+        let since = session.and_then(|session| session.unanswered_since());
+        since.is_some_and(|since| now >= since + long)
     }
 
     /// Follows the document and the clock: what is outdated is thrown away or renewed. Whether packets
@@ -621,20 +638,31 @@ impl Shared {
         }
     }
 
-    /// Why nothing is heard in the session. The first time in a row the user is told.
-    fn silence(&self, id: SessionId) -> Attempt {
+    /// Whether the provider is silent although the mixnet has worked since then; others are
+    /// preferred to it from now on.
+    fn is_at_fault(&self, provider: usize, id: SessionId, since: Instant) -> bool {
         let now = Instant::now();
+        let is_silent = self.is_silent(id, now);
         let mut state = self.lock();
-        if let Err(error) = self.look(&mut state, now) {
-            return OpenError::from(error).into();
-        }
-        if !matches!(&*self.endpoint.state().borrow(), LinkState::Connected) {
-            return state.tell_silent(OpenError::NoGateway);
-        }
-        if let Some(provider) = state.core.provider_of(id) {
+        let is_at_fault = is_silent && state.core.mixnet_works_since(since);
+        if is_at_fault {
             state.core.avoid_provider(now, provider);
         }
-        state.tell_silent(OpenError::ProviderSilent)
+        is_at_fault
+    }
+
+    /// Why nothing is heard. The first time in a row the user is told.
+    fn silence(&self) -> Attempt {
+        let mut state = self.lock();
+        if let Err(error) = self.look(&mut state, Instant::now()) {
+            return OpenError::from(error).into();
+        }
+        let is_connected = matches!(&*self.endpoint.state().borrow(), LinkState::Connected);
+        let error = if is_connected { OpenError::ProviderSilent } else { OpenError::NoGateway };
+        if !std::mem::replace(&mut state.told_silent, true) {
+            tracing::warn!("streams cannot be opened: {error}");
+        }
+        error.into()
     }
 
     /// Pulls packets out of the sessions whenever the link takes some: one of several equal tasks.
@@ -772,11 +800,11 @@ impl Shared {
         if claimed == 0 {
             return 0;
         }
-        self.wake_makers.notify_one();
         let surbs = self.endpoint.make_surbs(&choice, claimed).unwrap_or_default();
         let made = surbs.len();
         self.lock().core.deliver_surbs(claimed, surbs);
         if made > 0 {
+            self.wake_makers.notify_one();
             self.wake_senders.notify_one();
         }
         made
@@ -823,7 +851,11 @@ impl Arrivals for Shared {
                         whose.push((session, way));
                         replies.push((recovery, payload));
                     }
-                    None if state.core.loop_came(now, &identifier) => {}
+                    // A mix that spoils payloads must not count as one that passes them on.
+                    None if state.core.awaits_loop(&identifier) => match payload.into_plaintext() {
+                        Ok(_) => drop(state.core.loop_came(now, &identifier)),
+                        Err(_) => drops.add(DropReason::Changed),
+                    },
                     None => drops.add(DropReason::NotAwaited),
                 }
             }

@@ -31,8 +31,10 @@ const AVOIDED_FOR: Duration = Duration::from_secs(60);
 /// reset. Longer than a gateway takes to start again, or a laptop is closed for a moment.
 pub const DEAD_AFTER: Duration = Duration::from_secs(90);
 
-/// The mixnet works if something came that left so long after the first packet without an answer.
+/// The mixnet works if something came that left so long after the first packet without an answer. If it
+/// works only since a moment ago, the provider has so long to answer.
 const PROOF_AFTER: Duration = Duration::from_secs(5);
+const ANSWER_TIME: Duration = Duration::from_secs(20);
 
 /// Mixes that a packet and its answer pass.
 const PATH_MIXES: u32 = 6;
@@ -74,6 +76,8 @@ struct Provider {
 struct Held {
     session: ClientSession,
     provider: usize,
+    /// When it was first known that the mixnet works although the provider owes an answer.
+    proved: Option<Instant>,
 }
 
 /// The sessions and SURBs of a client; `R` is what recovers a reply. Providers are numbered in the order
@@ -175,11 +179,19 @@ impl<R> ClientCore<R> {
         candidates
     }
 
+    /// Whether anything that left after `time` has come.
+    pub fn mixnet_works_since(&self, time: Instant) -> bool {
+        self.health.came_since(time)
+    }
+
     fn is_silent(&self, now: Instant, provider: usize) -> bool {
         let silent_after = self.silent_after();
         let mut sessions = self.sessions.iter().filter(|held| held.provider == provider);
+        // Without anything that came, nobody knows whose fault it is.
         let is_overdue = |held: &Held| {
-            held.session.unanswered_since().is_some_and(|since| now >= since + silent_after)
+            held.session
+                .unanswered_since()
+                .is_some_and(|since| now >= since + silent_after && self.health.came_since(since))
         };
         sessions.any(is_overdue)
             || self.providers[provider].avoided_until.is_some_and(|until| now < until)
@@ -214,7 +226,7 @@ impl<R> ClientCore<R> {
                 );
                 let token = self.providers[provider].access_token.clone();
                 let session = session.with_access_token(token);
-                self.sessions.push(Held { session, provider });
+                self.sessions.push(Held { session, provider, proved: None });
                 self.sessions.len() - 1
             }
         };
@@ -291,7 +303,7 @@ impl<R> ClientCore<R> {
             }
         }
         let ended = self.sessions.iter().position(|held| held.session.closed().is_some())?;
-        let Held { session, provider } = self.sessions.remove(ended);
+        let Held { session, provider, .. } = self.sessions.remove(ended);
         self.surbs.forget_session(session.id());
         self.under_way.retain(|(id, _), _| *id != session.id());
         Some(ClientEvent::SessionEnded(session.id(), provider, session.closed()?))
@@ -305,8 +317,9 @@ impl<R> ClientCore<R> {
         let idle = self.sessions().filter(|session| session.is_idle());
         let ages = idle.map(|session| session.began() + SESSION_AGE);
         // Without a proof that the mixnet works the time passes, and a loop that comes back is one.
-        let deaths = self.sessions().filter_map(ClientSession::unanswered_since);
-        let deaths = deaths.map(|since| since + DEAD_AFTER).filter(|at| *at > self.looked_at);
+        let deaths = self.sessions.iter().filter_map(|held| {
+            Some(death(held.session.unanswered_since()?, held.proved.unwrap_or(self.looked_at)))
+        });
         let loops = if self.is_in_use() { self.health.next_loop_at(self.looked_at) } else { None };
         let loops = loops.filter(|at| *at > self.looked_at).into_iter();
         let of_health = loops.chain(self.health.poll_timeout());
@@ -332,11 +345,14 @@ impl<R> ClientCore<R> {
     /// Streams through a dead provider must not hang for ever. What is no fault of the provider, such as
     /// a gateway or a link that is away, is waited for.
     fn end_dead_sessions(&mut self, now: Instant) {
-        for Held { session, .. } in &mut self.sessions {
-            if let Some(since) = session.unanswered_since()
-                && now >= since + DEAD_AFTER
-                && self.health.came_since(since + PROOF_AFTER)
-            {
+        for Held { session, proved, .. } in &mut self.sessions {
+            let since = session.unanswered_since();
+            let Some(since) = since.filter(|since| self.health.came_since(*since + PROOF_AFTER))
+            else {
+                *proved = None;
+                continue;
+            };
+            if now >= death(since, *proved.get_or_insert(now)) {
                 session.end(CloseReason::Unknown);
             }
         }
@@ -370,7 +386,7 @@ impl<R> ClientCore<R> {
         let count = self.sessions.len();
         let mut result = Pulled::Nothing;
         for index in (self.turn..self.turn + count).map(|turn| turn % count) {
-            let Held { session, provider } = &mut self.sessions[index];
+            let Held { session, provider, .. } = &mut self.sessions[index];
             if !self.providers[*provider].is_reachable || !session.wants_transmit(now, surbs) {
                 continue;
             }
@@ -406,6 +422,11 @@ impl<R> ClientCore<R> {
     /// The loop leaves.
     pub fn loop_sent(&mut self, now: Instant, wish: LoopWish, identifier: Identifier, way: Way) {
         self.health.loop_sent(now, wish, identifier, way);
+    }
+
+    /// Whether what has come is a loop that is awaited.
+    pub fn awaits_loop(&self, identifier: &Identifier) -> bool {
+        self.health.awaits_loop(identifier)
     }
 
     /// Whether what has come is a loop.
@@ -503,6 +524,11 @@ impl<R> ClientCore<R> {
         self.note_fates(now);
         Ok(())
     }
+}
+
+/// When a session ends whose provider owes an answer since then, if the mixnet works since `proved`.
+fn death(since: Instant, proved: Instant) -> Instant {
+    (since + DEAD_AFTER).max(proved + ANSWER_TIME)
 }
 
 #[cfg(test)]
@@ -632,6 +658,8 @@ mod tests {
         let key = open(&mut core, start);
         packet(&mut core, start);
         let silent = start + core.silent_after();
+        assert_eq!(core.candidates(silent), [0, 1], "the mixnet may be at fault");
+        core.health.on_fate(silent, &WAY.mixes, silent, true);
         assert_eq!(core.candidates(silent - Duration::from_nanos(1)), [0, 1]);
         assert_eq!(core.candidates(silent), [1, 0]);
         let outcome = OpenOutcome::Connected;
@@ -702,6 +730,23 @@ mod tests {
                 assert!((DEAD_AFTER..DEAD_AFTER + Duration::from_secs(5)).contains(&(now - start)));
             }
         }
+    }
+
+    /// Until then the client was cut off: the provider could not answer.
+    #[test]
+    fn a_provider_has_time_to_answer_once_the_mixnet_works_again() {
+        let (mut core, start) = core();
+        let key = open(&mut core, start);
+        packet(&mut core, start);
+        let back = start + 3 * DEAD_AFTER;
+        core.handle_timeout(back);
+        core.health.on_fate(back, &WAY.mixes, back, true);
+        core.handle_timeout(back);
+        assert!(core.session(key.0).is_some());
+        core.handle_timeout(back + ANSWER_TIME - Duration::from_nanos(1));
+        assert!(core.session(key.0).is_some());
+        core.handle_timeout(back + ANSWER_TIME);
+        assert!(core.session(key.0).is_none());
     }
 
     #[test]

@@ -42,6 +42,8 @@ pub(crate) struct HeaderPool {
     /// Those that were made before are for other nodes or keys.
     renewed: Option<Instant>,
     last_taken: Option<Instant>,
+    /// One was asked for, and there was none.
+    is_wanted: bool,
     /// Until then the client is expected to send another packet.
     busy_until: Option<Instant>,
 }
@@ -53,6 +55,8 @@ impl HeaderPool {
         self.drop_outdated(now);
         let is_busy = self.busy_until.is_some_and(|until| now < until);
         let is_short = self.ready.len() + self.in_making < HEADERS_PER_TURN;
+        let is_wanted = std::mem::take(&mut self.is_wanted) && self.ready.is_empty();
+        let least = if is_wanted && self.in_making == 0 { least.max(1) } else { least };
         let makes_some = is_busy && (is_short || least > 0);
         let claimed = if makes_some { HEADERS_PER_TURN.max(least) } else { least };
         self.in_making += claimed;
@@ -77,6 +81,7 @@ impl HeaderPool {
     /// The way of the header that is the next one to take.
     pub(crate) fn next_way(&mut self, now: Instant) -> Option<Way> {
         self.drop_outdated(now);
+        self.is_wanted |= self.ready.is_empty();
         self.ready.front().map(|header| header.way)
     }
 

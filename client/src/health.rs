@@ -72,8 +72,9 @@ const ANY_LOOPS: usize = 24;
 const AIMED_LOOPS: usize = 14;
 const COMPARED_LOOPS: usize = 6;
 
-/// Loops that wait to be sent.
+/// Loops that wait to be sent, and how long: what they would tell is of that time.
 const MAX_WISHES: usize = 128;
+const WISH_TIME: Duration = Duration::from_secs(2);
 
 /// How long after loops the next ones follow another loss or suspicion, at least; twice as long each
 /// time, until there was none for [`CALM`].
@@ -121,6 +122,7 @@ pub struct Health {
     deadlines: BTreeSet<(Instant, Identifier)>,
     /// Loops still to be sent.
     wishes: VecDeque<LoopWish>,
+    wishes_until: Instant,
     /// Of loops through any mixes.
     pauses: Pauses,
     replies_until_look: u32,
@@ -177,8 +179,9 @@ struct Mix {
     /// By own packets, and by loops.
     suspicion: f64,
     score: f64,
-    /// Moments at which packets left that came through it.
-    moments: BTreeSet<u64>,
+    /// Moments at which own packets left that came through it, and loops. The provider tells of packets,
+    /// so they say nothing about loops.
+    moments: [BTreeSet<u64>; 2],
     /// What the layer's replies were when the last one came through it.
     seen: f64,
     /// Routes may lead through it since then.
@@ -203,7 +206,7 @@ impl Mix {
         Self {
             suspicion: 0.0,
             score: 0.0,
-            moments: BTreeSet::new(),
+            moments: Default::default(),
             seen,
             drawn_since: now,
             pauses: Pauses::new(now),
@@ -226,16 +229,18 @@ impl Mix {
         *evidence = (*evidence - CAME_SCORE).max(0.0);
     }
 
-    fn passed_on(&mut self, moment: u64) {
-        self.moments.insert(moment);
-        if self.moments.len() > MAX_MOMENTS {
-            self.moments.pop_first();
+    fn passed_on(&mut self, moment: u64, is_loop: bool) {
+        let moments = &mut self.moments[usize::from(is_loop)];
+        moments.insert(moment);
+        if moments.len() > MAX_MOMENTS {
+            moments.pop_first();
         }
     }
 
-    /// Whether it passed packets on that left at that moment.
-    fn passed_at(&self, moment: u64) -> bool {
-        let any = |moments: Range<u64>| self.moments.range(moments).next().is_some();
+    /// Whether it passed on what left at that moment.
+    fn passed_at(&self, moment: u64, is_loop: bool) -> bool {
+        let passed = &self.moments[usize::from(is_loop)];
+        let any = |moments: Range<u64>| passed.range(moments).next().is_some();
         let before = moment.saturating_sub(SHORT_MOMENTS)..moment;
         any(moment..moment + 1) || any(before) && any(moment + 1..moment + 1 + SHORT_MOMENTS)
     }
@@ -271,6 +276,7 @@ impl Health {
             loops: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             wishes: VecDeque::new(),
+            wishes_until: now,
             pauses: Pauses::new(now),
             replies_until_look: REPLIES_PER_LOOK,
             newest: None,
@@ -316,13 +322,13 @@ impl Health {
     /// An own packet that left at `sent` has come to the provider, or is lost.
     pub fn on_fate(&mut self, now: Instant, mixes: &Mixes, sent: Instant, has_come: bool) {
         if has_come {
-            self.passed_on(mixes, sent);
+            self.passed_on(mixes, sent, false);
             return self.on_came(mixes, false);
         }
         self.on_lost(now, mixes, sent, false);
         let is_explained = mixes.iter().any(|id| self.avoided.contains(id));
         if !is_explained && self.pauses.allow(now) {
-            self.wish(None, ANY_LOOPS);
+            self.wish(now, None, ANY_LOOPS);
         }
     }
 
@@ -350,12 +356,12 @@ impl Health {
     }
 
     /// What left at `sent` has come through these.
-    fn passed_on(&mut self, mixes: &Mixes, sent: Instant) {
+    fn passed_on(&mut self, mixes: &Mixes, sent: Instant, is_loop: bool) {
         let moment = self.moment(sent);
         self.newest = self.newest.max(Some(sent));
         for (layer, id) in self.layers.iter_mut().zip(mixes) {
             if let Some(mix) = layer.mixes.get_mut(id) {
-                mix.passed_on(moment);
+                mix.passed_on(moment, is_loop);
             }
         }
     }
@@ -366,7 +372,7 @@ impl Health {
         let is_explained = mixes.iter().any(|id| self.avoided.contains(id));
         for (layer, id) in self.layers.iter_mut().zip(mixes) {
             let mut others = layer.mixes.iter().filter(|(other, _)| *other != id);
-            let has_others = others.any(|(_, mix)| mix.passed_at(moment));
+            let has_others = others.any(|(_, mix)| mix.passed_at(moment, is_loop));
             let Some(mix) = layer.mixes.get_mut(id) else { continue };
             if has_others && (!is_explained || mix.avoided.is_some()) {
                 let evidence = mix.evidence(is_loop);
@@ -401,8 +407,8 @@ impl Health {
             }
         }
         for suspect in suspects {
-            self.wish(Some(suspect), AIMED_LOOPS);
-            self.wish(None, COMPARED_LOOPS);
+            self.wish(now, Some(suspect), AIMED_LOOPS);
+            self.wish(now, None, COMPARED_LOOPS);
         }
         if has_dead {
             self.has_news = true;
@@ -421,7 +427,11 @@ impl Health {
     }
 
     /// Has `count` more loops sent.
-    fn wish(&mut self, through: Option<HopAddress>, count: usize) {
+    fn wish(&mut self, now: Instant, through: Option<HopAddress>, count: usize) {
+        if now > self.wishes_until {
+            self.wishes.clear();
+        }
+        self.wishes_until = now + WISH_TIME;
         let count = count.min(MAX_WISHES - self.wishes.len());
         self.wishes.extend(std::iter::repeat_n(LoopWish { through }, count));
     }
@@ -441,20 +451,26 @@ impl Health {
     pub fn next_loop(&self, now: Instant) -> Option<LoopWish> {
         let is_due = |(_, avoided): &(_, Avoided)| !avoided.is_asked && avoided.next_probe <= now;
         let probe = self.avoided_mixes().find(is_due).map(|(id, _)| LoopWish { through: Some(id) });
-        probe.or_else(|| self.wishes.front().copied())
+        let wish = self.wishes.front().filter(|_| now <= self.wishes_until);
+        probe.or_else(|| wish.copied())
     }
 
     /// The loop that was wished for is being made.
     pub fn loop_taken(&mut self, now: Instant, wish: LoopWish) {
         match wish.through.and_then(|id| self.avoided_mix(&id)) {
-            Some(avoided) => avoided.next_probe = now + avoided.interval,
+            Some(avoided) => {
+                // If it answers, it is asked more often again.
+                avoided.next_probe = now + avoided.interval;
+                avoided.interval = (2 * avoided.interval).min(MAX_PROBE);
+            }
             None => drop(self.wishes.pop_front()),
         }
     }
 
     /// The loop leaves.
     pub fn loop_sent(&mut self, now: Instant, wish: LoopWish, identifier: Identifier, way: Way) {
-        let asks = wish.through.filter(|id| self.avoided.contains(id));
+        // A mix without a key for the time is on no route.
+        let asks = wish.through.filter(|id| self.avoided.contains(id) && way.mixes.contains(id));
         if let Some(avoided) = asks.and_then(|id| self.avoided_mix(&id)) {
             avoided.is_asked = true;
         }
@@ -464,6 +480,11 @@ impl Health {
         self.deadlines.insert((deadline, identifier));
     }
 
+    /// Whether it names a loop that has not come.
+    pub fn awaits_loop(&self, identifier: &Identifier) -> bool {
+        self.loops.get(identifier).is_some_and(|sent| !sent.has_come)
+    }
+
     /// Whether what has come is a loop.
     pub fn loop_came(&mut self, now: Instant, identifier: &Identifier) -> bool {
         let Some(came) = self.loops.get_mut(identifier).filter(|sent| !sent.has_come) else {
@@ -471,7 +492,7 @@ impl Health {
         };
         came.has_come = true;
         let Loop { mixes, sent, asks, .. } = *came;
-        self.passed_on(&mixes, sent);
+        self.passed_on(&mixes, sent, true);
         if let Some(avoided) = asks.and_then(|id| self.avoided_mix(&id)) {
             // It may be back: it is asked more often when it may be used again.
             avoided.is_asked = false;
@@ -519,7 +540,7 @@ impl Health {
     pub fn next_loop_at(&self, now: Instant) -> Option<Instant> {
         let unasked = self.avoided_mixes().filter(|(_, avoided)| !avoided.is_asked);
         let probe = unasked.map(|(_, avoided)| avoided.next_probe);
-        let wish = (!self.wishes.is_empty()).then_some(now);
+        let wish = (!self.wishes.is_empty() && now <= self.wishes_until).then_some(now);
         probe.chain(wish).min()
     }
 
@@ -536,8 +557,6 @@ impl Health {
             }
             if let Some(avoided) = sent.asks.and_then(|id| self.avoided_mix(&id)) {
                 avoided.is_asked = false;
-                avoided.interval = (2 * avoided.interval).min(MAX_PROBE);
-                avoided.next_probe = now + avoided.interval;
             }
             self.on_lost(now, &sent.mixes, sent.sent, true);
         }
