@@ -21,6 +21,8 @@ use crate::town::{Plan, Town};
 use crate::transfer::{Ends, Transfer};
 
 const PLAN: Plan = Plan { impaired: true, ..Plan::SMALL };
+/// The code of SOCKS for a stream that is open.
+const SERVED: u8 = 0;
 /// What each transfer has brought before something happens, and brings afterwards.
 const SOME: usize = 1024 * 1024;
 /// Packets a second through each gateway, so that no more is transferred than a test needs.
@@ -123,28 +125,65 @@ fn transfers_outlive_a_mix_that_is_killed_for_good() {
     transfers_outlive(&mut town, "one of two mixes killed", |town| town.kill("mix-1"));
 }
 
+/// How a try to open a stream ends, and after how long.
+fn try_to_open(town: &Town, target: SocketAddr) -> (u8, Duration) {
+    let asked = Instant::now();
+    (socks::reply_code(town.ends().proxy, &socks::ip(target)), asked.elapsed())
+}
+
+/// New streams go to the other one, then to none, then to the first again; those of the dead one end with
+/// an error.
 #[test]
-fn without_a_provider_opening_fails_soon() {
-    const SERVED: u8 = 0;
+fn providers_are_killed_one_after_the_other() {
     const TIMED_OUT: u8 = 6;
     let origin = http();
-    let mut town = Town::on_loopback(Plan::SMALL);
+    let mut town = Town::on_loopback(Plan { gateways: 3, providers: 2, ..Plan::SMALL });
     town.start_all();
     let proxy = town.ends().proxy;
-    assert_eq!(socks::reply_code(proxy, &socks::ip(origin)), SERVED);
-    town.kill("provider-1");
+    let mut download = socks::connect(proxy, origin);
+    download.write_all(b"GET /endless HTTP/1.1\r\n\r\n").unwrap();
+    download.read_exact(&mut vec![0; SOME]).unwrap();
+    let (sender, received) = std::sync::mpsc::channel();
+    let sink = serve(move |mut stream| {
+        stream.read_exact(&mut vec![0; SOME]).unwrap();
+        sender.send(()).unwrap();
+        let _ = std::io::copy(&mut stream, &mut std::io::sink());
+    });
+    let mut upload = socks::connect(proxy, sink);
+    let uploading = std::thread::spawn(move || while upload.write_all(&[0; 16 * 1024]).is_ok() {});
+    received.recv_timeout(DEADLINE).unwrap();
+
+    let first = town.provider_in_use();
+    town.kill(&first);
+    let killed = Instant::now();
+    while try_to_open(&town, origin).0 != SERVED {
+        assert!(killed.elapsed() < DEADLINE, "the other one is never used");
+    }
+    println!("one of two providers killed: new streams after {:.1?}", killed.elapsed());
+    let transfer = Transfer::down(&town.ends());
+    transfer.wait_for(SOME);
+    transfer.finish();
+
+    let second = if first == "provider-1" { "provider-2" } else { "provider-1" };
+    town.kill(second);
     for _ in 0..2 {
-        let asked = Instant::now();
-        assert_eq!(socks::reply_code(proxy, &socks::ip(origin)), TIMED_OUT);
-        println!("no provider: told after {:.1?}", asked.elapsed());
+        let (code, told) = try_to_open(&town, origin);
+        assert_eq!(code, TIMED_OUT);
         // 10 s, or 30 s if an answer to something older came meanwhile; a busy machine gets more.
-        assert!(asked.elapsed() < Duration::from_secs(45), "{:?}", asked.elapsed());
+        assert!(told < Duration::from_secs(45), "{told:?}");
+        println!("no provider is left: told after {told:.1?}");
     }
-    town.start("provider-1");
-    let back = Instant::now();
-    while socks::reply_code(proxy, &socks::ip(origin)) != SERVED {
-        assert!(back.elapsed() < DEADLINE, "the provider is never found again");
+    town.start(&first);
+    let started = Instant::now();
+    while try_to_open(&town, origin).0 != SERVED {
+        assert!(started.elapsed() < DEADLINE, "the provider is never found again");
     }
+    println!("one is back: new streams after {:.1?}", started.elapsed());
+
+    // An end would mean that all has been said.
+    assert!(std::io::copy(&mut download, &mut std::io::sink()).is_err());
+    uploading.join().unwrap();
+    println!("the streams of the first one ended after {:.1?}", killed.elapsed());
 }
 
 #[test]

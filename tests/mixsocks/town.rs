@@ -212,6 +212,13 @@ impl Town {
             .unwrap()
     }
 
+    /// The provider through which the client opens streams while it answers.
+    pub(crate) fn provider_in_use(&self) -> String {
+        let address = self.wait_for(CLIENT, "provider  ");
+        let mut providers = (1..=self.plan.providers).map(|number| format!("provider-{number}"));
+        providers.find(|name| self.wait_for(name, "provider  ").ends_with(&address)).unwrap()
+    }
+
     fn impairment(&self, name: &str) -> PathBuf {
         self.dir.path().join(format!("{name}.impairment"))
     }
