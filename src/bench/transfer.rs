@@ -278,3 +278,127 @@ async fn open(proxy: SocketAddr, target: SocketAddr) -> Result<TcpStream> {
         code => Err(Refused { target, code }.into()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use tokio::net::TcpListener;
+    use tokio::net::tcp::{ReadHalf, WriteHalf};
+
+    use super::*;
+
+    /// How the proxy of a test treats bytes.
+    #[derive(Clone, Copy, PartialEq)]
+    enum Care {
+        /// It passes them on.
+        Good,
+        /// It changes this byte of what comes down, or goes up.
+        Spoils(Direction, u64),
+        /// It ends what was reset.
+        EndsNicely,
+    }
+
+    /// A proxy without a network behind it.
+    async fn proxy(care: Care) -> SocketAddr {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            while let Ok((program, _)) = listener.accept().await {
+                tokio::spawn(serve(program, care));
+            }
+        });
+        address
+    }
+
+    async fn serve(mut program: TcpStream, care: Care) {
+        program.read_exact(&mut [0; 3]).await.unwrap();
+        program.write_all(&[5, 0]).await.unwrap();
+        let mut request = [0; 10];
+        program.read_exact(&mut request).await.unwrap();
+        let port = u16::from_be_bytes([request[8], request[9]]);
+        let mut server = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.unwrap();
+        program.write_all(&[5, 0, 0, 1, 0, 0, 0, 0, 0, 0]).await.unwrap();
+        let (from_server, to_server) = server.split();
+        let (from_program, to_program) = program.split();
+        let is_reset = tokio::select! {
+            true = relay(from_server, to_program, care, Direction::Down) => true,
+            true = relay(from_program, to_server, care, Direction::Up) => true,
+            else => false,
+        };
+        if is_reset {
+            program.set_zero_linger().unwrap();
+        }
+    }
+
+    /// Whether it was a reset that has ended it.
+    async fn relay(
+        mut from: ReadHalf<'_>,
+        mut to: WriteHalf<'_>,
+        care: Care,
+        direction: Direction,
+    ) -> bool {
+        for offset in 0.. {
+            match from.read_u8().await {
+                Ok(byte) => {
+                    let is_spoilt = care == Care::Spoils(direction, offset);
+                    let byte = if is_spoilt { byte ^ 1 } else { byte };
+                    if to.write_all(&[byte]).await.is_err() {
+                        break;
+                    }
+                }
+                Err(error) if error.kind() != ErrorKind::UnexpectedEof => {
+                    if care != Care::EndsNicely {
+                        return true;
+                    }
+                    break;
+                }
+                Err(_) => break,
+            }
+        }
+        // Fails if the other end has gone.
+        let _ = to.shutdown().await;
+        false
+    }
+
+    const BYTES: u64 = 1000;
+
+    async fn connection(care: Care) -> (Connection, Origin) {
+        let origin = Origin::start().await.unwrap();
+        (Connection::open(proxy(care).await, origin.address()).await.unwrap(), origin)
+    }
+
+    #[tokio::test]
+    async fn what_comes_through_unchanged_is_right() {
+        let (mut c, _origin) = connection(Care::Good).await;
+        c.get(BYTES).await.unwrap();
+        c.put(BYTES).await.unwrap();
+        c.get(0).await.unwrap();
+        c.end().await.unwrap();
+        connection(Care::Good).await.0.turn(BYTES).await.unwrap();
+        connection(Care::Good).await.0.be_cut(BYTES).await.unwrap();
+        for direction in [Direction::Down, Direction::Up] {
+            connection(Care::Good).await.0.cut(direction, BYTES).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn streams_see_a_wrong_byte() {
+        let is_wrong = |result: Result<()>| result.unwrap_err().is::<WrongBytes>();
+        let down = Care::Spoils(Direction::Down, BYTES / 3);
+        // Beyond the first line.
+        let up = Care::Spoils(Direction::Up, BYTES / 2);
+        assert!(is_wrong(connection(down).await.0.get(BYTES).await));
+        assert!(is_wrong(connection(up).await.0.put(BYTES).await));
+        assert!(is_wrong(connection(down).await.0.turn(BYTES).await));
+        assert!(is_wrong(connection(up).await.0.turn(BYTES).await));
+        assert!(is_wrong(connection(down).await.0.cut(Direction::Down, BYTES).await));
+    }
+
+    #[tokio::test]
+    async fn a_reset_that_arrives_as_an_end_is_told() {
+        let (c, _origin) = connection(Care::EndsNicely).await;
+        let error = c.be_cut(BYTES).await.unwrap_err();
+        assert_eq!(error.to_string(), "a reset arrived as an end");
+    }
+}
