@@ -237,20 +237,24 @@ impl Pattern {
         (z ^ (z >> 31)).to_le_bytes()
     }
 
-    /// The bytes from `offset` on.
-    fn bytes(self, offset: u64) -> impl Iterator<Item = u8> {
-        let within_word = (offset % 8) as u8;
-        (offset / 8..).flat_map(move |index| self.word(index)).skip(within_word.into())
-    }
-
+    /// Writes the bytes from `offset` on: a word at a time, as the measured network needs the CPU.
     fn write(self, offset: u64, out: &mut [u8]) {
-        for (byte, value) in out.iter_mut().zip(self.bytes(offset)) {
-            *byte = value;
+        let within_word = (offset % 8) as usize;
+        let first = self.word(offset / 8);
+        let (head, rest) = out.split_at_mut(out.len().min((8 - within_word) % 8));
+        head.copy_from_slice(&first[within_word..][..head.len()]);
+        for (index, word) in (offset.div_ceil(8)..).zip(rest.chunks_mut(8)) {
+            word.copy_from_slice(&self.word(index)[..word.len()]);
         }
     }
 
     fn first_wrong(self, offset: u64, bytes: &[u8]) -> Option<u64> {
-        let at = bytes.iter().zip(self.bytes(offset)).position(|(byte, right)| *byte != right)?;
+        let mut right = vec![0; bytes.len()];
+        self.write(offset, &mut right);
+        if right == bytes {
+            return None;
+        }
+        let at = right.iter().zip(bytes).position(|(right, byte)| right != byte)?;
         Some(offset + at as u64)
     }
 }
@@ -258,6 +262,19 @@ impl Pattern {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_part_of_the_pattern_is_the_same_wherever_it_begins() {
+        let mut all = [0; 100];
+        Pattern(7).write(0, &mut all);
+        for begin in 0..20 {
+            for end in begin..40 {
+                let mut part = vec![0; end - begin];
+                Pattern(7).write(begin as u64, &mut part);
+                assert_eq!(part, all[begin..end], "{begin} to {end}");
+            }
+        }
+    }
 
     #[test]
     fn every_wrong_byte_is_found() {
