@@ -66,12 +66,12 @@ fn one_byte_per_second_lives_for_twenty_minutes() {
         let mut world = World::new(203, Network { loss: 0.05, ..Network::perfect() });
         let stream = world.open();
         let (mut read, mut waits) = (0, Duration::ZERO);
-        for byte in 0..20 * 60 {
+        for byte in 0..20 * 60usize {
             let written = world.now;
-            assert_eq!(write(&mut world, by_client, stream, &[byte as u8]), 1);
+            assert_eq!(write(&mut world, by_client, stream, &[byte.to_le_bytes()[0]]), 1);
             world.run_until(Duration::from_secs(3600), |world| {
                 let (bytes, ends) = read_all(world, !by_client, stream);
-                assert!(!ends && bytes.iter().all(|read| *read == byte as u8));
+                assert!(!ends && bytes.iter().all(|read| *read == byte.to_le_bytes()[0]));
                 read += bytes.len();
                 read > byte
             });
@@ -188,13 +188,13 @@ fn a_packet_thousands_early_leaves_no_hole() {
     let mut client = rules::client_after(&[], now);
     let stream = 1;
     for number in std::iter::once(PACKETS - 1).chain(0..PACKETS - 1) {
-        let bytes = &[number as u8; 10];
+        let bytes = &[number.to_le_bytes()[0]; 10];
         let data = Frame::Data { stream, offset: 10 * number, fin: false, bytes };
         rules::take_reply(&mut client, now, number, &[data]);
     }
     let mut read = vec![0; 100_000];
     let len = client.read(stream, &mut read).unwrap().unwrap();
-    let written: Vec<_> = (0..PACKETS).flat_map(|number| [number as u8; 10]).collect();
+    let written: Vec<_> = (0..PACKETS).flat_map(|number| [number.to_le_bytes()[0]; 10]).collect();
     assert!(read[..len] == written);
 }
 
