@@ -89,7 +89,7 @@ impl Network {
     async fn start(args: &BenchArgs) -> Result<Self> {
         Ok(match args.processes {
             true => Self::Town(Box::new(Town::start(args.traffic, 1).await?)),
-            false => Self::Up(Box::new(Up::start(args.traffic).await?)),
+            false => Self::Up(Box::new(Up::start(args.traffic, args.optimistic).await?)),
         })
     }
 

@@ -61,12 +61,15 @@ pub(super) struct Up {
 
 impl Up {
     /// Starts it and waits until its proxy listens.
-    pub(super) async fn start(traffic: TrafficArgs) -> Result<Self> {
+    pub(super) async fn start(traffic: TrafficArgs, optimistic: bool) -> Result<Self> {
         let dir = temporary_directory()?;
         let mut command = command()?;
         command.args(["up", "--socks", "127.0.0.1:0", "--allow-private"]);
         command.arg("--data-dir").arg(dir.path());
         command.arg("--profile").arg(traffic.timing.profile.to_string());
+        if optimistic {
+            command.arg("--optimistic");
+        }
         if let Some(mean_delay) = traffic.mean_delay {
             command.arg("--mean-delay").arg(words(mean_delay));
         }

@@ -34,6 +34,9 @@ pub(crate) struct BenchArgs {
     /// than 127.0.0.1, which Linux has).
     #[arg(long, conflicts_with = "socks")]
     pub(crate) processes: bool,
+    /// Measure an optimistic listener, which says at once that a stream is open.
+    #[arg(long, conflicts_with_all = ["socks", "processes"])]
+    pub(crate) optimistic: bool,
     #[command(flatten)]
     pub(crate) traffic: TrafficArgs,
     /// How long each transfer runs.

@@ -45,6 +45,23 @@ fn curl_is_refused(proxy: &Proxy, url: &str) {
 }
 
 #[test]
+fn an_optimistic_proxy_says_yes_at_once_and_breaks_off_what_cannot_be_opened() {
+    let data_dir = tempfile::tempdir().unwrap();
+    let proxy = Proxy::up(data_dir.path(), &["--allow-private", "--optimistic"]);
+    let url = format!("http://{}/bytes/1000/5", http());
+    let file = data_dir.path().join("file");
+    let Some(curl) = proxy.curl(&["-o", file.to_str().unwrap(), &url]) else { return };
+    let ended = curl.wait();
+    assert!(ended.status.success(), "{}", ended.stderr);
+    assert!(std::fs::read(file).unwrap() == body(1000, 5));
+    // What the provider says would be 5, and curl's code for an error of the proxy 97.
+    let refused = closed_port();
+    assert_eq!(reply_code(proxy.address, &socks::ip(refused)), 0);
+    let code = proxy.curl(&[&format!("http://{refused}/")]).unwrap().wait().status.code();
+    assert!(matches!(code, Some(52 | 55 | 56)), "nothing came, or it was reset: {code:?}");
+}
+
+#[test]
 fn a_name_that_does_not_exist() {
     let network = shared_network();
     let name = "nobody.gone.mixsocks.test";
