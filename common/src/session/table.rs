@@ -206,10 +206,27 @@ impl ProviderSessions {
     pub fn remove(&mut self, id: SessionId, now: Instant) -> Option<ProviderSession> {
         let session = self.sessions.remove(&id)?;
         self.begun_with.remove(&id);
-        let until = now + REMEMBER_ENDED;
-        self.ended.insert(id, until);
-        self.ended_order.insert((until, id));
+        self.remember(id, now);
         Some(session)
+    }
+
+    fn remember(&mut self, id: SessionId, now: Instant) {
+        let until = now + REMEMBER_ENDED;
+        if let Some(before) = self.ended.insert(id, until) {
+            self.ended_order.remove(&(before, id));
+        }
+        self.ended_order.insert((until, id));
+    }
+
+    /// A session is told that it is unknown, and may do elsewhere what it asked for: a START of it from
+    /// before the provider's own start, which comes later, must begin nothing. Such a START can be taken
+    /// for a while only. Strangers can send such packets, so that room is left for sessions that end.
+    fn on_unknown(&mut self, id: SessionId, now: Instant, wall_ms: u64) {
+        let span_ms = millis(MAX_START_AGE) + millis(START_STEP);
+        let may_begin = wall_ms <= self.provider_started_ms.saturating_add(span_ms);
+        if may_begin && self.ended.len() < self.max_remembered / 2 {
+            self.remember(id, now);
+        }
     }
 
     fn begin(
@@ -225,7 +242,10 @@ impl ProviderSessions {
             self.ended_order.pop_first();
             self.ended.remove(&ended);
         }
-        let (started_ms, token) = start(packet).ok_or(CloseReason::Unknown)?;
+        let Some((started_ms, token)) = start(packet) else {
+            self.on_unknown(id, now, wall_ms);
+            return Err(CloseReason::Unknown);
+        };
         // Before anything else: strangers put no other session out, and are told what they lack.
         let token = self.admit(token)?;
         if self.ended.contains_key(&id) {

@@ -738,6 +738,45 @@ fn ended_sessions_are_remembered_up_to_a_bound_and_for_a_while() {
     assert!(matches!(sessions.handle_packet(later, 1_000_000, &packet), Handled::Session(_)));
 }
 
+/// After a restart of the provider, packets of a session from before come in any order: who was told that
+/// it is unknown opens its streams in another one, so that they are not opened in this one as well.
+#[test]
+fn a_session_that_was_told_it_is_unknown_does_not_begin_later() {
+    const RESTARTED_MS: u64 = 1_000_000;
+    const TAKEN_FOR_MS: u64 = 130_000;
+    let now = Instant::now();
+    let without_start = |id: u16| {
+        let mut packet = vec![PacketKind::Session as u8];
+        packet.extend_from_slice(&id.to_be_bytes());
+        packet.resize(1 + SESSION_ID_LEN, 0);
+        packet.extend_from_slice(&[9, 0]);
+        packet
+    };
+    // A START later than the longest span is of a session that began after the restart.
+    for (after_ms, started_ms, is_told_the_truth) in [
+        (0, RESTARTED_MS + 10_000, true),
+        (TAKEN_FOR_MS, RESTARTED_MS + 10_000, true),
+        (TAKEN_FOR_MS + 1, RESTARTED_MS + 20_000, false),
+    ] {
+        let mut sessions =
+            ProviderSessions::with_limits(RESTARTED_MS, MAX_PACKET_BYTES, MEAN_DELAY, 10, 8);
+        let wall_ms = RESTARTED_MS + after_ms;
+        let mut handle = |packet: &[u8]| sessions.handle_packet(now, wall_ms, packet);
+        for id in 1..=6 {
+            let handled = handle(&without_start(id));
+            let unknown = Dropped::Refused(frame::CloseReason::Unknown);
+            assert!(matches!(&handled, Handled::Dropped(why) if *why == unknown), "{handled:?}");
+        }
+        // Half of what may be remembered is left for sessions that end.
+        let begins: Vec<_> = (1..=6)
+            .map(|id| handle(&first_packet_of(id, started_ms, now, open_one)))
+            .map(|handled| matches!(handled, Handled::Session(_)))
+            .collect();
+        let expected: Vec<_> = (1..=6).map(|id| !is_told_the_truth || id > 4).collect();
+        assert_eq!(begins, expected, "{after_ms} ms after the start");
+    }
+}
+
 #[test]
 fn start_times_tell_little_about_clocks() {
     assert_eq!(start_time_ms(1_000_001), 1_010_000);
