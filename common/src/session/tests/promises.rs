@@ -318,17 +318,17 @@ fn a_path_slower_than_any_wait_is_learnt() {
 fn a_client_that_is_back_asks_for_news() {
     let mut world = World::new(227, Network::perfect());
     let stream = world.open();
-    let asked = 2 * KEEPALIVE;
     world.run_for(Duration::from_secs(3600));
     let sent = world.sent[0];
-    world.run_until(Duration::from_secs(3600) + asked, |world| world.sent[0] > sent);
+    world.run_until(Duration::from_secs(3600) + 2 * KEEPALIVE, |world| world.sent[0] > sent);
     world.run_for(Duration::from_secs(30));
     let sent = world.sent[0];
     world.blackout = true;
     world.provider().write(stream, b"news").unwrap();
     world.run_for(2 * MINUTE);
     world.blackout = false;
-    assert_eq!((world.sent[0], world.provider().stock_surbs()), (sent, 0));
+    assert_eq!(world.sent[0], sent, "the client has noticed");
+    assert!(world.provider().stock_surbs() <= 1, "and the provider can say hardly anything");
     world.client.path_is_back();
     let back = world.now;
     world.run_until(Duration::from_secs(7200), |world| !read_all(world, true, stream).0.is_empty());
