@@ -95,7 +95,7 @@ impl<C: Codec> World<C> {
                 if begins {
                     for stream in &mut self.streams {
                         stream.is_lied_to |=
-                            stream.client == client && stream.has_begun && !stream.is_over();
+                            stream.client == client && stream.has_begun && !stream.is_told();
                     }
                 } else {
                     // Its user has had enough. What was acknowledged and never delivered would
