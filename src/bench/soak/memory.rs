@@ -1,6 +1,7 @@
 //! Whether memory stays flat.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -15,6 +16,9 @@ const MIB: f64 = 1024.0 * 1024.0;
 /// first ten minutes, some 2 MiB a minute.
 const FLAT_MIB: f64 = 8.0;
 const FLAT_PART: f64 = 0.1;
+
+/// In a shorter time windows, buffers and replay tags have not grown to what they come to.
+const LEAST_COMPARED: Duration = Duration::from_secs(20 * 60);
 
 /// Resident memory of the processes in the course of a soak, without the replay tags of nodes.
 #[derive(Default)]
@@ -75,7 +79,11 @@ impl Watch {
         }
     }
 
-    pub(super) fn into_roles(self) -> BTreeMap<String, RoleMemory> {
+    /// All of them. A soak of `duration` may be too short to compare anything.
+    pub(super) fn into_roles(mut self, duration: Duration) -> BTreeMap<String, RoleMemory> {
+        if duration < LEAST_COMPARED {
+            self.roles.values_mut().for_each(|role| role.third_quarter = None);
+        }
         self.roles
     }
 
@@ -131,6 +139,17 @@ mod tests {
         assert_eq!(role(&[(200.0, 0.5), (220.1, 0.9)]).is_flat(), Some(false));
         assert_eq!(role(&[(20.0, 0.5)]).is_flat(), None);
         assert_eq!(role(&[(20.0, 0.5), (30.0, 0.6)]).middle, Some(20.0));
+    }
+
+    #[test]
+    fn a_short_soak_compares_nothing() {
+        for (duration, is_flat) in
+            [(LEAST_COMPARED, Some(false)), (LEAST_COMPARED - Duration::from_secs(1), None)]
+        {
+            let mut watch = Watch::default();
+            watch.roles.insert("mix-1".to_owned(), role(&[(20.0, 0.5), (90.0, 0.9)]));
+            assert_eq!(watch.into_roles(duration)["mix-1"].is_flat(), is_flat);
+        }
     }
 
     #[test]

@@ -112,7 +112,7 @@ async fn soak(args: &BenchSoakArgs, seed: u64) -> Result<Report> {
     let report = Arc::into_inner(soak.report).and_then(|report| report.into_inner().ok());
     let Some(mut report) = report else { bail!("the report is still in use") };
     report.faults = history.counts();
-    report.memory = soak.memory.into_roles();
+    report.memory = soak.memory.into_roles(duration);
     Ok(report)
 }
 
