@@ -310,14 +310,12 @@ impl Client {
         while let Some(provider) = candidates.next() {
             let silent_at = Instant::now() + self.shared.lock().core.silent_after();
             // What was sent early may have been passed on: it must not be sent to another one as well.
-            let may_move_on =
-                candidates.peek().is_some() && early.is_empty() && silent_at < deadline;
-            let patience =
-                if may_move_on { Patience::Until(silent_at) } else { Patience::Last(deadline) };
-            result = self.try_open(provider, target.clone(), early, patience).await;
+            let may_move_on = candidates.peek().is_some() && early.is_empty();
+            let move_on_at = Some(silent_at).filter(|at| may_move_on && *at < deadline);
+            result = self.try_open(provider, target.clone(), early, move_on_at, deadline).await;
             // For the same reason not again.
             if matches!(result, Err(Attempt::Again(_))) && early.is_empty() {
-                result = self.try_open(provider, target.clone(), early, patience).await;
+                result = self.try_open(provider, target.clone(), early, move_on_at, deadline).await;
             }
             if !matches!(result, Err(Attempt::MoveOn)) {
                 break;
@@ -326,13 +324,15 @@ impl Client {
         result.map_err(Attempt::into_error)
     }
 
-    /// Waits for the answer of one provider.
+    /// Waits for the answer of one provider: until `move_on_at` if it then is at fault, until `deadline` if
+    /// it is silent, and else for as long as it may take to reach the target.
     async fn try_open(
         &self,
         provider: usize,
         target: Target,
         early: &[u8],
-        patience: Patience,
+        move_on_at: Option<Instant>,
+        deadline: Instant,
     ) -> Result<MixStream, Attempt> {
         let began = Instant::now();
         let (answer, answered) = oneshot::channel();
@@ -351,15 +351,14 @@ impl Client {
         let opened = |result: Result<Result<(), Attempt>, _>| {
             result.unwrap_or(Err(OpenError::Closed.into())).map(|()| stream)
         };
-        let (Patience::Until(silent_at) | Patience::Last(silent_at)) = patience;
-        if let Ok(result) = timeout_at(silent_at.into(), &mut answered).await {
-            return opened(result);
+        if let Some(at) = move_on_at {
+            if let Ok(result) = timeout_at(at.into(), &mut answered).await {
+                return opened(result);
+            }
+            if self.shared.is_at_fault(provider, key.0, began) {
+                return Err(Attempt::MoveOn);
+            }
         }
-        if matches!(patience, Patience::Until(_)) && self.shared.is_at_fault(provider, key.0, began)
-        {
-            return Err(Attempt::MoveOn);
-        }
-        let deadline = began + SILENCE_LIMIT;
         if let Ok(result) = timeout_at(deadline.into(), &mut answered).await {
             return opened(result);
         }
@@ -394,15 +393,6 @@ impl Client {
         let _ = timeout(FAREWELL_LIMIT, link.wait_for(is_down)).await;
         self.shared.end_all();
     }
-}
-
-/// How long one provider is waited for.
-#[derive(Clone, Copy)]
-enum Patience {
-    /// Until then; after that another one is asked, if it is this one's fault.
-    Until(Instant),
-    /// Until then, as there is nobody else to ask.
-    Last(Instant),
 }
 
 /// How an attempt to open a stream failed.

@@ -72,6 +72,9 @@ const ANY_LOOPS: usize = 24;
 const AIMED_LOOPS: usize = 14;
 const COMPARED_LOOPS: usize = 6;
 
+/// Loops under way: while there are so many, no more are sent.
+const MAX_LOOPS: usize = 1024;
+
 /// Loops that wait to be sent, and how long: what they would tell is of that time.
 const MAX_WISHES: usize = 128;
 const WISH_TIME: Duration = Duration::from_secs(2);
@@ -449,6 +452,9 @@ impl Health {
 
     /// The next loop to send at `now`; [`Health::loop_taken`] must follow.
     pub fn next_loop(&self, now: Instant) -> Option<LoopWish> {
+        if self.loops.len() >= MAX_LOOPS {
+            return None;
+        }
         let is_due = |(_, avoided): &(_, Avoided)| !avoided.is_asked && avoided.next_probe <= now;
         let probe = self.avoided_mixes().find(is_due).map(|(id, _)| LoopWish { through: Some(id) });
         let wish = self.wishes.front().filter(|_| now <= self.wishes_until);
@@ -538,6 +544,9 @@ impl Health {
 
     /// When the next loop is to be sent, if nothing happens before.
     pub fn next_loop_at(&self, now: Instant) -> Option<Instant> {
+        if self.loops.len() >= MAX_LOOPS {
+            return None;
+        }
         let unasked = self.avoided_mixes().filter(|(_, avoided)| !avoided.is_asked);
         let probe = unasked.map(|(_, avoided)| avoided.next_probe);
         let wish = (!self.wishes.is_empty() && now <= self.wishes_until).then_some(now);
@@ -741,6 +750,27 @@ mod tests {
         world.health.handle_timeout(world.now);
         let avoided = world.health.layers.each_ref().map(Layer::avoided);
         assert!(avoided[0] == 1 && avoided.iter().all(|count| *count <= 1), "{avoided:?} of two");
+    }
+
+    #[test]
+    fn the_number_of_loops_is_bounded() {
+        let mut world = World::new(1);
+        let mixes = world.draw(None);
+        // A delay so long that none is given up meanwhile.
+        let way = Way { delay: Duration::from_secs(1_000_000), mixes };
+        let mut sent = 0;
+        for _ in 0..2000 {
+            world.now += MAX_PAUSE + CALM;
+            world.health.on_fate(world.now, &mixes, world.now, false);
+            while let Some(wish) = world.health.next_loop(world.now) {
+                world.health.loop_taken(world.now, wish);
+                let identifier = world.rng.random();
+                world.health.loop_sent(world.now, wish, identifier, way);
+                sent += 1;
+            }
+            assert!(world.health.loops.len() <= MAX_LOOPS);
+        }
+        assert!(sent >= MAX_LOOPS && world.health.next_loop_at(world.now).is_none(), "{sent}");
     }
 
     #[test]

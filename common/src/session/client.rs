@@ -703,3 +703,20 @@ enum Purpose {
     Data,
     Refill,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fates_that_nobody_asks_for_are_bounded() {
+        let now = Instant::now();
+        let id = SessionId([1; SESSION_ID_LEN]);
+        let mut session = ClientSession::new(id, 0, now, 2031, Duration::ZERO);
+        let sent = |number| Sent { number, at: now, arrives: now, cargo: vec![], surbs: 0 };
+        let packets: Vec<_> = (0..MAX_FATES as u64 + 10).map(sent).collect();
+        session.note_fates(&packets, true);
+        assert_eq!(session.poll_fate().map(|fate| fate.number), Some(10), "the oldest went");
+        assert_eq!(std::iter::from_fn(|| session.poll_fate()).count(), MAX_FATES - 1);
+    }
+}
