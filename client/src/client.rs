@@ -1,4 +1,7 @@
-//! A client of a provider: opens streams, and drives the sessions that carry them.
+//! A client of one provider or several: opens streams, and drives the sessions that carry them.
+
+mod routes;
+mod traffic;
 
 use std::collections::HashMap;
 use std::io;
@@ -12,24 +15,19 @@ use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::session::frame::CloseReason;
 use mixsocks_common::session::{AccessToken, OpenOutcome, PresentedToken, SessionId, StreamEvent};
 use mixsocks_common::target::Target;
-use mixsocks_common::topology::{NoRoute, RouteChoice, Topology, UnixTime, check_route};
-use mixsocks_sphinx::{
-    Identifier, PacketHeader, Payload, ReplyRecovery, SecretKey, recover_replies,
-};
+use mixsocks_common::topology::{NoRoute, Topology, check_route};
+use mixsocks_sphinx::{ReplyRecovery, SecretKey};
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, sleep_until, timeout, timeout_at};
-use zeroize::Zeroizing;
+use tokio::time::{sleep, timeout, timeout_at};
 
-use crate::core::{ClientCore, ClientEvent, Pulled};
-use crate::drops::DropReason;
-use crate::endpoint::{Arrivals, Endpoint, EndpointConfig, Reserved, unix_time, worker_count};
+use self::routes::Routes;
+use crate::core::{ClientCore, ClientEvent};
+use crate::endpoint::{Endpoint, EndpointConfig, unix_time, worker_count};
 use crate::gateway::{GatewayLinkError, GatewayState, LinkState};
 use crate::headers::HeaderPool;
-use crate::health::LoopWish;
 use crate::renewal::{Renewal, Stale};
 use crate::stream::{MixStream, OpenError, StreamHost, StreamKey, Waiting};
-use crate::surbs::Awaited;
 
 /// When no provider says anything at all for so long, opening a stream fails: within 10 s.
 const SILENCE_LIMIT: Duration = Duration::from_secs(9);
@@ -41,16 +39,6 @@ const OPEN_LIMIT: Duration = Duration::from_secs(30);
 /// How long saying goodbye may take, and how often it is looked whether it is done.
 const FAREWELL_LIMIT: Duration = Duration::from_millis(800);
 const FAREWELL_POLL: Duration = Duration::from_millis(10);
-
-/// How long sessions are left alone while there is no route: their time goes on, and there is nothing
-/// that they could send.
-const NO_ROUTE_WAIT: Duration = Duration::from_secs(1);
-
-/// Packets that a task makes at a time: as many as share vectors, and a tenth of a millisecond of work.
-const PACKETS_PER_TURN: usize = 8;
-
-/// SURBs that a worker makes at a time: as many as share vectors, and about a millisecond of work.
-const SURBS_PER_TURN: usize = 8;
 
 /// What a client needs.
 #[derive(Debug)]
@@ -143,52 +131,6 @@ struct ProviderState {
     told_token: bool,
 }
 
-/// Whether there are routes to this client and to each provider, by a document and at a time.
-struct Routes {
-    checked: Option<(Arc<Topology>, UnixTime)>,
-    /// To this client and to a provider at least.
-    result: Result<(), NoRoute>,
-}
-
-impl Routes {
-    /// Looks anew if the document or the second is another one: there must be routes to `own`, and to
-    /// one of `peers`, and `tell` is told which of these. Of a change the user is told.
-    fn check<'a>(
-        &mut self,
-        topology: &Arc<Topology>,
-        own: &Identity,
-        peers: impl Iterator<Item = &'a Identity>,
-        now: UnixTime,
-        mut tell: impl FnMut(usize, bool),
-    ) -> Result<(), NoRoute> {
-        let is_known = |(checked, at): &(Arc<Topology>, UnixTime)| {
-            Arc::ptr_eq(checked, topology) && *at == now
-        };
-        if !self.checked.as_ref().is_some_and(is_known) {
-            self.checked = Some((topology.clone(), now));
-            let mut to_peers = Vec::new();
-            for (number, peer) in peers.enumerate() {
-                let to_peer = check_route(topology, peer, now);
-                tell(number, to_peer.is_ok());
-                to_peers.push(to_peer);
-            }
-            // What is wrong with the first one is told.
-            let to_any = match to_peers.iter().any(Result::is_ok) {
-                true => Ok(()),
-                false => to_peers.into_iter().next().unwrap_or(Ok(())),
-            };
-            let result = check_route(topology, own, now).and(to_any);
-            match (&self.result, &result) {
-                (Ok(()), Err(error)) => tracing::warn!("nothing can be sent: {error}"),
-                (Err(_), Ok(())) => tracing::info!("packets can be sent again"),
-                _ => {}
-            }
-            self.result = result;
-        }
-        self.result.clone()
-    }
-}
-
 impl std::fmt::Debug for Client {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Client({})", self.address())
@@ -252,7 +194,7 @@ impl Client {
             core,
             providers: states,
             renewal: Renewal::new(topology, own, peers, now, unix_time()),
-            routes: Routes { checked: None, result: Ok(()) },
+            routes: Routes::default(),
             waiting: Waiting::default(),
             opening: HashMap::new(),
             closed: false,
@@ -654,220 +596,6 @@ impl Shared {
         }
         error.into()
     }
-
-    /// Pulls packets out of the sessions whenever the link takes some: one of several equal tasks.
-    async fn send_packets(self: Arc<Self>) {
-        // An access token may stand in one.
-        let mut contents = vec![Zeroizing::new(Vec::new()); PACKETS_PER_TURN];
-        loop {
-            self.wait_for_work().await;
-            let mut permits = match self.endpoint.reserve().await {
-                Reserved::Permit(permit) => vec![permit],
-                Reserved::TimedOut => continue,
-                Reserved::Ended => return self.end_all(),
-            };
-            let mut headers = Vec::new();
-            // Nobody waits for a full batch: it is what there is now.
-            let next = loop {
-                let Some(out) = contents.get_mut(headers.len()) else { break Sending::Nothing };
-                if permits.len() == headers.len() {
-                    let Some(permit) = self.endpoint.try_reserve() else { break Sending::Nothing };
-                    permits.push(permit);
-                }
-                match self.pull(out) {
-                    Sending::Packet(header) => headers.push(header),
-                    other => break other,
-                }
-            };
-            let mut permits = permits.into_iter();
-            if !headers.is_empty() {
-                // There may be more; while this task builds, another one looks.
-                self.wake_senders.notify_one();
-                let with_contents = headers.into_iter().zip(contents.iter().map(|c| &c[..]));
-                for (packet, permit) in
-                    self.endpoint.build(with_contents).into_iter().zip(&mut permits)
-                {
-                    permit.send(packet);
-                }
-            }
-            match next {
-                Sending::Nothing | Sending::Packet(_) => {}
-                Sending::NoHeader(provider) => drop(self.make_headers(provider, 1)),
-                Sending::Loop(wish) => {
-                    let made = self.make_loop(wish).map(|header| (header, &[][..]));
-                    let packets = self.endpoint.build(made.into_iter());
-                    permits.zip(packets).for_each(|(permit, packet)| permit.send(packet));
-                }
-            }
-            tokio::task::yield_now().await;
-        }
-    }
-
-    /// Takes the next thing to send; the contents of a packet are written to `contents`.
-    fn pull(&self, contents: &mut Vec<u8>) -> Sending {
-        let now = Instant::now();
-        let mut state = self.lock();
-        if let Some(wish) = state.core.next_loop(now) {
-            // Whoever looks meanwhile must not send it as well.
-            state.core.loop_taken(now, wish);
-            return Sending::Loop(wish);
-        }
-        let State { core, providers, .. } = &mut *state;
-        let way_to = |provider: usize| providers[provider].headers.next_way(now);
-        let pulled = core.next_packet(now, way_to, contents);
-        let sending = match pulled {
-            Pulled::Nothing => Sending::Nothing,
-            Pulled::NoWay(provider) => Sending::NoHeader(provider),
-            Pulled::Packet(provider) => match state.providers[provider].headers.take(now) {
-                Some(ready) => Sending::Packet(ready.header),
-                None => Sending::Nothing,
-            },
-        };
-        state.settle();
-        if matches!(pulled, Pulled::Packet(_)) || state.core.surb_demand() > 0 {
-            self.wake_makers.notify_one();
-        }
-        sending
-    }
-
-    fn make_loop(&self, wish: LoopWish) -> Option<PacketHeader> {
-        let choice = RouteChoice { through: wish.through, ..self.lock().core.route_choice() };
-        let (identifier, ready) = self.endpoint.make_loop(&choice).ok()?;
-        self.lock().core.loop_sent(Instant::now(), wish, identifier, ready.way);
-        Some(ready.header)
-    }
-
-    /// Waits until a session wants to send; handles what is due meanwhile.
-    async fn wait_for_work(&self) {
-        loop {
-            let deadline = {
-                let now = Instant::now();
-                let mut state = self.lock();
-                let has_routes = self.look(&mut state, now).is_ok();
-                state.core.handle_timeout(now);
-                state.settle();
-                // What is overdue may have to be asked for with fresh SURBs.
-                if state.core.surb_demand() > 0 {
-                    self.wake_makers.notify_one();
-                }
-                if has_routes && state.core.wants_transmit(now) {
-                    return;
-                }
-                let of_core = state.core.poll_timeout();
-                // Who is overdue and cannot send waits for nothing.
-                let of_core = of_core.map(|at| if has_routes { at } else { now + NO_ROUTE_WAIT });
-                let look = state.renewal.poll_timeout();
-                of_core.map_or(look, |at| at.min(look))
-            };
-            tokio::select! {
-                () = self.wake_senders.notified() => {}
-                () = sleep_until(deadline.into()) => {}
-            }
-        }
-    }
-
-    /// Makes SURBs and headers whenever some are wanted: one of several equal tasks.
-    async fn make_ahead(self: Arc<Self>) {
-        loop {
-            let headers: usize =
-                (0..self.providers.len()).map(|provider| self.make_headers(provider, 0)).sum();
-            if headers + self.make_surbs() == 0 {
-                self.wake_makers.notified().await;
-            } else {
-                tokio::task::yield_now().await;
-            }
-        }
-    }
-
-    /// Makes as many SURBs as sessions want, but not many at a time; returns how many. Without a route
-    /// there are none.
-    fn make_surbs(&self) -> usize {
-        let (claimed, choice) = {
-            let mut state = self.lock();
-            let claimed = state.core.claim_surbs(Instant::now(), SURBS_PER_TURN);
-            (claimed, state.core.route_choice())
-        };
-        if claimed == 0 {
-            return 0;
-        }
-        let surbs = self.endpoint.make_surbs(&choice, claimed).unwrap_or_default();
-        let made = surbs.len();
-        self.lock().core.deliver_surbs(claimed, surbs);
-        if made > 0 {
-            self.wake_makers.notify_one();
-            self.wake_senders.notify_one();
-        }
-        made
-    }
-
-    /// Makes `least` headers of packets to a provider, or more if they run short; returns how many.
-    /// Without a route there are none.
-    fn make_headers(&self, provider: usize, least: usize) -> usize {
-        let (claimed, choice) = {
-            let mut state = self.lock();
-            let claimed = state.providers[provider].headers.claim(Instant::now(), least);
-            (claimed, state.core.route_choice())
-        };
-        if claimed == 0 {
-            return 0;
-        }
-        let recipient = &self.providers[provider];
-        let headers = self.endpoint.make_headers(recipient, &choice, claimed).unwrap_or_default();
-        let made = headers.len();
-        self.lock().providers[provider].headers.deliver(claimed, headers);
-        made
-    }
-}
-
-/// What a task has to send.
-enum Sending {
-    Nothing,
-    /// There is something for this provider, but no header.
-    NoHeader(usize),
-    Packet(PacketHeader),
-    Loop(LoopWish),
-}
-
-impl Arrivals for Shared {
-    fn arrived(&self, arrived: Vec<(Identifier, Payload)>) {
-        let drops = self.endpoint.drops();
-        let mut whose = Vec::with_capacity(arrived.len());
-        let mut replies = Vec::with_capacity(arrived.len());
-        {
-            let (mut state, now) = (self.lock(), Instant::now());
-            for (identifier, payload) in arrived {
-                match state.core.take_awaited(&identifier) {
-                    Some(Awaited { recovery, session, way }) => {
-                        whose.push((session, way));
-                        replies.push((recovery, payload));
-                    }
-                    // A mix that spoils payloads must not count as one that passes them on.
-                    None if state.core.awaits_loop(&identifier) => match payload.into_plaintext() {
-                        Ok(_) => drop(state.core.loop_came(now, &identifier)),
-                        Err(_) => drops.add(DropReason::Changed),
-                    },
-                    None => drops.add(DropReason::NotAwaited),
-                }
-            }
-        }
-        let replies = recover_replies(replies);
-        let mut state = self.lock();
-        let now = Instant::now();
-        for ((session, way), contents) in whose.into_iter().zip(replies) {
-            let Ok(contents) = contents else {
-                drops.add(DropReason::Changed);
-                continue;
-            };
-            if let Err(error) = state.core.handle_reply(now, session, &way, &contents) {
-                drops.add(DropReason::Refused);
-                tracing::trace!("a reply was not taken: {error}");
-            }
-        }
-        state.settle();
-        drop(state);
-        self.wake_senders.notify_one();
-        self.wake_makers.notify_one();
-    }
 }
 
 impl StreamHost for Shared {
@@ -920,54 +648,4 @@ impl StreamHost for Shared {
 fn wall_ms() -> u64 {
     let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::{KEY_EPOCH_SECONDS, TestNetwork};
-
-    #[test]
-    fn nothing_is_sent_by_an_expired_document_until_there_is_another() {
-        let network = TestNetwork::new();
-        let [own, peer] = network.gateways();
-        let [old, new] = [0, 1].map(|epoch| Arc::new(network.topology(epoch)));
-        let mut routes = Routes { checked: None, result: Ok(()) };
-        let end = 2 * KEY_EPOCH_SECONDS;
-        let mut check = |topology, second| {
-            let peers = std::iter::once(&peer);
-            routes.check(topology, &own, peers, UnixTime(second), |_, _| {})
-        };
-        assert_eq!(check(&old, end - 1), Ok(()));
-        let expired = NoRoute::Expired { seconds_ago: 0 };
-        assert_eq!(check(&old, end), Err(expired.clone()));
-        assert_eq!(check(&new, end), Ok(()), "in the same second");
-        // Who opens a stream is told.
-        let error = OpenError::from(expired);
-        assert_eq!(error.outcome(), OpenOutcome::NetworkUnreachable);
-        assert!(error.to_string().contains("the topology expired 0 s ago"), "{error}");
-    }
-
-    #[test]
-    fn there_must_be_routes_to_this_client_and_to_a_provider() {
-        let network = TestNetwork::new();
-        let stranger = TestNetwork::new().gateways()[0];
-        let [own, peer] = network.gateways();
-        let topology = Arc::new(network.topology(0));
-        let unknown = Err(NoRoute::UnknownGateway(stranger));
-        for (own, peers, expected, reachable) in [
-            (&own, vec![&stranger], unknown.clone(), vec![false]),
-            (&stranger, vec![&peer], unknown.clone(), vec![true]),
-            (&own, vec![&stranger, &peer], Ok(()), vec![false, true]),
-        ] {
-            let mut routes = Routes { checked: None, result: Ok(()) };
-            let mut told = Vec::new();
-            let tell = |number, is_reachable| {
-                assert_eq!(number, told.len());
-                told.push(is_reachable);
-            };
-            let result = routes.check(&topology, own, peers.into_iter(), UnixTime(0), tell);
-            assert_eq!((result, told), (expected, reachable));
-        }
-    }
 }

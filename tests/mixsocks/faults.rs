@@ -169,8 +169,8 @@ fn providers_are_killed_one_after_the_other() {
     for _ in 0..2 {
         let (code, told) = try_to_open(&town, origin);
         assert_eq!(code, TIMED_OUT);
-        // 10 s, or 30 s if an answer to something older came meanwhile; a busy machine gets more.
-        assert!(told < Duration::from_secs(45), "{told:?}");
+        // Within 10 s; a busy machine gets more.
+        assert!(told < Duration::from_secs(20), "{told:?}");
         println!("no provider is left: told after {told:.1?}");
     }
     town.start(&first);
