@@ -154,7 +154,7 @@ impl ClientSession {
             max_packet_bytes,
             transport: Transport::new(Side::Client, now, reply_quantile, Queueing::new(now, 0.0)),
             confirmed: false,
-            window: Window::new(INITIAL_WINDOW, MIN_WINDOW, MAX_WINDOW),
+            window: Window::new(now, INITIAL_WINDOW, MIN_WINDOW, MAX_WINDOW),
             surbs: SurbWindow::new(now, reply_quantile),
             renewed: None,
             ping_wanted: false,
@@ -408,7 +408,7 @@ impl ClientSession {
                 let left = now.checked_sub(surb_delay);
                 let base = self.transport.base_or_zero();
                 let flight = &mut self.transport.flight;
-                self.surbs.on_report(flight, number, *count, left, base);
+                self.surbs.on_report(now, flight, number, *count, left, base);
             }
             Frame::Stock { .. } => {}
             Frame::Close(reason) => self.end(*reason),
@@ -431,9 +431,10 @@ impl ClientSession {
             self.on_round_trip(now, latest, surb_delay, Duration::from_micros(ack.delay_us));
         }
         // A window that is not used says nothing about the path.
-        let in_use = self.transport.flight.len() + acked.packets.len();
-        if 2 * in_use >= self.window.packets() {
-            self.window.steer(&self.transport.queueing, acked.packets.len());
+        let heard_of = acked.packets.iter().filter(|packet| !packet.is_refill).count();
+        let in_use = self.transport.flight.windowed_len() + heard_of;
+        if heard_of > 0 && 2 * in_use >= self.window.packets() {
+            self.window.steer(now, &self.transport.queueing, heard_of);
         }
         if acked.packets.iter().any(|packet| packet.cargo.contains(&Cargo::Close)) {
             self.end(CloseReason::Done);
@@ -575,11 +576,14 @@ impl ClientSession {
             Closing::Sent { .. } => return None,
             Closing::No => {}
         }
-        let in_flight = self.transport.flight.len();
+        let Transport { flight, .. } = &self.transport;
+        let is_backing_off = self.transport.is_backing_off();
+        // Who asks a silent provider asks with a few packets, whatever is in them.
+        let in_flight = if is_backing_off { flight.len() } else { flight.windowed_len() };
         let window = self.transport.window(self.window.packets());
         let ack_due = self.transport.received.ack_due().is_some_and(|due| due <= now);
         // The provider may have no SURB left, so that a probe must bring some: it waits for them.
-        let is_probe = self.transport.is_backing_off() && self.surb_demand() >= REFILL_SURBS;
+        let is_probe = is_backing_off && self.surb_demand() >= REFILL_SURBS;
         if is_probe && !ack_due {
             let is_ready = in_flight < window && surbs_available >= REFILL_SURBS;
             return is_ready.then_some(Purpose::Refill);
@@ -591,7 +595,7 @@ impl ClientSession {
         }
         // Refills are not data: they are bounded by the SURB window, and a full window of uploads
         // must not starve a download.
-        let refill_allowed = in_flight < self.transport.window(2 * self.window.max_packets());
+        let refill_allowed = flight.len() < self.transport.window(2 * self.window.max_packets());
         let refill =
             surbs_available.min(self.surb_deficit()) >= REFILL_SURBS && self.surb_demand() > 0;
         let data = in_flight < window && self.transport.streams.has_data();
@@ -669,6 +673,7 @@ impl ClientSession {
             arrives: now + packet_delay,
             cargo,
             surbs: surb_count,
+            is_refill: purpose == Purpose::Refill,
         }));
         true
     }
@@ -713,7 +718,14 @@ mod tests {
         let now = Instant::now();
         let id = SessionId([1; SESSION_ID_LEN]);
         let mut session = ClientSession::new(id, 0, now, 2031, Duration::ZERO);
-        let sent = |number| Sent { number, at: now, arrives: now, cargo: vec![], surbs: 0 };
+        let sent = |number| Sent {
+            number,
+            at: now,
+            arrives: now,
+            cargo: vec![],
+            surbs: 0,
+            is_refill: false,
+        };
         let packets: Vec<_> = (0..MAX_FATES as u64 + 10).map(sent).collect();
         session.note_fates(&packets, true);
         assert_eq!(session.poll_fate().map(|fate| fate.number), Some(10), "the oldest went");

@@ -69,6 +69,10 @@ const BASE_SPAN: Duration = Duration::from_secs(30);
 /// processor, whose hiccups delay single packets, while a queue delays all of them.
 const STANDING_SPAN: Duration = Duration::from_millis(50);
 
+/// A path on which nothing has queued for so long has more room than the window takes. Several round
+/// trips, so that the swings of a window that is right do not count.
+const CALM_TIME: Duration = Duration::from_secs(1);
+
 /// A packet that takes longer than that beyond the shortest trip was held up, by a cut link or a machine
 /// that slept, and says little about the next one.
 const MAX_BEYOND_SECONDS: f64 = 2.0;
@@ -149,12 +153,15 @@ pub(super) struct Window {
     max: f64,
     /// Doubling with each round trip, until there is queueing.
     is_probing: bool,
+    /// When there was queueing last that is worth the name.
+    queued: Instant,
 }
 
 impl Window {
     /// A window of `initial` packets that stays within `min` and `max`.
-    pub(super) fn new(initial: u32, min: u32, max: u32) -> Self {
-        Self { size: initial.into(), min: min.into(), max: max.into(), is_probing: true }
+    pub(super) fn new(now: Instant, initial: u32, min: u32, max: u32) -> Self {
+        let (size, min, max) = (initial.into(), min.into(), max.into());
+        Self { size, min, max, is_probing: true, queued: now }
     }
 
     /// The whole packets of the window.
@@ -180,10 +187,16 @@ impl Window {
     /// Moves the window towards the queueing that is aimed at, after `packets` of it were heard of.
     ///
     /// At first it grows by one for each; when queueing passes the target it shrinks to 0.8 once,
-    /// and from then on moves by up to a fifth of what was heard of.
-    pub(super) fn steer(&mut self, queueing: &Queueing, packets: usize) {
+    /// and from then on moves by up to a fifth of what was heard of. After a second in which nothing
+    /// queues it grows as at first: what kept it small is gone.
+    pub(super) fn steer(&mut self, now: Instant, queueing: &Queueing, packets: usize) {
         let packets = packets as f64;
         let standing = queueing.standing();
+        if standing > TARGET_QUEUEING_SECONDS / 2.0 {
+            self.queued = now;
+        } else if now.saturating_duration_since(self.queued) >= CALM_TIME {
+            self.is_probing = true;
+        }
         if self.is_probing && standing <= TARGET_QUEUEING_SECONDS {
             self.size += packets;
         } else {
@@ -226,33 +239,57 @@ mod tests {
     fn hiccups_are_no_queue_and_a_queue_is_one() {
         let start = Instant::now();
         let mut queueing = Queueing::new(start, 0.0);
-        let mut window = Window::new(32, 16, 2048);
+        let mut window = Window::new(start, 32, 16, 2048);
         for n in 0..1000u32 {
             // Nine of ten packets meet a busy processor.
             let trip = if n % 10 == 0 { 0.010 } else { 0.080 };
             queueing.update(trip, start + n * MS);
-            window.steer(&queueing, 1);
+            window.steer(start + n * MS, &queueing, 1);
         }
         assert_eq!(window.packets(), 1032, "still probing");
         for n in 1000..2000u32 {
             queueing.update(0.051 + f64::from(n % 10) / 1000.0, start + n * MS);
-            window.steer(&queueing, 1);
+            window.steer(start + n * MS, &queueing, 1);
         }
         assert!(window.packets() < 800, "{window:?}");
         assert!(queueing.is_above_target());
+    }
+
+    /// Another transfer filled the path, and has ended.
+    #[test]
+    fn a_window_that_was_kept_small_doubles_again_when_nothing_queues() {
+        let start = Instant::now();
+        let mut queueing = Queueing::new(start, 0.0);
+        let mut window = Window::new(start, 32, 16, 2048);
+        let mut trips = |from: u32, to: u32, trip: f64| {
+            for n in from..to {
+                let now = start + n * MS;
+                queueing.update(trip, now);
+                window.steer(now, &queueing, 1);
+            }
+            window.packets()
+        };
+        trips(0, 10, 0.0);
+        assert_eq!(trips(10, 1000, 0.080), 16);
+        let calm_ms = u32::try_from(CALM_TIME.as_millis()).unwrap();
+        // By a tenth for each until it is sure, and then by one.
+        let slow = trips(1000, 1000 + calm_ms, 0.0);
+        assert!((16..16 + calm_ms as usize / 9).contains(&slow), "{slow}");
+        let fast = trips(1000 + calm_ms, 1500 + calm_ms, 0.0);
+        assert!(fast >= slow + 400, "{slow} {fast}");
     }
 
     #[test]
     fn windows_have_limits() {
         let start = Instant::now();
         let mut queueing = Queueing::new(start, 0.0);
-        let mut window = Window::new(32, 16, 64);
+        let mut window = Window::new(start, 32, 16, 64);
         queueing.update(0.0, start);
-        window.steer(&queueing, 1000);
+        window.steer(start, &queueing, 1000);
         assert_eq!(window.packets(), 64);
         for n in 0..500u32 {
             queueing.update(1.0, start + n * MS);
-            window.steer(&queueing, 1);
+            window.steer(start + n * MS, &queueing, 1);
         }
         assert_eq!(window.packets(), 16);
     }

@@ -32,6 +32,8 @@ pub(super) struct Sent {
     pub(super) arrives: Instant,
     pub(super) cargo: Vec<Cargo>,
     pub(super) surbs: usize,
+    /// Whether it was sent for its SURBs alone, so that the window of packets does not bound it.
+    pub(super) is_refill: bool,
 }
 
 impl Sent {
@@ -76,6 +78,7 @@ pub(super) struct Flight {
     /// Of those, the numbers that were due at the peer by `overdue_at`.
     overdue: BTreeSet<u64>,
     overdue_at: Option<Instant>,
+    refills: usize,
     /// What was given up because time had passed, at most [`MAX_GIVEN_UP`].
     given_up: BTreeMap<u64, Trip>,
     surbs: SurbsUnderWay,
@@ -104,6 +107,11 @@ impl Flight {
     /// Packets under way that elicit acknowledgements.
     pub(super) fn len(&self) -> usize {
         self.sent.len()
+    }
+
+    /// Of those, the ones that the window of packets bounds: all but refills.
+    pub(super) fn windowed_len(&self) -> usize {
+        self.sent.len() - self.refills
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -152,6 +160,7 @@ impl Flight {
         if let Some(sent) = sent {
             self.by_arrival.insert((sent.arrives, self.next));
             self.surbs.all += sent.surbs;
+            self.refills += usize::from(sent.is_refill);
             if self.surbs.counted_at.is_some_and(|at| sent.arrives <= at) {
                 self.surbs.counted += sent.surbs;
             }
@@ -234,6 +243,7 @@ impl Flight {
         self.by_arrival.remove(&(sent.arrives, number));
         self.overdue.remove(&number);
         self.surbs.all -= sent.surbs;
+        self.refills -= usize::from(sent.is_refill);
         if self.surbs.counted_at.is_some_and(|at| sent.arrives <= at) {
             self.surbs.counted -= sent.surbs;
         }
@@ -251,7 +261,7 @@ mod tests {
     use rand::{RngExt, SeedableRng};
 
     fn sent(at: Instant, arrives: Instant) -> Sent {
-        Sent { number: 0, at, arrives, cargo: vec![], surbs: 1 }
+        Sent { number: 0, at, arrives, cargo: vec![], surbs: 1, is_refill: false }
     }
 
     #[test]

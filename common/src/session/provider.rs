@@ -263,6 +263,7 @@ impl ProviderSession {
             arrives: now,
             cargo,
             surbs: 0,
+            is_refill: false,
         }));
         Some(surb)
     }

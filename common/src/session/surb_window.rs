@@ -77,7 +77,7 @@ impl SurbWindow {
     pub(super) fn new(now: Instant, reply_quantile: Duration) -> Self {
         Self {
             generation: 0,
-            window: Window::new(MIN_WINDOW, MIN_WINDOW, MAX_WINDOW),
+            window: Window::new(now, MIN_WINDOW, MIN_WINDOW, MAX_WINDOW),
             stock: 0,
             reported_by: None,
             queueing: Queueing::new(now, 0.0),
@@ -152,6 +152,7 @@ impl SurbWindow {
     /// the provider has; `base` is the round trip without delays and queues.
     pub(super) fn on_report(
         &mut self,
+        now: Instant,
         flight: &mut Flight,
         number: u64,
         count: u64,
@@ -169,7 +170,7 @@ impl SurbWindow {
         }
         let nearly_used_up = self.stock <= RESERVE_SURBS + self.window.packets() / 4;
         if nearly_used_up || self.queueing.is_above_target() {
-            self.window.steer(&self.queueing, 1);
+            self.window.steer(now, &self.queueing, 1);
         }
     }
 

@@ -132,8 +132,13 @@ pub(super) fn take_reply(
 
 /// Sends until the client has nothing to send any more.
 fn drain(client: &mut ClientSession, now: Instant) -> Vec<Vec<u8>> {
+    drain_with(client, now, 0)
+}
+
+/// The same with so many SURBs at hand.
+fn drain_with(client: &mut ClientSession, now: Instant, surbs: usize) -> Vec<Vec<u8>> {
     let (mut made, mut rng) = (HashMap::new(), StdRng::seed_from_u64(1));
-    let mut maker = Maker::default();
+    let mut maker = Maker { ready: vec![now; surbs].into(), done_at: None };
     let mut surbs =
         Surbs { maker: &mut maker, made: &mut made, rng: &mut rng, mean_delay: MEAN_DELAY };
     let (mut packets, mut out) = (Vec::new(), Vec::new());
@@ -232,6 +237,26 @@ fn a_full_window_does_not_hold_up_surbs() {
     drain(&mut client, now);
     assert!(!client.wants_transmit(now, 0), "the window is full");
     assert!(client.wants_transmit(now, 5));
+}
+
+/// Nor does a download, whose SURBs need many packets, keep an upload from sending.
+#[test]
+fn packets_of_surbs_take_no_room_in_the_window() {
+    let now = Instant::now();
+    let is_data =
+        |packet: &Vec<u8>| frames(packet).iter().any(|frame| matches!(frame, Frame::Data { .. }));
+    let [alone, beside] = [0, 10].map(|generations| {
+        let mut client = client_after(&[0], now);
+        let mut refills = 0;
+        for _ in 0..generations {
+            client.renew_surbs();
+            refills += drain_with(&mut client, now, 40).len();
+        }
+        client.write(1, &[1; 100_000]).unwrap();
+        (refills, drain(&mut client, now).iter().filter(|packet| is_data(packet)).count())
+    });
+    assert!(beside.0 > alone.1, "{} packets of SURBs are no window full", beside.0);
+    assert_eq!(beside.1, alone.1);
 }
 
 #[test]
