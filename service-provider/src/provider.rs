@@ -40,8 +40,11 @@ const MAX_CONNECTIONS: usize = 8192;
 const DRAIN_TIME: Duration = Duration::from_secs(5);
 const DRAIN_POLL: Duration = Duration::from_millis(20);
 
-/// What a relay copies at a time, each way.
-const RELAY_BYTES: usize = 16 * 1024;
+/// Replies that a task seals at a time: as many as share vectors.
+const REPLIES_PER_TURN: usize = 8;
+
+/// What a relay copies at a time, each way. A thousand streams that wait keep 16 MiB.
+const RELAY_BYTES: usize = 8 * 1024;
 
 /// What a provider needs.
 #[derive(Debug)]
@@ -219,17 +222,21 @@ impl Shared {
 
     /// Sees to what follows from a change of the core.
     fn settle(&self, mut state: MutexGuard<'_, State>) {
+        self.handle_events(&mut state);
+        drop(state);
+        self.wake_senders.notify_one();
+    }
+
+    fn handle_events(&self, state: &mut State) {
         while let Some(event) = state.core.poll_event() {
             match event {
-                ProviderEvent::Stream(id, event) => self.handle_event(&mut state, id, event),
+                ProviderEvent::Stream(id, event) => self.handle_event(state, id, event),
                 ProviderEvent::SessionEnded(id) => {
                     state.waiting.wake_session(id);
                     state.dialling.retain(|key, _| key.0 != id);
                 }
             }
         }
-        drop(state);
-        self.wake_senders.notify_one();
     }
 
     fn handle_event(&self, state: &mut State, id: SessionId, event: StreamEvent) {
@@ -326,25 +333,40 @@ impl Shared {
             .await;
     }
 
-    /// Pulls replies out of the sessions whenever the link takes one: one of several equal tasks.
+    /// Pulls replies out of the sessions whenever the link takes some: one of several equal tasks.
     async fn send_replies(self: Arc<Self>) {
-        let mut contents = Vec::new();
+        let mut contents = vec![Vec::new(); REPLIES_PER_TURN];
         loop {
             self.wait_for_work().await;
-            let permit = match self.endpoint.reserve().await {
-                Reserved::Permit(permit) => permit,
+            let mut permits = match self.endpoint.reserve().await {
+                Reserved::Permit(permit) => vec![permit],
                 Reserved::TimedOut => continue,
                 Reserved::Ended => return,
             };
-            let mut state = self.lock();
-            let surb = state.core.next_reply(Instant::now(), &mut contents);
-            self.settle(state);
-            let Some(surb) = surb else { continue };
+            let mut surbs = Vec::new();
+            // Nobody waits for a full batch: it is what there is now.
+            for out in &mut contents {
+                if permits.len() == surbs.len() {
+                    let Some(permit) = self.endpoint.try_reserve() else { break };
+                    permits.push(permit);
+                }
+                let mut state = self.lock();
+                let surb = state.core.next_reply(Instant::now(), out);
+                self.handle_events(&mut state);
+                drop(state);
+                let Some(surb) = surb else { break };
+                surbs.push(surb);
+            }
+            if surbs.is_empty() {
+                continue;
+            }
             // There may be more; while this task builds, another one looks.
             self.wake_senders.notify_one();
-            if let Some(sealed) = self.seal(surb, &contents) {
+            let replies = surbs.into_iter().zip(contents.iter().map(|c| &c[..])).collect();
+            for (sealed, permit) in self.seal(replies).zip(permits) {
                 permit.send(sealed);
             }
+            tokio::task::yield_now().await;
         }
     }
 
@@ -370,15 +392,10 @@ impl Shared {
         }
     }
 
-    fn seal(&self, surb: Surb, contents: &[u8]) -> Option<(HopAddress, Packet)> {
-        let payload_bytes = self.endpoint.payload_bytes();
-        match use_surbs(payload_bytes, vec![(surb, contents)]).pop()? {
-            Ok(sealed) => Some(sealed),
-            Err(error) => {
-                tracing::trace!("a SURB was of no use: {error}");
-                None
-            }
-        }
+    fn seal(&self, replies: Vec<(Surb, &[u8])>) -> impl Iterator<Item = (HopAddress, Packet)> {
+        use_surbs(self.endpoint.payload_bytes(), replies).into_iter().filter_map(|sealed| {
+            sealed.inspect_err(|error| tracing::trace!("a SURB was of no use: {error}")).ok()
+        })
     }
 }
 

@@ -9,8 +9,9 @@ use tracing::debug;
 
 use super::rewind::Rewind;
 
-/// Buffer of each direction; a stream that nobody reads stops its sender after this.
-const RELAY_BYTES: usize = 16 * 1024;
+/// Buffer of each direction; a stream that nobody reads stops its sender after this. A thousand streams
+/// that wait keep 16 MiB.
+const RELAY_BYTES: usize = 8 * 1024;
 
 /// The connection of a local program.
 pub(super) trait Local: AsyncRead + AsyncWrite + Send + Unpin + 'static {

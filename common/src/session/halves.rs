@@ -10,6 +10,13 @@ use super::ranges::RangeSet;
 /// so that there is something to send when the next grant comes.
 pub const SEND_AHEAD_BYTES: u64 = 64 * 1024;
 
+/// What a stream takes from its application beyond what it has sent: what a fast path carries in 15 ms,
+/// in which the application is asked for more. All beyond that would only wait, here instead of there.
+const UNSENT_BYTES: u64 = 256 * 1024;
+
+/// A writer that waits is woken when there is room for so much, and not for each packet.
+const WAKE_BYTES: usize = 16 * 1024;
+
 /// What the sender of a stream may send before the first CREDIT. Small, since 1,024 stalled streams
 /// may hold it; the window doubles while the reader keeps up.
 pub const INITIAL_WINDOW_BYTES: u64 = 64 * 1024;
@@ -84,10 +91,16 @@ impl SendHalf {
     }
 
     /// How many bytes [`SendHalf::write`] would take now: what the peer has granted, within the most
-    /// that it can hold, and a little more.
+    /// that it can hold, and a little more; of that no more than is soon sent.
     pub(super) fn capacity(&self) -> usize {
         let may_hold = self.credit.min(self.acked_to + MAX_HELD_BYTES) + SEND_AHEAD_BYTES;
-        index(may_hold.saturating_sub(self.end()))
+        index(may_hold.min(self.next + UNSENT_BYTES).saturating_sub(self.end()))
+    }
+
+    /// Whether a writer that waits should write more. Once all is sent and acknowledged, there is more
+    /// room than that.
+    pub(super) fn is_worth_waking(&self) -> bool {
+        self.capacity() >= WAKE_BYTES
     }
 
     /// Takes as much of `bytes` as there is room for.

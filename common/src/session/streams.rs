@@ -501,6 +501,7 @@ impl Streams {
                     self.steady.push_back(id);
                 }
             }
+            self.unblock_writer(id);
         }
     }
 
@@ -588,12 +589,12 @@ impl Streams {
         }
     }
 
-    /// Wakes a writer that waits, if there is room now: because more was granted, or because what was
-    /// kept for repeating is acknowledged.
+    /// Wakes a writer that waits, if there is room now: because more was granted, because what was kept
+    /// for repeating is acknowledged, or because what waited was sent.
     fn unblock_writer(&mut self, id: StreamId) {
         if let Some(stream) = self.streams.get_mut(&id)
             && stream.write_blocked
-            && stream.send.capacity() > 0
+            && stream.send.is_worth_waking()
         {
             stream.write_blocked = false;
             self.events.push_back(StreamEvent::Writable(id));

@@ -8,13 +8,15 @@ pub(super) struct Sender {
     pub(super) session: ProviderSession,
     pub(super) now: Instant,
     number: u64,
+    /// What the streams' programs have not written yet, for want of room.
+    unwritten: BTreeMap<StreamId, usize>,
 }
 
 impl Sender {
     pub(super) fn new(surbs: usize) -> Self {
         let now = Instant::now();
         let session = ProviderSession::new(now, MAX_PACKET_BYTES, MEAN_DELAY);
-        let mut sender = Self { session, now, number: 0 };
+        let mut sender = Self { session, now, number: 0, unwritten: BTreeMap::new() };
         sender.give_surbs(surbs);
         sender
     }
@@ -41,13 +43,28 @@ impl Sender {
         let limit = MAX_HELD_BYTES;
         self.handle(&[Frame::Open { stream, target }, Frame::Credit { stream, limit }]);
         self.session.opened(stream, OpenOutcome::Connected);
-        assert_eq!(self.session.write(stream, &vec![1; bytes]), Some(bytes));
+        self.unwritten.insert(stream, bytes);
+        self.go_on_writing();
+    }
+
+    fn go_on_writing(&mut self) {
+        for (&stream, bytes) in &mut self.unwritten {
+            *bytes -= self.session.write(stream, &vec![1; *bytes]).unwrap();
+        }
+        self.unwritten.retain(|_, bytes| *bytes > 0);
+    }
+
+    /// Sends one reply, and says whether there was anything to send; programs go on writing.
+    pub(super) fn send(&mut self, out: &mut Vec<u8>) -> bool {
+        let sent = self.session.poll_transmit(self.now, out).is_some();
+        self.go_on_writing();
+        sent
     }
 
     /// Bytes of each stream in the next reply.
     fn next_packet(&mut self) -> Vec<(StreamId, usize)> {
         let mut out = Vec::new();
-        self.session.poll_transmit(self.now, &mut out).unwrap();
+        assert!(self.send(&mut out));
         let mut input = &out[1..];
         take_varint(&mut input).unwrap();
         take_varint(&mut input).unwrap();

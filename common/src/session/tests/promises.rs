@@ -245,13 +245,14 @@ fn a_writer_that_waits_for_acknowledgements_goes_on() {
     let all = index(MAX_HELD_BYTES + SEND_AHEAD_BYTES);
     sender.open(1, all);
     sender.handle(&[Frame::Credit { stream: 1, limit: 2 * MAX_HELD_BYTES }]);
-    assert_eq!(sender.session.write(1, &[1; 10]), Some(0));
-    while sender.session.poll_event().is_some() {}
     let mut out = Vec::new();
     let mut sent = 0;
-    while sender.session.poll_transmit(sender.now, &mut out).is_some() {
+    while sender.send(&mut out) {
         sent += 1;
+        sender.give_surbs(1);
     }
+    assert_eq!(sender.session.write(1, &[1; 10]), Some(0));
+    while sender.session.poll_event().is_some() {}
     sender.handle(&[Frame::Ack(hostile::all_arrived(sent))]);
     assert_eq!(sender.session.poll_event(), Some(StreamEvent::Writable(1)));
 }

@@ -59,7 +59,7 @@ fn credit_lets_go_on_what_waits() {
 #[test]
 fn a_famine_is_reported_from_the_reserve() {
     let mut sender = Sender::new(20);
-    sender.open(1, 1 << 20);
+    sender.open(1, 200_000);
     let mut out = Vec::new();
     let mut first_waits = Vec::new();
     let mut sent = 0;
@@ -301,7 +301,7 @@ fn a_stream_that_is_over_gives_its_part_of_the_pool_back() {
 
 #[test]
 fn a_reset_drops_at_once_what_was_to_be_sent() {
-    const BYTES: usize = 1 << 20;
+    const BYTES: usize = 200_000;
     for by_peer in [false, true] {
         let mut sender = Sender::new(1);
         sender.open(1, BYTES);
