@@ -12,6 +12,7 @@ use mixsocks_common::keys::{EncryptionKey, Identity, IdentityKey};
 use mixsocks_common::topology::{
     self, Epochs, LAYERS, NetworkName, Node, Parameters, Role, Topology, UnixTime,
 };
+use mixsocks_node::gateway::store::Limits;
 use mixsocks_node::gateway::{Gateway, GatewayConfig};
 use mixsocks_node::keys::SphinxKeys;
 use mixsocks_node::mix::{Mix, MixConfig};
@@ -206,6 +207,7 @@ impl MixSeat {
             topology: topology.clone(),
             listener: self.listener,
             data_dir: self.data_dir,
+            limits: Limits::default(),
         };
         Mix::start(config).with_context(|| format!("{} does not start", self.name))
     }
@@ -252,6 +254,7 @@ impl GatewaySeat {
             link_listener: self.link_listener,
             client_listener: self.client_listener,
             data_dir: self.data_dir,
+            limits: Limits::default(),
         };
         Gateway::start(config).with_context(|| format!("{} does not start", self.name))
     }

@@ -32,6 +32,10 @@ pub enum DropReason {
     WrongLayer,
     /// The route ends here, where routes do not end.
     FinalHopHere,
+    /// The route ends here, and the contents are no message for a client.
+    MalformedMessage,
+    /// More messages wait to be stored than may.
+    StoreBusy,
     /// More packets wait out their delays than may.
     DelayQueueFull,
     /// The queue to the next hop is full.
@@ -50,7 +54,7 @@ pub enum DropReason {
 
 impl DropReason {
     /// All reasons, in the order of their declaration.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 20] = [
         Self::MalformedFrame,
         Self::BadMac,
         Self::LowOrder,
@@ -62,6 +66,8 @@ impl DropReason {
         Self::UnknownNextHop,
         Self::WrongLayer,
         Self::FinalHopHere,
+        Self::MalformedMessage,
+        Self::StoreBusy,
         Self::DelayQueueFull,
         Self::QueueFull,
         Self::LinkDown,
@@ -85,6 +91,8 @@ impl DropReason {
             Self::UnknownNextHop => "unknown next hop",
             Self::WrongLayer => "next hop in a wrong layer",
             Self::FinalHopHere => "final hop here",
+            Self::MalformedMessage => "malformed message",
+            Self::StoreBusy => "store busy",
             Self::DelayQueueFull => "delay queue full",
             Self::QueueFull => "link queue full",
             Self::LinkDown => "link down",

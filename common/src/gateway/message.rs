@@ -1,7 +1,9 @@
-//! The messages of the handshake, and what they look like in the body of a CONTROL frame.
+//! The messages of the handshake and those about deliveries, and what they look like in the body of
+//! a CONTROL frame.
 //!
 //! The first byte is the kind; numbers are big-endian; a decoder refuses every body that is not
-//! exactly as long as its layout says.
+//! exactly as long as its layout says. Only the length of a box is not its business: it is one and
+//! the same on a network.
 
 use zeroize::{Zeroize, Zeroizing};
 
@@ -13,9 +15,18 @@ use crate::topology::NetworkName;
 /// Longest invitation in bytes.
 pub const MAX_INVITATION_BYTES: usize = 512;
 
-/// Longest message in bytes: a REGISTER with the longest invitation. The shortest packets of any
-/// network (1,372 bytes) leave room for it.
-pub const MAX_MESSAGE_BYTES: usize = REGISTER_LEN + MAX_INVITATION_BYTES;
+/// Bytes of a control message for which the shortest packets of any network (1,372 bytes) have room.
+const SMALLEST_CONTROL_BYTES: usize = 1372 - 2;
+
+/// Most numbers in a CONFIRM: 171, what fits on every network.
+pub const MAX_CONFIRMED: usize = (SMALLEST_CONTROL_BYTES - CONFIRM_HEAD_LEN) / 8;
+
+/// Longest message in bytes that has no box: a CONFIRM with as many numbers as may be.
+pub const MAX_MESSAGE_BYTES: usize = CONFIRM_HEAD_LEN + 8 * MAX_CONFIRMED;
+
+/// Bytes of a DELIVERY before its box. Boxes are at least 396 bytes shorter than packets, so that
+/// each fits into a frame of its network.
+pub const DELIVERY_HEAD_LEN: usize = 1 + 8;
 
 const HELLO: u8 = 1;
 const CHALLENGE: u8 = 2;
@@ -26,9 +37,15 @@ const WELCOME: u8 = 6;
 const REFUSED: u8 = 7;
 const EVICTED: u8 = 8;
 const GOODBYE: u8 = 9;
+const RECEIVE: u8 = 10;
+const DELIVERY: u8 = 11;
+const CONFIRM: u8 = 12;
 
 const REGISTER_LEN: usize = 1 + 1 + SIGNATURE_LEN + 2;
-const _: () = assert!(MAX_MESSAGE_BYTES <= 1372 - 2);
+const CONFIRM_HEAD_LEN: usize = 1 + 1;
+const _: () = assert!(MAX_MESSAGE_BYTES <= SMALLEST_CONTROL_BYTES);
+const _: () = assert!(REGISTER_LEN + MAX_INVITATION_BYTES <= MAX_MESSAGE_BYTES);
+const _: () = assert!(MAX_CONFIRMED <= u8::MAX as usize);
 const _: () = assert!(NetworkName::MAX_LEN <= u8::MAX as usize);
 
 /// Why a body is no message.
@@ -214,6 +231,45 @@ impl Refusal {
     }
 }
 
+/// A box that a gateway keeps for a client.
+#[derive(Clone, PartialEq, Eq)]
+pub struct KeptBox {
+    /// Its number: those of one client grow, and none is ever used again.
+    pub number: u64,
+    /// The box; only the client can open it.
+    pub sealed: Vec<u8>,
+}
+
+/// Shows neither number nor contents.
+impl std::fmt::Debug for KeptBox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "KeptBox({} bytes)", self.sealed.len())
+    }
+}
+
+/// The numbers of deliveries that a client has taken: 1 to [`MAX_CONFIRMED`].
+#[derive(Clone, PartialEq, Eq)]
+pub struct Confirmed(Vec<u64>);
+
+impl Confirmed {
+    /// Takes numbers; `None` when there are too many or none.
+    pub fn new(numbers: Vec<u64>) -> Option<Self> {
+        (1..=MAX_CONFIRMED).contains(&numbers.len()).then_some(Self(numbers))
+    }
+
+    /// The numbers.
+    pub fn into_numbers(self) -> Vec<u64> {
+        self.0
+    }
+}
+
+/// Shows how many there are.
+impl std::fmt::Debug for Confirmed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Confirmed({} numbers)", self.0.len())
+    }
+}
+
 /// A message from a client to its gateway.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ClientMessage {
@@ -249,6 +305,12 @@ pub enum ClientMessage {
     },
     /// Kind 9: the client closes on purpose. Nothing else is in it.
     Goodbye,
+    /// Kind 10: the client wants what is kept for it, from the oldest on, and from now on what comes.
+    /// Nothing else is in it.
+    Receive,
+    /// Kind 12: how many numbers u8 (1), the numbers u64 each (from 2 on): the client has taken these
+    /// deliveries. There is no answer.
+    Confirm(Confirmed),
 }
 
 /// A message from a gateway to a client.
@@ -283,6 +345,8 @@ pub enum GatewayMessage {
     Evicted,
     /// Kind 9: the gateway shuts down.
     Goodbye,
+    /// Kind 11: number u64 (1..9), the box (from 9 on), which is never empty.
+    Delivery(KeptBox),
 }
 
 impl ClientMessage {
@@ -320,6 +384,12 @@ impl ClientMessage {
                 body.extend(received.to_be_bytes());
             }
             Self::Goodbye => body.push(GOODBYE),
+            Self::Receive => body.push(RECEIVE),
+            Self::Confirm(Confirmed(numbers)) => {
+                let count = u8::try_from(numbers.len()).expect("at most 171 numbers");
+                body.extend([CONFIRM, count]);
+                body.extend(numbers.iter().flat_map(|number| number.to_be_bytes()));
+            }
         }
         Zeroizing::new(body)
     }
@@ -367,6 +437,15 @@ impl ClientMessage {
                 Self::Authenticate { token, resume }
             }
             GOODBYE => Self::Goodbye,
+            RECEIVE => Self::Receive,
+            CONFIRM => {
+                let count = reader.byte()?;
+                if !(1..=MAX_CONFIRMED).contains(&count.into()) {
+                    return Err(MessageError::Field("count"));
+                }
+                let numbers = (0..count).map(|_| reader.u64()).collect::<Result<_, _>>()?;
+                Self::Confirm(Confirmed(numbers))
+            }
             kind => return Err(MessageError::UnknownKind(kind)),
         };
         reader.finish()?;
@@ -380,12 +459,15 @@ impl ClientMessage {
             Self::Register { .. } => "REGISTER",
             Self::Authenticate { .. } => "AUTHENTICATE",
             Self::Goodbye => "GOODBYE",
+            Self::Receive => "RECEIVE",
+            Self::Confirm(_) => "CONFIRM",
         }
     }
 }
 
 impl GatewayMessage {
-    /// Writes the body of a CONTROL frame: at most [`MAX_MESSAGE_BYTES`].
+    /// Writes the body of a CONTROL frame: at most [`MAX_MESSAGE_BYTES`], or [`DELIVERY_HEAD_LEN`]
+    /// and a box.
     pub fn encode(&self) -> Zeroizing<Vec<u8>> {
         let mut body = Vec::with_capacity(MAX_MESSAGE_BYTES);
         match self {
@@ -410,6 +492,12 @@ impl GatewayMessage {
             }
             Self::Evicted => body.push(EVICTED),
             Self::Goodbye => body.push(GOODBYE),
+            Self::Delivery(KeptBox { number, sealed }) => {
+                body.reserve_exact(DELIVERY_HEAD_LEN + sealed.len());
+                body.push(DELIVERY);
+                body.extend(number.to_be_bytes());
+                body.extend(sealed);
+            }
         }
         Zeroizing::new(body)
     }
@@ -445,6 +533,14 @@ impl GatewayMessage {
             }
             EVICTED => Self::Evicted,
             GOODBYE => Self::Goodbye,
+            DELIVERY => {
+                let number = reader.u64()?;
+                let sealed = reader.rest();
+                if sealed.is_empty() {
+                    return Err(MessageError::Truncated);
+                }
+                Self::Delivery(KeptBox { number, sealed: sealed.to_vec() })
+            }
             kind => return Err(MessageError::UnknownKind(kind)),
         };
         reader.finish()?;
@@ -460,6 +556,7 @@ impl GatewayMessage {
             Self::Refused(_) => "REFUSED",
             Self::Evicted => "EVICTED",
             Self::Goodbye => "GOODBYE",
+            Self::Delivery(_) => "DELIVERY",
         }
     }
 }
@@ -471,6 +568,10 @@ impl<'a> Reader<'a> {
         let (slice, rest) = self.0.split_at_checked(len).ok_or(MessageError::Truncated)?;
         self.0 = rest;
         Ok(slice)
+    }
+
+    fn rest(&mut self) -> &'a [u8] {
+        std::mem::take(&mut self.0)
     }
 
     fn array<const N: usize>(&mut self) -> Result<[u8; N], MessageError> {
@@ -528,6 +629,9 @@ mod tests {
                 resume: Some(Resume { stream, received: 77 }),
             },
             ClientMessage::Goodbye,
+            ClientMessage::Receive,
+            ClientMessage::Confirm(Confirmed::new(vec![u64::MAX]).unwrap()),
+            ClientMessage::Confirm(Confirmed::new(vec![7; MAX_CONFIRMED]).unwrap()),
         ]
     }
 
@@ -590,13 +694,39 @@ mod tests {
     #[test]
     fn layouts_are_as_documented() {
         let lengths: Vec<_> = client_messages().iter().map(|m| m.encode().len()).collect();
-        assert_eq!(lengths, [68 + 4, 68, 68 + 512, 49, 49, 1]);
+        assert_eq!(lengths, [68 + 4, 68, 68 + 512, 49, 49, 1, 1, 10, 2 + 171 * 8]);
         let lengths: Vec<_> = gateway_messages()[..6].iter().map(|m| m.encode().len()).collect();
         assert_eq!(lengths, [35, 33, 17, 1, 1, 6]);
         let hello = client_messages()[0].encode();
         assert_eq!(&hello[..3], &[1, 0, 1]);
         assert_eq!(&hello[35..67], &[3; 32]);
         assert_eq!(&hello[67..], b"\x04test");
+    }
+
+    #[test]
+    fn a_delivery_is_its_number_and_a_box_of_any_length() {
+        for len in [1, 611, 1635, 32_355] {
+            let kept = KeptBox { number: 0x0102, sealed: vec![9; len] };
+            let message = GatewayMessage::Delivery(kept);
+            let body = message.encode();
+            assert_eq!(body[..DELIVERY_HEAD_LEN], [11, 0, 0, 0, 0, 0, 0, 1, 2]);
+            assert_eq!(body[DELIVERY_HEAD_LEN..], vec![9; len]);
+            assert_eq!(GatewayMessage::decode(&body), Ok(message));
+            for end in 0..=DELIVERY_HEAD_LEN {
+                let cut = GatewayMessage::decode(&body[..end]);
+                assert_eq!(cut, Err(MessageError::Truncated));
+            }
+        }
+    }
+
+    #[test]
+    fn a_confirm_has_some_numbers_and_no_more_than_fit() {
+        for count in [0, MAX_CONFIRMED + 1] {
+            assert_eq!(Confirmed::new(vec![1; count]), None);
+            let mut body = vec![CONFIRM, u8::try_from(count).unwrap()];
+            body.resize(2 + 8 * count, 0);
+            assert_eq!(ClientMessage::decode(&body), Err(MessageError::Field("count")));
+        }
     }
 
     #[test]
@@ -642,7 +772,7 @@ mod tests {
         #[test]
         fn what_decodes_encodes_to_the_same_bytes(
             body in proptest::collection::vec(any::<u8>(), 0..80),
-            kind in 0u8..12,
+            kind in 0u8..14,
         ) {
             let mut body = body;
             if let Some(first) = body.first_mut() {

@@ -14,6 +14,9 @@
 //!   AUTHENTICATE  ─────────────────────►         token, masked; where to resume
 //!         ◄─────────────────────     WELCOME     counters to resume with
 //!   PACKET, PAD   ◄────────────────────►         until EVICTED, GOODBYE or a cut
+//!   RECEIVE       ─────────────────────►         only who wants what is kept for it
+//!         ◄─────────────────────    DELIVERY     each that is kept, once per connection
+//!   CONFIRM       ─────────────────────►         which of them may go
 //! ```
 //!
 //! The gateway answers with REFUSED and closes when it lets a client no further; both sides close

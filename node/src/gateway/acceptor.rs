@@ -9,6 +9,7 @@ use tracing::{debug, warn};
 
 use super::carrier::{Uplink, carry};
 use super::login::{ConnectionError, Doorkeeper, LoggedIn};
+use super::messages::Messages;
 use crate::accept::Accepting;
 use crate::sources::{HalfOpen, HalfOpenLimits, Source};
 
@@ -25,6 +26,7 @@ type Opened = Result<Box<LoggedIn>, ConnectionError>;
 pub(super) struct Acceptor {
     doorkeeper: Arc<Doorkeeper>,
     uplink: Arc<Uplink>,
+    messages: Arc<Messages>,
     stopped: watch::Receiver<bool>,
     logins: JoinSet<Opened>,
     half_open: HalfOpen<AbortHandle>,
@@ -36,11 +38,13 @@ impl Acceptor {
     pub(super) fn new(
         doorkeeper: Doorkeeper,
         uplink: Arc<Uplink>,
+        messages: Arc<Messages>,
         stopped: watch::Receiver<bool>,
     ) -> Self {
         Self {
             doorkeeper: Arc::new(doorkeeper),
             uplink,
+            messages,
             stopped,
             logins: JoinSet::new(),
             half_open: HalfOpen::new(HalfOpenLimits {
@@ -89,9 +93,10 @@ impl Acceptor {
         match done {
             Ok((_, Ok(client))) => {
                 let (codec, uplink) = (self.doorkeeper.codec(), self.uplink.clone());
-                let stopped = self.stopped.clone();
-                self.connections
-                    .spawn(async move { Box::pin(carry(*client, codec, uplink, stopped)).await });
+                let (messages, stopped) = (self.messages.clone(), self.stopped.clone());
+                self.connections.spawn(async move {
+                    Box::pin(carry(*client, codec, uplink, messages, stopped)).await;
+                });
             }
             Ok((_, Err(error))) => debug!("a client did not get in: {error}"),
             Err(error) => handle_end(Err(error)),

@@ -1,4 +1,4 @@
-//! A client's connection after its login: packets both ways.
+//! A client's connection after its login: packets both ways, and deliveries.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
@@ -18,8 +18,10 @@ use tracing::debug;
 
 use super::acceptor::until_stopped;
 use super::clients::{Attached, Evicted};
+use super::inbox::{Inbox, Wishes};
 use super::limits::ReadLimit;
 use super::login::{ConnectionError, LoggedIn, Socket, control_frame, next_frame};
+use super::messages::Messages;
 use crate::counters::{Counters, DropReason};
 use crate::link::{LinkPool, NextHops};
 
@@ -59,6 +61,11 @@ impl Uplink {
 
     fn handle_packet(&self, next_hop: &[u8; 32], packet: Packet) {
         self.counters.add_in(1);
+        self.send(next_hop, packet);
+    }
+
+    /// Sends a packet to a mix of layer 1, or drops and counts it. Never waits.
+    pub(super) fn send(&self, next_hop: &[u8; 32], packet: Packet) {
         let resolved = {
             let next_hops = self.next_hops.read().unwrap_or_else(PoisonError::into_inner);
             next_hops.resolve(next_hop)
@@ -93,8 +100,10 @@ impl From<Evicted> for End {
 struct Carrier<'a> {
     codec: FrameCodec,
     uplink: &'a Uplink,
-    me: [u8; 32],
+    messages: &'a Messages,
+    identity: Identity,
     attached: Attached,
+    wishes: Arc<Wishes>,
     keepalive: Mutex<Keepalive>,
 }
 
@@ -103,12 +112,13 @@ pub(super) async fn carry(
     client: LoggedIn,
     codec: FrameCodec,
     uplink: Arc<Uplink>,
+    messages: Arc<Messages>,
     mut stopped: watch::Receiver<bool>,
 ) {
     let LoggedIn { socket, attached, identity } = client;
     let keepalive = Mutex::new(Keepalive::new(Instant::now().into_std()));
-    let me = *identity.as_bytes();
-    let carrier = Carrier { codec, uplink: &uplink, me, attached, keepalive };
+    let (uplink, messages, wishes) = (&*uplink, &*messages, Arc::default());
+    let carrier = Carrier { codec, uplink, messages, identity, attached, wishes, keepalive };
     let (mut sink, mut stream) = socket.split();
     // Both halves run side by side: were one to wait for the other, two ends that both write could
     // wait for each other for ever.
@@ -148,7 +158,8 @@ impl Carrier<'_> {
     }
 
     /// Never waits for the writing half, nor for the mixes, so that the client can always write, if
-    /// no faster than [`ReadLimit`] allows.
+    /// no faster than [`ReadLimit`] allows and, when it confirms deliveries, than the store takes
+    /// that.
     async fn read(&self, stream: &mut SplitStream<Socket>) -> End {
         let mut limit = ReadLimit::new(self.codec.frame_bytes(), Instant::now().into_std());
         loop {
@@ -156,8 +167,10 @@ impl Carrier<'_> {
                 Ok(frame) => self.handle_frame(&frame),
                 Err(error) => Err(error.into()),
             };
-            if let Err(end) = result {
-                return end;
+            match result {
+                Ok(confirmed) if confirmed.is_empty() => {}
+                Ok(confirmed) => self.messages.confirm(&self.identity, confirmed).await,
+                Err(end) => return end,
             }
             if let Some(ready_at) = limit.handle_frame(Instant::now().into_std()) {
                 sleep_until(ready_at.into()).await;
@@ -165,7 +178,8 @@ impl Carrier<'_> {
         }
     }
 
-    fn handle_frame(&self, bytes: &[u8]) -> Result<(), End> {
+    /// Returns the numbers of deliveries that the client has confirmed.
+    fn handle_frame(&self, bytes: &[u8]) -> Result<Vec<u64>, End> {
         let frame = self.codec.decode(bytes).map_err(ConnectionError::from)?;
         let is_packet = matches!(frame.body, FrameBody::Packet { .. });
         self.attached.handle_frame(frame.counter, is_packet)?.map_err(ConnectionError::from)?;
@@ -179,16 +193,24 @@ impl Carrier<'_> {
             self.attached.wake();
         }
         match frame.body {
-            FrameBody::Pad => Ok(()),
+            FrameBody::Pad => Ok(Vec::new()),
             FrameBody::Packet { next_hop, packet } => {
                 let payload_len = packet.len().saturating_sub(HEADER_LEN);
                 let packet = Packet::from_bytes(packet, payload_len)
                     .map_err(|_| ConnectionError::Unexpected("packet size"))?;
                 self.uplink.handle_packet(next_hop, packet);
-                Ok(())
+                Ok(Vec::new())
             }
             FrameBody::Control(body) => {
                 match ClientMessage::decode(body).map_err(ConnectionError::from)? {
+                    ClientMessage::Receive => {
+                        self.wishes.receive();
+                        self.attached.wake();
+                        Ok(Vec::new())
+                    }
+                    ClientMessage::Confirm(confirmed) => {
+                        Ok(self.wishes.confirm(confirmed.into_numbers()))
+                    }
                     ClientMessage::Goodbye => Err(ConnectionError::Closed.into()),
                     message => Err(ConnectionError::Unexpected(message.name()).into()),
                 }
@@ -197,8 +219,9 @@ impl Carrier<'_> {
     }
 
     async fn write(&self, sink: &mut SplitSink<Socket, Message>) -> End {
+        let mut inbox = self.messages.inbox(&self.identity, self.wishes.clone());
         loop {
-            let (frames, packets) = match self.gather() {
+            let (frames, packets) = match self.gather(&mut inbox) {
                 Ok(gathered) => gathered,
                 Err(end) => return end,
             };
@@ -206,6 +229,7 @@ impl Carrier<'_> {
                 let due = self.keepalive().poll_timeout();
                 tokio::select! {
                     () = self.attached.woken() => {}
+                    () = inbox.changed() => {}
                     () = sleep_until(due.into()) => {}
                 }
                 continue;
@@ -226,14 +250,28 @@ impl Carrier<'_> {
 
     /// The next frames to write, at most [`WRITE_FRAMES`], and how many of them are packets; none
     /// when there is nothing to do.
-    fn gather(&self) -> Result<(Vec<Message>, u64), End> {
+    fn gather(&self, inbox: &mut Inbox) -> Result<(Vec<Message>, u64), End> {
+        if self.attached.take_new()? {
+            inbox.handle_new();
+        }
+        inbox.poll();
+        // Packets and deliveries have half of the frames each, unless the others need less.
+        let max_packets = WRITE_FRAMES - inbox.ready().min(WRITE_FRAMES / 2);
         let mut frames = Vec::new();
-        let received = self.attached.transmit(WRITE_FRAMES, |received, packet| {
+        let received = self.attached.transmit(max_packets, |received, packet| {
             let mut frame = Vec::with_capacity(self.codec.frame_bytes());
-            self.codec.encode_packet(received, &self.me, packet.as_bytes(), &mut frame);
+            let me = self.identity.as_bytes();
+            self.codec.encode_packet(received, me, packet.as_bytes(), &mut frame);
             frames.push(Message::Binary(frame.into()));
         })?;
         let packets = frames.len() as u64;
+        while frames.len() < WRITE_FRAMES
+            && let Some(kept) = inbox.next()
+        {
+            let delivery = GatewayMessage::Delivery(kept);
+            let frame = control_frame(&self.codec, received, &delivery);
+            frames.push(frame.map_err(ConnectionError::from)?);
+        }
         let now = Instant::now().into_std();
         let mut keepalive = self.keepalive();
         match keepalive.due(now) {

@@ -55,6 +55,8 @@ struct ClientState {
     received: u64,
     /// Which connection is the newest.
     connection: u64,
+    /// Something was kept for the client since that connection last looked.
+    has_new: bool,
     /// Wakes the writing half of that connection.
     wake: Arc<Notify>,
     /// Tells that connection that a newer one took over.
@@ -161,6 +163,7 @@ impl Clients {
             delivery,
             received: 0,
             connection: 0,
+            has_new: false,
             wake: Arc::default(),
             evict: Arc::default(),
             source_place: None,
@@ -191,6 +194,16 @@ impl Clients {
             Err(PushError::Gone) => Err(DropReason::UnknownClient),
             Err(PushError::Full) => Err(DropReason::ClientQueueFull),
         })
+    }
+
+    /// Wakes the connection of a client for which something new is kept, if there is one.
+    pub(super) fn notify(&self, client: &[u8; 32]) {
+        let client = self.table.get(client).map(|entry| entry.clone());
+        let Some(client) = client else { return };
+        self.with(&client, |state| {
+            state.has_new = true;
+            state.wake.notify_one();
+        });
     }
 
     /// Lets go of expired packets, and of clients that have been away for too long.
@@ -245,6 +258,11 @@ impl Attached {
     /// Wakes the writing half.
     pub(super) fn wake(&self) {
         self.wake.notify_one();
+    }
+
+    /// Whether something new was kept for the client since the last call.
+    pub(super) fn take_new(&self) -> Result<bool, Evicted> {
+        self.with(|state| std::mem::take(&mut state.has_new))
     }
 
     /// Hands up to `max` packets to `write`, and returns how many frames of the client have

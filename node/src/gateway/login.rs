@@ -28,8 +28,8 @@ use tracing::warn;
 
 use super::clients::{Attached, Clients};
 use super::limits::RegistrationLimit;
-use super::registrations::{Registrations, RegistrationsError, Stored};
-use super::today;
+use super::messages::Messages;
+use super::store::{Change, Outcome};
 use crate::counters::{Counters, DropReason};
 use crate::link::prepare;
 use crate::sources::Source;
@@ -113,7 +113,7 @@ pub(super) struct Doorkeeper {
     network: NetworkName,
     codec: FrameCodec,
     tls: Arc<ServerConfig>,
-    registrations: Arc<Registrations>,
+    messages: Arc<Messages>,
     limit: Mutex<RegistrationLimit>,
     clients: Arc<Clients>,
     counters: Arc<Counters>,
@@ -131,7 +131,7 @@ impl Doorkeeper {
         me: Identity,
         topology: &Topology,
         tls: Arc<ServerConfig>,
-        registrations: Arc<Registrations>,
+        messages: Arc<Messages>,
         clients: Arc<Clients>,
         counters: Arc<Counters>,
     ) -> Self {
@@ -140,7 +140,7 @@ impl Doorkeeper {
             network: topology.network.clone(),
             codec: FrameCodec::new(topology.packet_bytes()),
             tls,
-            registrations,
+            messages,
             limit: Mutex::new(RegistrationLimit::new(Instant::now().into_std())),
             clients,
             counters,
@@ -255,34 +255,26 @@ impl Doorkeeper {
             return Err(ConnectionError::Refused(Refusal::RateLimited { retry_after_s }));
         }
         let issued = registering.issue(&mut rand::rng());
-        let (client, hash) = (issued.identity(), issued.hash());
-        match self
-            .ask_store(move |registrations| registrations.store(&client, &hash, today()))
-            .await?
-        {
-            Stored::Durably => Ok(issued.stored()),
-            Stored::Full => Err(ConnectionError::Refused(Refusal::TooManyClients)),
+        let client = *issued.identity().as_bytes();
+        let change = Change::Register { client, token: issued.hash() };
+        match self.messages.register(change).await {
+            Some(Outcome::Done) => Ok(issued.stored()),
+            Some(_) => Err(ConnectionError::Refused(Refusal::TooManyClients)),
+            // The store has said why.
+            None => Err(ConnectionError::Refused(Refusal::Internal)),
         }
     }
 
     async fn authenticate(&self, authenticating: Authenticating) -> Result<Login, ConnectionError> {
-        let client = authenticating.identity();
-        let stored = self.ask_store(move |registrations| registrations.token_hash(&client)).await?;
-        let login = authenticating.check(stored.as_ref()).map_err(ConnectionError::Refused)?;
-        self.registrations.note_login(login.identity);
-        Ok(login)
-    }
-
-    async fn ask_store<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&Registrations) -> Result<T, RegistrationsError> + Send + 'static,
-    ) -> Result<T, ConnectionError> {
-        let registrations = self.registrations.clone();
-        let result = spawn_blocking(move || work(&registrations)).await;
-        result.expect("the store does not panic").map_err(|error| {
+        let (store, client) = (self.messages.store.clone(), *authenticating.identity().as_bytes());
+        let stored = spawn_blocking(move || store.token_hash(&client)).await;
+        let stored = stored.expect("the store does not panic").map_err(|error| {
             warn!("{error}");
             ConnectionError::Refused(Refusal::Internal)
-        })
+        })?;
+        let login = authenticating.check(stored.as_ref()).map_err(ConnectionError::Refused)?;
+        self.messages.changes.note_login(*login.identity.as_bytes());
+        Ok(login)
     }
 }
 

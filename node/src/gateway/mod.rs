@@ -3,9 +3,11 @@
 //! Up: a client's packet goes to the mix of layer 1 that the client names, and to nobody else.
 //! Down: a packet from layer 3 is peeled, and goes to the client that the packet names, and to
 //! nobody else: links → bounded queue → crypto workers ([`Peeler`]) → the client's delivery. A
-//! gateway holds no packet back.
+//! gateway holds no packet back. A packet that ends here holds a message: it is kept on the disk
+//! until its client has confirmed it, and its sender gets an acknowledgement.
 //!
-//! - `registrations`: which tokens are good, on the disk.
+//! - [`store`]: registrations and kept messages, on the disk.
+//! - `messages`: what happens to message packets; `inbox`: what a connection is sent of them.
 //! - `limits`: how often anybody may register.
 //! - `clients`: who is connected, and what is held for whom.
 //! - `login`: a connection up to WELCOME; `carrier`: from there on; `acceptor`: all of them.
@@ -15,9 +17,11 @@
 mod acceptor;
 mod carrier;
 mod clients;
+mod inbox;
 mod limits;
 mod login;
-mod registrations;
+mod messages;
+pub mod store;
 #[cfg(test)]
 mod tests;
 
@@ -25,7 +29,7 @@ use std::net::SocketAddr;
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::link::{LinkError, tls};
@@ -33,7 +37,7 @@ use mixsocks_common::topology::Topology;
 use mixsocks_sphinx::{Packet, Peeled};
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, mpsc, watch};
-use tokio::task::{JoinSet, spawn_blocking};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tracing::warn;
 
@@ -41,9 +45,10 @@ use self::acceptor::Acceptor;
 use self::carrier::Uplink;
 use self::clients::Clients;
 use self::login::Doorkeeper;
-use self::registrations::{Day, Registrations};
+use self::messages::{Answers, FinalPacket, Messages};
+use self::store::{GroupCommit, Limits, RedbStore, Statistics, Store, StoreError};
 use crate::clock::Clock;
-use crate::counters::{Counters, DropReason};
+use crate::counters::Counters;
 use crate::keys::SphinxKeys;
 use crate::link::{Impairment, LinkContext, LinkFailure, LinkListener, LinkPool};
 use crate::monitor::Monitor;
@@ -55,7 +60,6 @@ pub use self::acceptor::{MAX_HALF_OPEN, MAX_HALF_OPEN_PER_SITE, MAX_HALF_OPEN_PE
 pub use self::clients::{
     MAX_CLIENTS, MAX_CLIENTS_PER_SITE, MAX_CLIENTS_PER_SOURCE, MAX_HELD_BYTES_TOTAL,
 };
-pub use self::registrations::{FILE_NAME, MAX_REGISTRATIONS, RegistrationsError, SILENT_DAYS};
 
 /// Packets between the links and the workers: what a core peels in some 100 ms. More would only
 /// delay what the sender's clock has already judged lost. Of the largest packets they take 34 MB.
@@ -64,9 +68,6 @@ const INBOUND_QUEUE_PACKETS: usize = 1024;
 const PEEL_BATCH_PACKETS: usize = 32;
 /// How often expired packets and absent clients are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
-/// How often it is written down who has logged in: once for all who did, so that no number of
-/// logins keeps the disk busy. A crash forgets no more than these.
-const SAVE_INTERVAL: Duration = Duration::from_secs(1);
 /// How long clients have to take their farewell.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -83,9 +84,11 @@ pub struct GatewayConfig {
     pub link_listener: TcpListener,
     /// Where it takes clients, already bound.
     pub client_listener: TcpListener,
-    /// Where it keeps [`FILE_NAME`] and its replay tags; the directory must exist, and no other node
-    /// may use it.
+    /// Where it keeps [`store::FILE_NAME`] and its replay tags; the directory must exist, and no other
+    /// node may use it.
     pub data_dir: PathBuf,
+    /// How much it keeps.
+    pub limits: Limits,
 }
 
 /// Why a gateway does not start.
@@ -97,9 +100,9 @@ pub enum GatewayError {
     /// The replay tags cannot be read or stored.
     #[error(transparent)]
     ReplayLog(#[from] ReplayLogError),
-    /// The registrations cannot be opened.
+    /// The store cannot be opened.
     #[error(transparent)]
-    Registrations(#[from] RegistrationsError),
+    Store(#[from] StoreError),
     /// The links to other nodes cannot be set up.
     #[error("links cannot be set up: {0}")]
     Link(#[from] LinkFailure),
@@ -124,12 +127,16 @@ pub struct Gateway {
     links: LinkListener,
     tasks: JoinSet<()>,
     acceptor: JoinSet<()>,
-    saver: JoinSet<()>,
+    /// The one that writes into the store.
+    writer: JoinSet<()>,
+    store: Arc<dyn Store>,
+    statistics: Arc<Statistics>,
     /// So that tests need not open as many connections as there are places.
     #[cfg(test)]
     clients: Arc<Clients>,
     pool: Arc<LinkPool>,
     stop: watch::Sender<bool>,
+    stop_writer: watch::Sender<bool>,
 }
 
 impl Gateway {
@@ -169,7 +176,7 @@ impl Gateway {
         let topology = documents.borrow_and_update().clone();
         let standing = Standing::new(me, Kind::Gateway, &topology)
             .map_err(|_| GatewayError::NotAGateway(me))?;
-        let registrations = Arc::new(Registrations::open(&config.data_dir)?);
+        let store: Arc<dyn Store> = Arc::new(RedbStore::open(&config.data_dir, config.limits)?);
         let client_address = config.client_listener.local_addr().map_err(GatewayError::Listener)?;
         let counters = Arc::new(Counters::default());
         let data_dir = config.data_dir;
@@ -183,10 +190,17 @@ impl Gateway {
         let (inbound, packets) = mpsc::channel(INBOUND_QUEUE_PACKETS);
         let links = LinkListener::start(context, config.link_listener, inbound)?;
         let tls = tls::gateway_server_config(&identity)?;
-        let (store, table) = (registrations.clone(), clients.clone());
-        let doorkeeper = Doorkeeper::new(me, &topology, tls, store, table, counters.clone());
         let uplink = Arc::new(Uplink::new(pool.clone(), &topology, me, counters.clone()));
+        let statistics = Arc::<Statistics>::default();
+        let (changes, group_commit) =
+            GroupCommit::at(store.clone(), statistics.clone(), clock.clone());
+        let payload_bytes = topology.parameters.payload_bytes;
+        let messages =
+            Arc::new(Messages::new(store.clone(), changes, payload_bytes, counters.clone()));
+        let (door, table) = (messages.clone(), clients.clone());
+        let doorkeeper = Doorkeeper::new(me, &topology, tls, door, table, counters.clone());
         let (stop, stopped) = watch::channel(false);
+        let (stop_writer, writer_stopped) = watch::channel(false);
 
         let mut tasks = JoinSet::new();
         let packets = Arc::new(Mutex::new(packets));
@@ -197,6 +211,7 @@ impl Gateway {
                 peeler.clone(),
                 clock.clone(),
                 clients.clone(),
+                messages.clone(),
                 counters.clone(),
             ));
         }
@@ -219,10 +234,12 @@ impl Gateway {
         };
         tasks.spawn(upkeep.run());
         tasks.spawn(sweep(clients.clone()));
-        let mut saver = JoinSet::new();
-        saver.spawn(save_logins(registrations, stopped.clone()));
+        let answers = Answers { uplink: uplink.clone(), clients: clients.clone(), payload_bytes };
+        let mut writer = JoinSet::new();
+        writer.spawn(group_commit.run(writer_stopped, move |batch| answers.handle(batch)));
         let mut acceptor = JoinSet::new();
-        acceptor.spawn(Acceptor::new(doorkeeper, uplink, stopped).run(config.client_listener));
+        let acceptance = Acceptor::new(doorkeeper, uplink, messages, stopped);
+        acceptor.spawn(acceptance.run(config.client_listener));
         Ok(Self {
             keys,
             peeler,
@@ -231,11 +248,14 @@ impl Gateway {
             links,
             tasks,
             acceptor,
-            saver,
+            writer,
+            store,
+            statistics,
             #[cfg(test)]
             clients,
             pool,
             stop,
+            stop_writer,
         })
     }
 
@@ -249,15 +269,18 @@ impl Gateway {
         tokio::select! {
             _ = self.tasks.join_next() => {}
             _ = self.acceptor.join_next() => {}
-            _ = self.saver.join_next() => {}
+            _ = self.writer.join_next() => {}
         }
     }
 
     /// A look at it that outlives this value.
     pub fn monitor(&self) -> Monitor {
-        let (counters, keys, peeler) =
-            (self.counters.clone(), self.keys.clone(), self.peeler.clone());
-        Monitor { counters, keys, peeler }
+        Monitor {
+            counters: self.counters.clone(),
+            keys: self.keys.clone(),
+            peeler: self.peeler.clone(),
+            store: Some((self.store.clone(), self.statistics.clone())),
+        }
     }
 
     /// Where it takes clients.
@@ -265,15 +288,17 @@ impl Gateway {
         self.client_address
     }
 
-    /// Says goodbye to the clients, passes on what they have sent, and stops; returns when all
-    /// connections and files are closed. What is held for clients is lost.
+    /// Says goodbye to the clients, stores what waits for that, passes on what clients have sent, and
+    /// stops; returns when all connections and files are closed. Packets that are held for clients
+    /// are lost, messages are not.
     pub async fn shutdown(mut self) {
         self.stop.send_replace(true);
         // Stragglers are cut off below.
         let _ = timeout(SHUTDOWN_TIMEOUT, self.acceptor.join_next()).await;
         self.acceptor.shutdown().await;
-        let _ = timeout(SHUTDOWN_TIMEOUT, self.saver.join_next()).await;
-        self.saver.shutdown().await;
+        self.stop_writer.send_replace(true);
+        let _ = timeout(SHUTDOWN_TIMEOUT, self.writer.join_next()).await;
+        self.writer.shutdown().await;
         let _ = timeout(SHUTDOWN_TIMEOUT, self.pool.flushed()).await;
         self.links.shutdown().await;
         self.tasks.shutdown().await;
@@ -289,6 +314,7 @@ async fn peel(
     peeler: Arc<Peeler>,
     clock: Clock,
     clients: Arc<Clients>,
+    messages: Arc<Messages>,
     counters: Arc<Counters>,
 ) {
     loop {
@@ -299,49 +325,22 @@ async fn peel(
         }
         let peeled = peeler.peel(clock.now(), batch);
         let now = Instant::now().into_std();
+        let mut ends_here = Vec::new();
         for peeled in peeled {
-            let result = match peeled {
-                Peeled::Forward { next_hop, packet, .. } => clients.deliver(&next_hop, packet, now),
-                Peeled::Final { .. } => Err(DropReason::FinalHopHere),
-            };
-            if let Err(reason) = result {
-                counters.add_drop(reason);
+            match peeled {
+                Peeled::Forward { next_hop, packet, .. } => {
+                    if let Err(reason) = clients.deliver(&next_hop, packet, now) {
+                        counters.add_drop(reason);
+                    }
+                }
+                Peeled::Final { destination, identifier, payload } => {
+                    ends_here.push(FinalPacket { destination, identifier, payload });
+                }
             }
         }
+        messages.handle_packets(ends_here);
         tokio::task::yield_now().await;
     }
-}
-
-/// Writes down who has logged in, and once more at the end.
-async fn save_logins(registrations: Arc<Registrations>, mut stopped: watch::Receiver<bool>) {
-    let mut ticks = interval(SAVE_INTERVAL);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut said_it_fails = false;
-    loop {
-        let is_last = tokio::select! {
-            _ = ticks.tick() => false,
-            () = acceptor::until_stopped(&mut stopped) => true,
-        };
-        let store = registrations.clone();
-        let saved = spawn_blocking(move || store.save_logins(today())).await;
-        match saved.expect("the store does not panic") {
-            Ok(()) => said_it_fails = false,
-            Err(error) if !said_it_fails => {
-                warn!("{error}");
-                said_it_fails = true;
-            }
-            Err(_) => {}
-        }
-        if is_last {
-            return;
-        }
-    }
-}
-
-fn today() -> Day {
-    const SECONDS_OF_A_DAY: u64 = 24 * 60 * 60;
-    let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Day::try_from(elapsed.as_secs() / SECONDS_OF_A_DAY).unwrap_or(Day::MAX)
 }
 
 async fn sweep(clients: Arc<Clients>) {

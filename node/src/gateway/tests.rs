@@ -32,6 +32,7 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 
 use super::*;
+use crate::counters::DropReason;
 use crate::link::testnet::{ENTRY, EXIT, PAYLOAD_LEN, TestNet, soon, topology, until_dropped};
 use crate::sources::Source;
 
@@ -80,6 +81,7 @@ struct GatewayNet {
     net: TestNet,
     proxy: Proxy,
     directory: tempfile::TempDir,
+    limits: Limits,
 }
 
 /// A client's keys and files.
@@ -100,7 +102,8 @@ impl GatewayNet {
             nodes[gateway].role = Role::Gateway { client_address: proxy.address };
         }
         net.topology = Arc::new(topology("test", nodes));
-        Self { net, proxy, directory: tempfile::tempdir().unwrap() }
+        let (directory, limits) = (tempfile::tempdir().unwrap(), Limits::default());
+        Self { net, proxy, directory, limits }
     }
 
     async fn start(&mut self) -> Gateway {
@@ -133,6 +136,7 @@ impl GatewayNet {
             link_listener,
             client_listener: TcpListener::bind("127.0.0.1:0").await.unwrap(),
             data_dir,
+            limits: self.limits,
         })
         .unwrap();
         *self.proxy.backend.lock().unwrap() = Some(gateway.client_address());
@@ -332,9 +336,11 @@ async fn the_day_of_a_login_is_kept() {
     let person = net.person();
     drop(net.connect(&person).await);
     soon(gateway.shutdown()).await;
-    let registrations = Registrations::open(&net.directory.path().join("gateway")).unwrap();
-    let (day, has_logged_in) = registrations.last_login(&person.key.identity());
-    assert!(has_logged_in && day.abs_diff(today()) <= 1, "{day}");
+    let data_dir = net.directory.path().join("gateway");
+    let store = RedbStore::open(&data_dir, Limits::default()).unwrap();
+    let (day, has_logged_in) = store.last_login(person.key.identity().as_bytes());
+    let today = Clock::System.now().0 / (24 * 60 * 60);
+    assert!(has_logged_in && u64::from(day).abs_diff(today) <= 1, "{day}");
 }
 
 #[tokio::test]
@@ -433,7 +439,7 @@ async fn packets_for_anybody_but_its_clients_are_dropped() {
     packets.into_iter().for_each(|packet| last_mix.send(&net.net.identity(EXIT), packet));
     assert_eq!(number(&known, soon(receiver.recv()).await.unwrap()), 7);
     until_dropped(gateway.counters(), DropReason::UnknownClient, 5).await;
-    until_dropped(gateway.counters(), DropReason::FinalHopHere, 1).await;
+    until_dropped(gateway.counters(), DropReason::MalformedMessage, 1).await;
 }
 
 #[tokio::test]
@@ -689,6 +695,7 @@ async fn an_identity_that_the_topology_has_as_a_mix_is_no_gateway() {
         link_listener: TcpListener::bind("127.0.0.1:0").await.unwrap(),
         client_listener: TcpListener::bind("127.0.0.1:0").await.unwrap(),
         data_dir: net.directory.path().to_owned(),
+        limits: Limits::default(),
     });
     assert!(matches!(started, Err(GatewayError::NotAGateway(_))));
 }

@@ -190,7 +190,7 @@ impl Mix {
     pub fn monitor(&self) -> Monitor {
         let (counters, keys, peeler) =
             (self.counters.clone(), self.keys.clone(), self.peeler.clone());
-        Monitor { counters, keys, peeler }
+        Monitor { counters, keys, peeler, store: None }
     }
 
     /// Takes no more packets, passes on those that it has, though not for longer than 5 s, and stops.

@@ -1,0 +1,278 @@
+//! Group commit: changes wait in a bounded queue, and all that wait are applied in one go.
+//!
+//! Making a batch durable costs the disk nearly the same whether it is one change or hundreds; while
+//! one batch is written, the next one gathers. An answer is given only when its batch is durable.
+
+use std::collections::BTreeSet;
+use std::mem;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::spawn_blocking;
+use tokio::time::{MissedTickBehavior, interval};
+use tracing::{info, warn};
+
+use super::super::acceptor::until_stopped;
+use super::{Change, ClientId, Expired, Outcome, Statistics, Store, StoreError};
+use crate::clock::Clock;
+
+/// Changes that may wait: four batches. Of the usual boxes they take 3.4 MB, of the largest 66 MB.
+pub const QUEUED_CHANGES: usize = 2048;
+/// Changes in one batch: what a disk writes in some 20 ms.
+const BATCH_CHANGES: usize = 512;
+/// How often it is written down who has logged in: once for all who did, so that no number of
+/// logins keeps the disk busy. A crash forgets no more than these.
+const SAVE_INTERVAL: Duration = Duration::from_secs(1);
+/// How often boxes are looked for that have expired; they do by the hour.
+const EXPIRE_INTERVAL: Duration = Duration::from_secs(10 * 60);
+
+/// A change with what waits for its outcome.
+type Waiting<W> = (Change, W);
+
+/// What became of a change; `None` when the store failed.
+#[derive(Debug)]
+pub struct Answer<W> {
+    /// The change.
+    pub change: Change,
+    /// What waited for it.
+    pub waiting: W,
+    /// Its outcome.
+    pub outcome: Option<Outcome>,
+}
+
+/// Where changes are handed in. What waits for an outcome is the caller's own.
+#[derive(Debug)]
+pub struct Changes<W> {
+    queue: mpsc::Sender<Waiting<W>>,
+    logins: Arc<Logins>,
+}
+
+impl<W> Clone for Changes<W> {
+    fn clone(&self) -> Self {
+        Self { queue: self.queue.clone(), logins: self.logins.clone() }
+    }
+}
+
+impl<W> Changes<W> {
+    /// Hands in a change without waiting; gives it back when [`QUEUED_CHANGES`] wait already, or the
+    /// gateway stops.
+    ///
+    /// # Errors
+    /// The change and what waits for it.
+    pub fn try_push(&self, change: Change, waiting: W) -> Result<(), (Change, W)> {
+        self.queue.try_send((change, waiting)).map_err(mpsc::error::TrySendError::into_inner)
+    }
+
+    /// Hands in a change, and waits while [`QUEUED_CHANGES`] wait already. When the gateway stops it
+    /// is lost.
+    pub async fn push(&self, change: Change, waiting: W) {
+        // An error means that it stops.
+        let _ = self.queue.send((change, waiting)).await;
+    }
+
+    /// Takes down that a client has logged in; it is written within a second. Does not block.
+    pub fn note_login(&self, client: ClientId) {
+        self.logins.insert(client);
+    }
+}
+
+/// Clients that have logged in since it was last written down; those that are registered, hence no
+/// more than may be.
+#[derive(Debug, Default)]
+struct Logins(Mutex<BTreeSet<ClientId>>);
+
+impl Logins {
+    fn insert(&self, client: ClientId) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(client);
+    }
+
+    fn take(&self) -> Vec<Change> {
+        let mut logins = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        mem::take(&mut *logins).into_iter().map(|client| Change::LogIn { client }).collect()
+    }
+
+    fn put_back(&self, changes: &[Change]) {
+        for change in changes {
+            if let Change::LogIn { client } = change {
+                self.insert(*client);
+            }
+        }
+    }
+}
+
+/// The one that writes: the task of [`GroupCommit::run`].
+#[derive(Debug)]
+pub struct GroupCommit<S: ?Sized, W> {
+    store: Arc<S>,
+    clock: Clock,
+    queue: mpsc::Receiver<Waiting<W>>,
+    logins: Arc<Logins>,
+    statistics: Arc<Statistics>,
+    /// The operator was told that the store fails.
+    said_it_fails: bool,
+}
+
+impl<S: Store + ?Sized, W> GroupCommit<S, W> {
+    /// For a store; changes go into the first part.
+    pub fn new(store: Arc<S>, statistics: Arc<Statistics>) -> (Changes<W>, Self) {
+        Self::at(store, statistics, Clock::System)
+    }
+
+    pub(crate) fn at(
+        store: Arc<S>,
+        statistics: Arc<Statistics>,
+        clock: Clock,
+    ) -> (Changes<W>, Self) {
+        let (changes, queue) = mpsc::channel(QUEUED_CHANGES);
+        let logins = Arc::<Logins>::default();
+        let group_commit =
+            Self { store, clock, queue, logins: logins.clone(), statistics, said_it_fails: false };
+        (Changes { queue: changes, logins }, group_commit)
+    }
+
+    /// Applies what is handed in and gives the answers of each batch to `answer`, until `stopped` is
+    /// true; then it applies what still waits, and ends.
+    pub async fn run(
+        mut self,
+        mut stopped: watch::Receiver<bool>,
+        mut answer: impl FnMut(Vec<Answer<W>>),
+    ) {
+        let mut saves = interval(SAVE_INTERVAL);
+        saves.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut expiries = interval(EXPIRE_INTERVAL);
+        expiries.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut is_expiring = false;
+        let mut batch = Vec::with_capacity(BATCH_CHANGES);
+        loop {
+            tokio::select! {
+                count = self.queue.recv_many(&mut batch, BATCH_CHANGES) => {
+                    if count == 0 {
+                        break;
+                    }
+                    answer(self.apply(mem::take(&mut batch)).await);
+                }
+                _ = saves.tick() => self.save_logins().await,
+                _ = expiries.tick() => is_expiring = true,
+                // Takes turns with what is handed in.
+                () = std::future::ready(()), if is_expiring => {
+                    is_expiring = !self.expire().await;
+                }
+                () = until_stopped(&mut stopped) => {
+                    self.queue.close();
+                    while self.queue.recv_many(&mut batch, BATCH_CHANGES).await > 0 {
+                        answer(self.apply(mem::take(&mut batch)).await);
+                    }
+                    break;
+                }
+            }
+        }
+        self.save_logins().await;
+    }
+
+    async fn apply(&mut self, batch: Vec<Waiting<W>>) -> Vec<Answer<W>> {
+        let (mut changes, waiting): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
+        // Who has just logged in must not make room for somebody else.
+        if changes.iter().any(|change| matches!(change, Change::Register { .. })) {
+            self.save_logins().await;
+        }
+        let outcomes;
+        (changes, outcomes) = self.commit(changes).await;
+        let outcomes = match outcomes {
+            Some(outcomes) => outcomes.into_iter().map(Some).collect(),
+            None => {
+                let outcomes;
+                (changes, outcomes) = self.apply_without_boxes(changes).await;
+                outcomes
+            }
+        };
+        for (change, outcome) in changes.iter().zip(&outcomes) {
+            match change {
+                Change::Keep { .. } => self.statistics.add_box(*outcome),
+                Change::Confirm { numbers, .. } if outcome.is_some() => {
+                    self.statistics.add_confirmed(numbers.len() as u64);
+                }
+                _ => {}
+            }
+        }
+        let answered = changes.into_iter().zip(waiting).zip(outcomes);
+        answered.map(|((change, waiting), outcome)| Answer { change, waiting, outcome }).collect()
+    }
+
+    /// After a batch has failed: what needs no room may still work, and confirmations make some.
+    async fn apply_without_boxes(
+        &mut self,
+        changes: Vec<Change>,
+    ) -> (Vec<Change>, Vec<Option<Outcome>>) {
+        let needs_room = |change: &Change| matches!(change, Change::Keep { .. });
+        let rest: Vec<_> = changes.iter().filter(|change| !needs_room(change)).cloned().collect();
+        if rest.is_empty() || rest.len() == changes.len() {
+            let failed = changes.iter().map(|_| None).collect();
+            return (changes, failed);
+        }
+        let (_, outcomes) = self.commit(rest).await;
+        let mut outcomes = outcomes.unwrap_or_default().into_iter();
+        let outcomes = changes
+            .iter()
+            .map(|change| if needs_room(change) { None } else { outcomes.next() })
+            .collect();
+        (changes, outcomes)
+    }
+
+    async fn save_logins(&mut self) {
+        let logins = self.logins.take();
+        if logins.is_empty() {
+            return;
+        }
+        let (logins, outcomes) = self.commit(logins).await;
+        if outcomes.is_none() {
+            self.logins.put_back(&logins);
+        }
+    }
+
+    /// Lets go of some boxes that have expired; whether it is done with all.
+    async fn expire(&mut self) -> bool {
+        let (store, now) = (self.store.clone(), self.clock.now());
+        let result = spawn_blocking(move || store.expire(now)).await;
+        match self.tell(result.expect("the store does not panic")) {
+            Some(Expired { messages, is_done }) => {
+                self.statistics.add_expired(messages);
+                is_done
+            }
+            // With the next tick again.
+            None => true,
+        }
+    }
+
+    async fn commit(&mut self, changes: Vec<Change>) -> (Vec<Change>, Option<Vec<Outcome>>) {
+        let (store, now) = (self.store.clone(), self.clock.now());
+        let work = move || {
+            let result = store.apply(&changes, now);
+            (changes, result)
+        };
+        let (changes, result) = spawn_blocking(work).await.expect("the store does not panic");
+        self.statistics.add_commit();
+        (changes, self.tell(result))
+    }
+
+    /// Tells the operator once when the store fails, and once when it works again.
+    fn tell<T>(&mut self, result: Result<T, StoreError>) -> Option<T> {
+        match result {
+            Ok(done) => {
+                if mem::take(&mut self.said_it_fails) {
+                    info!("messages and registrations are stored again");
+                }
+                Some(done)
+            }
+            Err(error) => {
+                if !mem::replace(&mut self.said_it_fails, true) {
+                    warn!(
+                        "nothing can be stored, so messages and registrations are refused: {error}; \
+                         make room on the disk of the data directory, or repair it"
+                    );
+                }
+                None
+            }
+        }
+    }
+}
