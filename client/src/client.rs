@@ -164,8 +164,15 @@ impl Client {
                 route_to(first)?;
             }
         }
-        let config =
-            EndpointConfig { topology, identity, encryption, gateway, token_file, mean_delay };
+        let config = EndpointConfig {
+            topology,
+            identity,
+            encryption,
+            gateway,
+            token_file,
+            mean_delay,
+            receives_messages: false,
+        };
         let (endpoint, receiver) = Endpoint::connect(config).await?;
         let topology = endpoint.topology();
         let (now, own) = (Instant::now(), endpoint.address().gateway);

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mixsocks_common::address::Address;
+use mixsocks_common::gateway::message::KeptBox;
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::replay::{Admission, RecentTags};
 use mixsocks_common::topology::{
@@ -26,7 +27,8 @@ use tokio::time::timeout;
 use crate::documents::Documents;
 use crate::drops::{DropReason, Drops};
 use crate::gateway::{
-    self, GatewayLinkConfig, GatewayLinkError, GatewayReceiver, GatewaySender, GatewayState,
+    self, Arrival, Confirmations, GatewayLink, GatewayLinkConfig, GatewayLinkError,
+    GatewayReceiver, GatewaySender, GatewayState,
 };
 use crate::headers::ReadyHeader;
 use crate::health::Way;
@@ -62,6 +64,9 @@ pub struct EndpointConfig {
     pub token_file: PathBuf,
     /// Mean delay of each mix on the routes that the endpoint chooses; `None` takes the network's.
     pub mean_delay: Option<Duration>,
+    /// Whether to ask the gateway for the messages that it keeps; then [`Arrivals::delivered`] has to
+    /// take them.
+    pub receives_messages: bool,
 }
 
 /// What became of waiting for the link.
@@ -80,6 +85,12 @@ pub trait Arrivals: Send + Sync + 'static {
     /// Payloads of packets that arrived together; the identifier is that of the SURB for replies,
     /// else zero.
     fn arrived(&self, arrived: Vec<(Identifier, Payload)>);
+
+    /// Boxes that the gateway keeps for the endpoint. They come again after each cut until their
+    /// numbers have gone into [`Endpoint::confirmations`].
+    fn delivered(&self, deliveries: Vec<KeptBox>) {
+        drop(deliveries);
+    }
 }
 
 /// A connected endpoint.
@@ -93,6 +104,7 @@ pub struct Endpoint {
     replay: Mutex<RecentTags>,
     drops: Drops,
     sender: GatewaySender,
+    confirmations: Confirmations,
     state: GatewayState,
 }
 
@@ -118,8 +130,8 @@ impl Endpoint {
     pub async fn connect(
         config: EndpointConfig,
     ) -> Result<(Arc<Self>, GatewayReceiver), GatewayLinkError> {
-        let EndpointConfig { topology, identity, encryption, gateway, token_file, mean_delay } =
-            config;
+        let EndpointConfig { topology, identity, encryption, gateway, token_file, .. } = config;
+        let (mean_delay, receives_messages) = (config.mean_delay, config.receives_messages);
         let address = Address {
             identity: identity.identity(),
             encryption: encryption.public_key().into(),
@@ -131,9 +143,10 @@ impl Endpoint {
             identity,
             token_file,
             invitation: None,
+            receives_messages,
         };
         let documents = Documents::new(topology);
-        let (sender, receiver, state) = gateway::connect(link).await?;
+        let GatewayLink { sender, receiver, confirmations, state } = gateway::connect(link).await?;
         let endpoint = Self {
             mean_delay,
             payload_bytes: documents.used().parameters.payload_bytes,
@@ -148,6 +161,7 @@ impl Endpoint {
             )),
             drops: Drops::default(),
             sender,
+            confirmations,
             state,
         };
         Ok((Arc::new(endpoint), receiver))
@@ -202,6 +216,11 @@ impl Endpoint {
     /// Bytes of contents that a packet holds.
     pub fn max_contents_bytes(&self) -> usize {
         max_plaintext(self.payload_bytes)
+    }
+
+    /// Takes the numbers of deliveries that the gateway may let go.
+    pub fn confirmations(&self) -> &Confirmations {
+        &self.confirmations
     }
 
     /// What was dropped of what arrived.
@@ -334,8 +353,18 @@ impl Endpoint {
             if received == 0 {
                 return;
             }
-            let mut arrived = Vec::with_capacity(received);
-            for peeled in finish(self.admit(open_headers(&self.key, std::mem::take(&mut batch)))) {
+            let (mut packets, mut deliveries) = (Vec::with_capacity(received), Vec::new());
+            for arrival in batch.drain(..) {
+                match arrival {
+                    Arrival::Packet(packet) => packets.push(packet),
+                    Arrival::Delivery(kept) => deliveries.push(kept),
+                }
+            }
+            if !deliveries.is_empty() {
+                arrivals.delivered(deliveries);
+            }
+            let mut arrived = Vec::with_capacity(packets.len());
+            for peeled in finish(self.admit(open_headers(&self.key, packets))) {
                 match peeled {
                     Ok(Peeled::Final { identifier, payload, .. }) => {
                         arrived.push((identifier, payload));

@@ -124,6 +124,7 @@ impl Provider {
             gateway,
             token_file,
             mean_delay: None,
+            receives_messages: false,
         };
         let (endpoint, receiver) = Endpoint::connect(config).await?;
         let mut core =

@@ -4,6 +4,9 @@
 //! then on one task keeps the connection: it dials again after every cut, goes on where it was cut,
 //! and registers anew when the gateway has lost its memory. While there is no connection, packets
 //! wait in the queue and then their senders wait; nothing takes another way.
+//!
+//! Who receives messages asks for them after each login, gets what the gateway keeps as
+//! [`Arrival::Delivery`], and says in [`GatewayLink::confirmations`] what the gateway may let go.
 
 mod connection;
 mod error;
@@ -13,7 +16,7 @@ mod token_file;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use mixsocks_common::gateway::message::Invitation;
+use mixsocks_common::gateway::message::{Invitation, KeptBox};
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::topology::Topology;
 use mixsocks_sphinx::{HopAddress, Packet};
@@ -26,8 +29,11 @@ pub use token_file::TokenFileError;
 /// would only make them older.
 pub const UPLINK_QUEUE_PACKETS: usize = 64;
 
-/// Packets that wait for their receiver, before the gateway is made to wait.
+/// Packets and deliveries that wait for their receiver, before the gateway is made to wait.
 pub const DOWNLINK_QUEUE_PACKETS: usize = 256;
+
+/// Confirmations that wait for the connection: for all deliveries that a gateway sends in some 100 ms.
+pub const CONFIRMATION_QUEUE: usize = 4096;
 
 /// What a link needs.
 #[derive(Debug)]
@@ -43,15 +49,45 @@ pub struct GatewayLinkConfig {
     pub token_file: PathBuf,
     /// For gateways that take new clients by invitation only.
     pub invitation: Option<Invitation>,
+    /// Whether to ask for the messages that the gateway keeps.
+    pub receives_messages: bool,
 }
+
+/// The ends of a link.
+#[derive(Debug)]
+pub struct GatewayLink {
+    /// Takes packets.
+    pub sender: GatewaySender,
+    /// Gives what arrives.
+    pub receiver: GatewayReceiver,
+    /// Takes the numbers of deliveries that the gateway may let go.
+    pub confirmations: Confirmations,
+    /// Tells how the connection is.
+    pub state: GatewayState,
+}
+
+/// What comes from the gateway.
+#[derive(Debug)]
+pub enum Arrival {
+    /// A packet for this client.
+    Packet(Packet),
+    /// A box that the gateway keeps for this client. It comes again after every cut until it has been
+    /// confirmed, and it may come again although it was.
+    Delivery(KeptBox),
+}
+
+/// Takes the numbers of deliveries, of this connection or an earlier one. [`mpsc::Sender::send`] waits
+/// while [`CONFIRMATION_QUEUE`] wait already. A confirmation may get lost with a connection: then the
+/// delivery comes again, and has to be confirmed again.
+pub type Confirmations = mpsc::Sender<u64>;
 
 /// Takes packets and their first hops. [`mpsc::Sender::send`] and [`mpsc::Sender::reserve`] wait
 /// while [`UPLINK_QUEUE_PACKETS`] wait already; an error means that the link is evicted or closed.
 pub type GatewaySender = mpsc::Sender<(HopAddress, Packet)>;
 
-/// Gives the packets for this client, in the order in which the gateway took them. Dropping it
-/// closes the link.
-pub type GatewayReceiver = mpsc::Receiver<Packet>;
+/// Gives the packets for this client, in the order in which the gateway took them, and between them
+/// the deliveries, of each connection the oldest first. Dropping it closes the link.
+pub type GatewayReceiver = mpsc::Receiver<Arrival>;
 
 /// Tells how the connection is.
 pub type GatewayState = watch::Receiver<LinkState>;
@@ -83,14 +119,14 @@ pub enum LinkState {
 ///
 /// # Panics
 /// Outside of a Tokio runtime.
-pub async fn connect(
-    config: GatewayLinkConfig,
-) -> Result<(GatewaySender, GatewayReceiver, GatewayState), GatewayLinkError> {
-    let (outgoing, uplink) = mpsc::channel(UPLINK_QUEUE_PACKETS);
-    let (downlink, incoming) = mpsc::channel(DOWNLINK_QUEUE_PACKETS);
+pub async fn connect(config: GatewayLinkConfig) -> Result<GatewayLink, GatewayLinkError> {
+    let (sender, packets) = mpsc::channel(UPLINK_QUEUE_PACKETS);
+    let (confirmations, confirmed) = mpsc::channel(CONFIRMATION_QUEUE);
+    let uplink = session::Uplink { packets, confirmed };
+    let (downlink, receiver) = mpsc::channel(DOWNLINK_QUEUE_PACKETS);
     let (states, state) = watch::channel(LinkState::Connected);
     let mut session = session::Session::new(config)?;
     let connection = Box::pin(session.log_in()).await?;
     tokio::spawn(session.run(connection, uplink, downlink, states));
-    Ok((outgoing, incoming, state))
+    Ok(GatewayLink { sender, receiver, confirmations, state })
 }

@@ -10,20 +10,22 @@ use futures_util::{SinkExt, StreamExt};
 use mixsocks_common::gateway::client::{ClientHandshake, ClientSetup, ClientStep, Welcome};
 use mixsocks_common::gateway::delivery::Delivery;
 use mixsocks_common::gateway::keepalive::{Due, Keepalive};
-use mixsocks_common::gateway::message::{ClientMessage, GatewayMessage, Refusal, Resume};
+use mixsocks_common::gateway::message::{
+    ClientMessage, Confirmed, GatewayMessage, MAX_CONFIRMED, Refusal, Resume,
+};
 use mixsocks_common::gateway::token::Token;
 use mixsocks_common::keys::Identity;
 use mixsocks_common::link::redial::Failure;
 use mixsocks_common::link::{FrameBody, FrameCodec, Redial, tls};
 use mixsocks_common::topology::Role;
-use mixsocks_sphinx::{HEADER_LEN, HopAddress, Packet};
+use mixsocks_sphinx::{HEADER_LEN, HopAddress, Packet, SURB_LEN, max_plaintext};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_tungstenite::tungstenite::Message;
 use tracing::{debug, info, warn};
 
 use super::connection::{Connection, Dialler, Socket, control_frame, next_frame};
-use super::{GatewayLinkConfig, GatewayLinkError, LinkState, token_file};
+use super::{Arrival, GatewayLinkConfig, GatewayLinkError, LinkState, token_file};
 use crate::documents::Documents;
 
 /// From the first TCP packet to the end of the login: a dozen round trips around the world.
@@ -38,6 +40,23 @@ const WRITE_FRAMES: usize = 16;
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(60);
 
 type Outgoing = (HopAddress, Packet);
+
+/// What goes to the gateway.
+pub(super) struct Uplink {
+    pub(super) packets: mpsc::Receiver<Outgoing>,
+    /// Numbers of deliveries.
+    pub(super) confirmed: mpsc::Receiver<u64>,
+}
+
+/// What is to be sent next.
+#[derive(Default)]
+struct Batch {
+    packets: Vec<Outgoing>,
+    /// At most [`MAX_CONFIRMED`].
+    confirmed: Vec<u64>,
+    /// RECEIVE has to be said.
+    receive: bool,
+}
 
 pub(super) struct Session {
     config: GatewayLinkConfig,
@@ -211,8 +230,8 @@ impl Session {
     pub(super) async fn run(
         mut self,
         mut connection: Connection,
-        mut uplink: mpsc::Receiver<Outgoing>,
-        downlink: mpsc::Sender<Packet>,
+        mut uplink: Uplink,
+        downlink: mpsc::Sender<Arrival>,
         states: watch::Sender<LinkState>,
     ) {
         let mut redial = Redial::new(now());
@@ -240,7 +259,7 @@ impl Session {
         &mut self,
         mut error: GatewayLinkError,
         redial: &mut Redial,
-        downlink: &mpsc::Sender<Packet>,
+        downlink: &mpsc::Sender<Arrival>,
         states: &watch::Sender<LinkState>,
     ) -> ControlFlow<LinkState, Connection> {
         let mut failure = Failure::Ended;
@@ -278,8 +297,8 @@ impl Session {
     async fn carry(
         &mut self,
         connection: Connection,
-        uplink: &mut mpsc::Receiver<Outgoing>,
-        downlink: &mpsc::Sender<Packet>,
+        uplink: &mut Uplink,
+        downlink: &mpsc::Sender<Arrival>,
     ) -> End {
         let codec = self.dialler.codec;
         let me = *self.config.identity.identity().as_bytes();
@@ -287,7 +306,8 @@ impl Session {
             return End::Failed(GatewayLinkError::Closed);
         };
         let flow = Mutex::new(flow);
-        let carrier = Carrier { codec, me, flow: &flow, wake: Notify::new() };
+        let receives_messages = self.config.receives_messages;
+        let carrier = Carrier { codec, me, receives_messages, flow: &flow, wake: Notify::new() };
         let (mut sink, mut stream) = connection.socket.split();
         // Both halves run side by side: were one to wait for the other, two ends that both write
         // could wait for each other for ever.
@@ -321,6 +341,7 @@ fn client_address(
 struct Carrier<'a> {
     codec: FrameCodec,
     me: HopAddress,
+    receives_messages: bool,
     /// Held for a few frames, never across an await.
     flow: &'a Mutex<&'a mut Flow>,
     /// Asks the writing half to look at the keepalive.
@@ -332,7 +353,11 @@ impl<'a> Carrier<'a> {
         self.flow.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn read(&self, stream: &mut SplitStream<Socket>, downlink: &mpsc::Sender<Packet>) -> End {
+    async fn read(
+        &self,
+        stream: &mut SplitStream<Socket>,
+        downlink: &mpsc::Sender<Arrival>,
+    ) -> End {
         loop {
             // Nothing is read that there is no room for: then the gateway waits.
             let Ok(room) = downlink.reserve().await else {
@@ -343,14 +368,14 @@ impl<'a> Carrier<'a> {
                 Err(error) => return error.into(),
             };
             match self.handle_frame(&frame) {
-                Ok(Some(packet)) => room.send(packet),
+                Ok(Some(arrival)) => room.send(arrival),
                 Ok(None) => {}
                 Err(error) => return error.into(),
             }
         }
     }
 
-    fn handle_frame(&self, bytes: &[u8]) -> Result<Option<Packet>, GatewayLinkError> {
+    fn handle_frame(&self, bytes: &[u8]) -> Result<Option<Arrival>, GatewayLinkError> {
         let frame = self.codec.decode(bytes)?;
         let now = now();
         let mut flow = self.flow();
@@ -369,24 +394,37 @@ impl<'a> Carrier<'a> {
                 let packet = Packet::from_bytes(packet, payload_len)
                     .map_err(|_| GatewayLinkError::Unexpected("packet size"))?;
                 flow.received += 1;
-                Ok(Some(packet))
+                Ok(Some(Arrival::Packet(packet)))
             }
             FrameBody::Control(body) => match GatewayMessage::decode(body)? {
                 GatewayMessage::Evicted => Err(GatewayLinkError::Evicted),
                 GatewayMessage::Goodbye => Err(GatewayLinkError::Closed),
+                GatewayMessage::Delivery(kept) if self.receives_messages => {
+                    if kept.sealed.len() != self.box_bytes() {
+                        return Err(GatewayLinkError::Unexpected("box size"));
+                    }
+                    Ok(Some(Arrival::Delivery(kept)))
+                }
                 message => Err(GatewayLinkError::Unexpected(message.name())),
             },
         }
     }
 
+    /// Bytes of each box: what the packets of a sender hold beside the acknowledgement's SURB.
+    fn box_bytes(&self) -> usize {
+        max_plaintext(self.codec.packet_bytes() - HEADER_LEN) - SURB_LEN
+    }
+
     async fn write(
         &self,
         sink: &mut SplitSink<Socket, Message>,
-        uplink: &mut mpsc::Receiver<Outgoing>,
-        downlink: &mpsc::Sender<Packet>,
+        uplink: &mut Uplink,
+        downlink: &mpsc::Sender<Arrival>,
     ) -> GatewayLinkError {
-        let mut batch = Vec::with_capacity(WRITE_FRAMES);
+        let Uplink { packets, confirmed } = uplink;
+        let mut batch = Batch { receive: self.receives_messages, ..Batch::default() };
         let mut senders_are_gone = false;
+        let mut confirmers_are_gone = false;
         loop {
             let is_stuck = downlink.capacity() == 0;
             let frames = match self.gather(&mut batch, is_stuck) {
@@ -396,8 +434,15 @@ impl<'a> Carrier<'a> {
             if frames.is_empty() {
                 let due = self.flow().keepalive.poll_timeout();
                 tokio::select! {
-                    count = uplink.recv_many(&mut batch, WRITE_FRAMES), if !senders_are_gone => {
+                    count = packets.recv_many(&mut batch.packets, WRITE_FRAMES),
+                        if !senders_are_gone =>
+                    {
                         senders_are_gone = count == 0;
+                    }
+                    count = confirmed.recv_many(&mut batch.confirmed, MAX_CONFIRMED),
+                        if !confirmers_are_gone =>
+                    {
+                        confirmers_are_gone = count == 0;
                     }
                     () = self.wake.notified() => {}
                     () = sleep_until(due.into()) => {}
@@ -422,14 +467,20 @@ impl<'a> Carrier<'a> {
     async fn say_goodbye(
         &self,
         sink: &mut SplitSink<Socket, Message>,
-        uplink: &mut mpsc::Receiver<Outgoing>,
+        uplink: &mut Uplink,
     ) -> Result<(), GatewayLinkError> {
-        let mut batch = Vec::new();
-        uplink.close();
-        while let Ok(outgoing) = uplink.try_recv() {
-            batch.push(outgoing);
+        let mut batch = Batch::default();
+        uplink.packets.close();
+        uplink.confirmed.close();
+        while let Ok(outgoing) = uplink.packets.try_recv() {
+            batch.packets.push(outgoing);
         }
         loop {
+            while batch.confirmed.len() < MAX_CONFIRMED
+                && let Ok(number) = uplink.confirmed.try_recv()
+            {
+                batch.confirmed.push(number);
+            }
             let frames = self.gather(&mut batch, false)?;
             if frames.is_empty() {
                 break;
@@ -444,23 +495,26 @@ impl<'a> Carrier<'a> {
         Ok(())
     }
 
-    /// The next frames to write, at most [`WRITE_FRAMES`]; none when there is nothing to do.
-    fn gather(
-        &self,
-        batch: &mut Vec<Outgoing>,
-        is_stuck: bool,
-    ) -> Result<Vec<Message>, GatewayLinkError> {
+    /// The next frames to write, at most [`WRITE_FRAMES`] and two; none when there is nothing to do.
+    fn gather(&self, batch: &mut Batch, is_stuck: bool) -> Result<Vec<Message>, GatewayLinkError> {
         let now = now();
         let mut flow = self.flow();
         let Flow { delivery, received, keepalive } = &mut **flow;
         delivery.handle_timeout(now);
-        for outgoing in batch.drain(..) {
+        for outgoing in batch.packets.drain(..) {
             // There is room: what was sent before is forgotten for it.
             if let Err(error) = delivery.push(outgoing, now) {
                 debug!("a packet was dropped: {error}");
             }
         }
         let mut frames = Vec::new();
+        if std::mem::take(&mut batch.receive) {
+            frames.push(control_frame(&self.codec, *received, &ClientMessage::Receive)?);
+        }
+        if let Some(confirmed) = Confirmed::new(std::mem::take(&mut batch.confirmed)) {
+            let confirm = ClientMessage::Confirm(confirmed);
+            frames.push(control_frame(&self.codec, *received, &confirm)?);
+        }
         while frames.len() < WRITE_FRAMES
             && let Some((first_hop, packet)) = delivery.poll_transmit()
         {
@@ -523,6 +577,7 @@ mod tests {
             identity: Arc::new(IdentityKey::generate(&mut rand::rng())),
             token_file: folder.path().join("token"),
             invitation: None,
+            receives_messages: false,
         };
         let mut session = Session::new(config).unwrap();
         let first = session.dialler.address;

@@ -20,6 +20,8 @@ mod clients;
 mod inbox;
 mod limits;
 mod login;
+#[cfg(test)]
+mod message_tests;
 mod messages;
 pub mod store;
 #[cfg(test)]

@@ -9,8 +9,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use mixsocks_client::gateway::{
-    GatewayLinkConfig, GatewayLinkError, GatewayReceiver, GatewaySender, GatewayState, LinkState,
-    UPLINK_QUEUE_PACKETS, connect,
+    Arrival, GatewayLink, GatewayLinkConfig, GatewayLinkError, GatewayReceiver, GatewaySender,
+    GatewayState, LinkState, UPLINK_QUEUE_PACKETS, connect,
 };
 use mixsocks_common::gateway::client::{ClientHandshake, ClientSetup, ClientStep};
 use mixsocks_common::gateway::keepalive::{CLOSE_AFTER, PAD_AFTER};
@@ -37,7 +37,7 @@ use crate::link::testnet::{ENTRY, EXIT, PAYLOAD_LEN, TestNet, soon, topology, un
 use crate::sources::Source;
 
 /// A TCP forwarder that can cut its connections, and whose backend can move.
-struct Proxy {
+pub(super) struct Proxy {
     address: SocketAddr,
     backend: Arc<Mutex<Option<SocketAddr>>>,
     cuts: watch::Sender<u32>,
@@ -71,29 +71,29 @@ impl Proxy {
         Self { address, backend, cuts, _tasks: tasks }
     }
 
-    fn cut(&self) {
+    pub(super) fn cut(&self) {
         self.cuts.send_modify(|cuts| *cuts += 1);
     }
 }
 
 /// The gateway [`EXIT`] of a test network, behind a proxy, and its clients.
-struct GatewayNet {
-    net: TestNet,
-    proxy: Proxy,
+pub(super) struct GatewayNet {
+    pub(super) net: TestNet,
+    pub(super) proxy: Proxy,
     directory: tempfile::TempDir,
-    limits: Limits,
+    pub(super) limits: Limits,
 }
 
 /// A client's keys and files.
 #[derive(Clone)]
-struct Person {
-    key: Arc<IdentityKey>,
-    sphinx_key: Arc<SecretKey>,
+pub(super) struct Person {
+    pub(super) key: Arc<IdentityKey>,
+    pub(super) sphinx_key: Arc<SecretKey>,
     token_file: PathBuf,
 }
 
 impl GatewayNet {
-    async fn new() -> Self {
+    pub(super) async fn new() -> Self {
         let mut net = TestNet::new().await;
         let proxy = Proxy::start().await;
         let mut nodes = net.topology.nodes().to_vec();
@@ -106,13 +106,13 @@ impl GatewayNet {
         Self { net, proxy, directory, limits }
     }
 
-    async fn start(&mut self) -> Gateway {
+    pub(super) async fn start(&mut self) -> Gateway {
         let listener = self.net.listener(EXIT);
         self.start_on(listener, "gateway").await
     }
 
     /// Again, after it was stopped; other nodes do not find it any more.
-    async fn restart(&mut self, data: &str) -> Gateway {
+    pub(super) async fn restart(&mut self, data: &str) -> Gateway {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         self.start_on(listener, data).await
     }
@@ -144,36 +144,47 @@ impl GatewayNet {
     }
 
     /// The last mix's links, over which packets reach the gateway.
-    fn last_mix(&self) -> LinkPool {
+    pub(super) fn last_mix(&self) -> LinkPool {
         LinkPool::start(self.net.context(3).0).unwrap()
     }
 
     /// The first mix, to which clients send.
-    fn first_mix(&mut self) -> (LinkListener, mpsc::Receiver<Packet>) {
+    pub(super) fn first_mix(&mut self) -> (LinkListener, mpsc::Receiver<Packet>) {
         let (packets, received) = mpsc::channel(1024);
         let context = self.net.context(1).0;
         (LinkListener::start(context, self.net.listener(1), packets).unwrap(), received)
     }
 
-    fn person(&self) -> Person {
+    pub(super) fn person(&self) -> Person {
         let mut rng = rand::rng();
         let key = Arc::new(IdentityKey::generate(&mut rng));
         let token_file = self.directory.path().join(key.identity().to_string());
         Person { key, sphinx_key: Arc::new(SecretKey::generate(&mut rng)), token_file }
     }
 
-    fn config(&self, person: &Person) -> GatewayLinkConfig {
+    pub(super) fn config(&self, person: &Person) -> GatewayLinkConfig {
         GatewayLinkConfig {
             topology: self.net.watch(),
             gateway: self.net.identity(EXIT),
             identity: person.key.clone(),
             token_file: person.token_file.clone(),
             invitation: None,
+            receives_messages: false,
         }
     }
 
-    async fn connect(&self, person: &Person) -> (GatewaySender, GatewayReceiver, GatewayState) {
-        soon(connect(self.config(person))).await.unwrap()
+    pub(super) async fn connect(
+        &self,
+        person: &Person,
+    ) -> (GatewaySender, GatewayReceiver, GatewayState) {
+        let link = soon(connect(self.config(person))).await.unwrap();
+        (link.sender, link.receiver, link.state)
+    }
+
+    /// As somebody who receives messages.
+    pub(super) async fn receive(&self, person: &Person) -> GatewayLink {
+        let config = GatewayLinkConfig { receives_messages: true, ..self.config(person) };
+        soon(connect(config)).await.unwrap()
     }
 
     /// Packets for the gateway that name `next_hop`, numbered from `first`.
@@ -192,13 +203,18 @@ impl GatewayNet {
         built.into_iter().map(Result::unwrap).collect()
     }
 
-    fn packets_for(&self, person: &Person, numbers: std::ops::Range<u64>) -> Vec<Packet> {
+    pub(super) fn packets_for(
+        &self,
+        person: &Person,
+        numbers: std::ops::Range<u64>,
+    ) -> Vec<Packet> {
         self.packets(*person.key.identity().as_bytes(), &person.sphinx_key, numbers)
     }
 }
 
 /// The number in a packet that has reached its client.
-fn number(person: &Person, packet: Packet) -> u64 {
+pub(super) fn number(person: &Person, arrival: Arrival) -> u64 {
+    let Arrival::Packet(packet) = arrival else { panic!("{arrival:?}") };
     let opened = open_headers(&person.sphinx_key, vec![packet]).remove(0).unwrap();
     match finish(vec![opened]).remove(0).unwrap() {
         Peeled::Final { payload, .. } => {
@@ -219,14 +235,14 @@ async fn until_state(state: &mut GatewayState, is_it: impl FnMut(&LinkState) -> 
 }
 
 /// A client that sends what it likes.
-struct RawClient {
-    socket: WebSocketStream<TlsStream<TcpStream>>,
+pub(super) struct RawClient {
+    pub(super) socket: WebSocketStream<TlsStream<TcpStream>>,
     binding: Binding,
-    codec: FrameCodec,
+    pub(super) codec: FrameCodec,
 }
 
 impl RawClient {
-    async fn dial(net: &GatewayNet) -> Self {
+    pub(super) async fn dial(net: &GatewayNet) -> Self {
         Self::open(net, TcpStream::connect(net.proxy.address).await.unwrap()).await
     }
 
@@ -242,12 +258,12 @@ impl RawClient {
         Self { socket, binding: Binding::Session(exporter), codec }
     }
 
-    async fn send(&mut self, message: Message) {
+    pub(super) async fn send(&mut self, message: Message) {
         // The gateway may have closed already.
         let _ = soon(self.socket.send(message)).await;
     }
 
-    fn control(&self, message: &ClientMessage) -> Message {
+    pub(super) fn control(&self, message: &ClientMessage) -> Message {
         let mut frame = Vec::new();
         self.codec.encode_control(0, &message.encode(), &mut frame).unwrap();
         Message::Binary(frame.into())
@@ -260,14 +276,14 @@ impl RawClient {
     }
 
     /// The next frame; `None` when the gateway closes.
-    async fn frame(&mut self) -> Option<Bytes> {
+    pub(super) async fn frame(&mut self) -> Option<Bytes> {
         match soon(self.socket.next()).await {
             Some(Ok(Message::Binary(bytes))) => Some(bytes),
             _ => None,
         }
     }
 
-    async fn message(&mut self) -> Option<GatewayMessage> {
+    pub(super) async fn message(&mut self) -> Option<GatewayMessage> {
         let frame = self.frame().await?;
         match self.codec.decode(&frame).unwrap().body {
             FrameBody::Control(body) => Some(GatewayMessage::decode(body).unwrap()),
@@ -275,13 +291,13 @@ impl RawClient {
         }
     }
 
-    async fn is_closed(&mut self) -> bool {
+    pub(super) async fn is_closed(&mut self) -> bool {
         while self.frame().await.is_some() {}
         true
     }
 
     /// Registers if there is no token, and logs in.
-    async fn log_in(
+    pub(super) async fn log_in(
         &mut self,
         net: &GatewayNet,
         person: &Person,
