@@ -207,7 +207,6 @@ impl MixSeat {
             topology: topology.clone(),
             listener: self.listener,
             data_dir: self.data_dir,
-            limits: Limits::default(),
         };
         Mix::start(config).with_context(|| format!("{} does not start", self.name))
     }

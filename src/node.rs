@@ -9,6 +9,7 @@ use mixsocks_common::directory::{Hop, Member, MemberKind, Pace};
 use mixsocks_common::keys::IdentityKey;
 use mixsocks_common::topology::{Topology, UnixTime};
 use mixsocks_directory::{Following, Publisher, unix_time};
+use mixsocks_node::gateway::store::{Limits, StoreCounts, Usage};
 use mixsocks_node::gateway::{Gateway, GatewayConfig};
 use mixsocks_node::keys::SphinxKeys;
 use mixsocks_node::link::Impairment;
@@ -266,7 +267,9 @@ async fn start(
     let publisher =
         membership.publish(identity.clone(), move |now| describe(&told, &addresses, now));
     let (topology, following) = membership.documents().await?;
-    let part = Part::start(identity, keys, topology.clone(), listeners, folder, impairment)?;
+    let limits = args.store.limits();
+    let part =
+        Part::start(identity, keys, topology.clone(), listeners, folder, limits, impairment)?;
     Ok(Running { part, topology, following, publisher })
 }
 
@@ -290,6 +293,7 @@ impl Part {
         topology: watch::Receiver<Arc<Topology>>,
         listeners: Listeners,
         data_dir: PathBuf,
+        limits: Limits,
         impairment: Option<watch::Receiver<Impairment>>,
     ) -> Result<Self> {
         let Listeners { links, clients } = listeners;
@@ -303,6 +307,7 @@ impl Part {
                     link_listener,
                     client_listener,
                     data_dir,
+                    limits,
                 };
                 let gateway = match impairment {
                     Some(impairment) => Gateway::start_impaired(config, impairment),
@@ -375,5 +380,23 @@ fn report(monitor: &Monitor, topology: &Topology) -> Report {
     report.counter("packets_out", "Packets to other nodes.", counts.packets_out);
     let help = "Packets dropped, by reason.";
     report.counters("packets_dropped", help, "reason", counts.drops());
+    if let Some((counts, usage)) = monitor.store() {
+        report_store(&mut report, &counts, usage);
+    }
     report
+}
+
+/// What a gateway keeps for all clients together.
+fn report_store(report: &mut Report, counts: &StoreCounts, usage: Usage) {
+    let help = "Packets of messages that are kept for clients.";
+    report.gauge("store_packets", help, usage.boxes);
+    report.gauge("store_bytes", "Bytes of these.", usage.bytes);
+    report.counter("store_kept", "Packets of messages that were stored.", counts.kept);
+    let help = "Confirmations by clients.";
+    report.counter("store_confirmed", help, counts.confirmed);
+    let help = "Packets of messages that were given up unconfirmed.";
+    report.counter("store_expired", help, counts.expired);
+    let help = "Packets of messages that were not stored, by reason.";
+    report.counters("store_refused", help, "reason", counts.refusals());
+    report.counter("store_commits", "Batches written to the disk.", counts.commits);
 }

@@ -12,6 +12,7 @@ use mixsocks_common::directory::{MemberKind, Minimum};
 use mixsocks_common::keys::Identity;
 use mixsocks_common::topology::NetworkName;
 use mixsocks_directory::Url;
+use mixsocks_node::gateway::store::{Limits, MAX_EXPIRY};
 
 use super::{FileArgs, parse_mean_delay, parse_socket_address};
 
@@ -237,12 +238,57 @@ pub(crate) struct NodeArgs {
         value_parser = parse_socket_address
     )]
     pub(crate) client_address: Option<SocketAddr>,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
     /// For networks under test: file that says which part of the packets to other nodes is lost and
     /// how late they are. It is read again with SIGHUP.
     #[arg(long, value_name = "FILE", hide = true)]
     pub(crate) impairment: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) run: RunArgs,
+}
+
+/// What a gateway keeps of messages for clients that are away.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct StoreArgs {
+    /// Gateways: most bytes of messages that are kept for all clients together; nobody gets more than
+    /// a 64th of what is left of them.
+    #[arg(
+        long, value_name = "SIZE", env = "MIXSOCKS_STORE_SIZE", default_value = "8GiB",
+        value_parser = parse_store_size
+    )]
+    pub(crate) store_size: u64,
+    /// Gateways: most bytes of messages that are kept for one client.
+    #[arg(
+        long, value_name = "SIZE", env = "MIXSOCKS_CLIENT_STORE_SIZE", default_value = "64MiB",
+        value_parser = parse_store_size
+    )]
+    pub(crate) client_store_size: u64,
+    /// Gateways: most packets of messages that are kept for one client.
+    #[arg(
+        long, value_name = "N", env = "MIXSOCKS_CLIENT_STORE_PACKETS", default_value_t = 65_536,
+        value_parser = clap::value_parser!(u64).range(1..)
+    )]
+    pub(crate) client_store_packets: u64,
+    /// Gateways: messages that nobody has fetched for so long are given up: 1h to 30d, in whole hours.
+    #[arg(
+        long, value_name = "DURATION", env = "MIXSOCKS_STORE_EXPIRY", default_value = "7d",
+        value_parser = parse_expiry
+    )]
+    pub(crate) store_expiry: Duration,
+}
+
+impl StoreArgs {
+    /// As the gateway wants it.
+    pub(crate) fn limits(&self) -> Limits {
+        Limits {
+            client_bytes: self.client_store_size,
+            client_boxes: self.client_store_packets,
+            total_bytes: self.store_size,
+            expiry: self.store_expiry,
+            ..Limits::default()
+        }
+    }
 }
 
 /// Options of `mixsocks provider`.
@@ -433,6 +479,35 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// A store for less would not keep a single message of some length.
+const SMALLEST_STORE: u64 = 1024 * 1024;
+const HOUR: u64 = 60 * 60;
+
+fn parse_store_size(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, u64); 4] = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
+    let found = UNITS.into_iter().find_map(|(unit, bits)| {
+        text.strip_suffix(unit).map(|number| (number.trim_end().parse::<u64>(), 1 << bits))
+    });
+    let Some((Ok(number), unit)) = found else {
+        return Err("expected a whole number and a unit, such as 64MiB or 8GiB".to_owned());
+    };
+    match number.checked_mul(unit) {
+        None => Err("that is more than any disk has".to_owned()),
+        Some(bytes) if bytes < SMALLEST_STORE => Err("expected at least 1MiB".to_owned()),
+        Some(bytes) => Ok(bytes),
+    }
+}
+
+fn parse_expiry(text: &str) -> Result<Duration, String> {
+    let expiry = humantime::parse_duration(text)
+        .map_err(|_| "expected a number and a unit, such as 12h or 7d".to_owned())?;
+    let is_whole = expiry.subsec_nanos() == 0 && expiry.as_secs().is_multiple_of(HOUR);
+    if is_whole && (Duration::from_secs(HOUR)..=MAX_EXPIRY).contains(&expiry) {
+        return Ok(expiry);
+    }
+    Err("expected whole hours, 1h to 30d".to_owned())
+}
+
 fn parse_epoch(text: &str) -> Result<Duration, String> {
     let epoch = parse_seconds(text)?;
     if EPOCH_SECONDS.contains(&epoch.as_secs()) {
@@ -444,6 +519,22 @@ fn parse_epoch(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_have_units_and_expiry_has_whole_hours() {
+        let sizes = ["1MiB", "1024KiB", "64 MiB", "8GiB", "1TiB"].map(parse_store_size);
+        let bytes = [1 << 20, 1 << 20, 64 << 20, 8 << 30, 1 << 40];
+        assert_eq!(sizes, bytes.map(Ok));
+        for wrong in ["", "5", "MiB", "1MB", "-1MiB", "1.5GiB", "1023KiB", "0GiB", "99999999TiB"] {
+            assert!(parse_store_size(wrong).is_err(), "{wrong}");
+        }
+        for (text, hours) in [("1h", 1), ("7d", 168), ("30d", 720), ("60m", 1)] {
+            assert_eq!(parse_expiry(text), Ok(Duration::from_secs(hours * HOUR)));
+        }
+        for wrong in ["", "7", "59m", "90m", "0h", "721h", "31d", "1h 1ms"] {
+            assert!(parse_expiry(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn few_invitations_still_make_a_network() {

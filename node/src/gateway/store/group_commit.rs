@@ -235,8 +235,8 @@ impl<S: Store + ?Sized, W> GroupCommit<S, W> {
         let (store, now) = (self.store.clone(), self.clock.now());
         let result = spawn_blocking(move || store.expire(now)).await;
         match self.tell(result.expect("the store does not panic")) {
-            Some(Expired { messages, is_done }) => {
-                self.statistics.add_expired(messages);
+            Some(Expired { boxes, is_done }) => {
+                self.statistics.add_expired(boxes);
                 is_done
             }
             // With the next tick again.
@@ -274,5 +274,207 @@ impl<S: Store + ?Sized, W> GroupCommit<S, W> {
                 None
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::mpsc as blocking;
+
+    use futures_util::FutureExt;
+    use mixsocks_common::gateway::message::KeptBox;
+    use mixsocks_common::gateway::token::TokenHash;
+    use mixsocks_common::topology::UnixTime;
+    use tokio::task::JoinSet;
+
+    use super::super::{Day, Limits, RedbStore, Usage};
+    use super::*;
+    use crate::link::testnet::{soon, until};
+
+    const CLIENT: ClientId = [1; 32];
+
+    fn keep(fill: u8) -> Change {
+        Change::Keep { client: CLIENT, sealed: vec![fill; 100] }
+    }
+
+    fn confirm(numbers: Vec<u64>) -> Change {
+        Change::Confirm { client: CLIENT, numbers }
+    }
+
+    /// A store that waits before each batch until the test lets it go on, and says what was in it.
+    #[derive(Debug)]
+    struct SlowStore {
+        go: Mutex<blocking::Receiver<()>>,
+        batches: Mutex<Vec<usize>>,
+        is_full: AtomicBool,
+    }
+
+    impl SlowStore {
+        fn new() -> (Arc<Self>, blocking::Sender<()>) {
+            let (go, gone) = blocking::channel();
+            let store =
+                Self { go: Mutex::new(gone), batches: Mutex::default(), is_full: false.into() };
+            (Arc::new(store), go)
+        }
+    }
+
+    impl Store for SlowStore {
+        fn apply(&self, changes: &[Change], _: UnixTime) -> Result<Vec<Outcome>, StoreError> {
+            self.go.lock().unwrap().recv().unwrap();
+            self.batches.lock().unwrap().push(changes.len());
+            let needs_room = changes.iter().any(|change| matches!(change, Change::Keep { .. }));
+            if needs_room && self.is_full.load(Ordering::Relaxed) {
+                return Err(StoreError::Closed("full".into()));
+            }
+            Ok(vec![Outcome::Done; changes.len()])
+        }
+
+        fn deliveries(&self, _: &ClientId, _: u64, _: usize) -> Result<Vec<KeptBox>, StoreError> {
+            unreachable!("nobody reads")
+        }
+
+        fn token_hash(&self, _: &ClientId) -> Result<Option<TokenHash>, StoreError> {
+            unreachable!("nobody reads")
+        }
+
+        fn expire(&self, _: UnixTime) -> Result<Expired, StoreError> {
+            Ok(Expired { boxes: 0, is_done: true })
+        }
+
+        fn usage(&self) -> Usage {
+            Usage::default()
+        }
+    }
+
+    type Answers = Arc<Mutex<Vec<(u64, Option<Outcome>)>>>;
+
+    struct Running {
+        changes: Changes<u64>,
+        answers: Answers,
+        statistics: Arc<Statistics>,
+        stop: watch::Sender<bool>,
+        task: JoinSet<()>,
+    }
+
+    fn start(store: Arc<dyn Store>) -> Running {
+        let statistics = Arc::<Statistics>::default();
+        let (changes, group_commit) = GroupCommit::new(store, statistics.clone());
+        let answers = Answers::default();
+        let (stop, stopped) = watch::channel(false);
+        let mut task = JoinSet::new();
+        let taken = answers.clone();
+        task.spawn(group_commit.run(stopped, move |batch| {
+            let batch = batch.into_iter().map(|answer| (answer.waiting, answer.outcome));
+            taken.lock().unwrap().extend(batch);
+        }));
+        Running { changes, answers, statistics, stop, task }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn what_waits_goes_together_in_order_and_no_answer_comes_before_it_is_durable() {
+        let (store, go) = SlowStore::new();
+        let running = start(store.clone());
+        running.changes.try_push(keep(0), 0).unwrap();
+        // The first batch is with the store from the moment at which the queue is empty.
+        until(|| running.changes.queue.capacity() == QUEUED_CHANGES).await;
+        for n in 1..=700 {
+            running.changes.try_push(keep(0), n).unwrap();
+        }
+        assert!(running.answers.lock().unwrap().is_empty());
+        go.send(()).unwrap();
+        until(|| running.answers.lock().unwrap().len() == 1).await;
+        (0..2).for_each(|_| go.send(()).unwrap());
+        until(|| running.answers.lock().unwrap().len() == 701).await;
+        let expected: Vec<_> = (0..=700).map(|n| (n, Some(Outcome::Done))).collect();
+        assert_eq!(*running.answers.lock().unwrap(), expected);
+        assert_eq!(*store.batches.lock().unwrap(), [1, 512, 188]);
+        let counts = running.statistics.snapshot();
+        assert_eq!((counts.kept, counts.commits), (701, 3));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_full_queue_gives_boxes_back_and_makes_confirmations_wait() {
+        let (store, go) = SlowStore::new();
+        let running = start(store);
+        running.changes.try_push(keep(0), 0).unwrap();
+        until(|| running.changes.queue.capacity() == QUEUED_CHANGES).await;
+        let pushed = (1..).take_while(|n| running.changes.try_push(keep(1), *n).is_ok()).count();
+        assert_eq!(pushed, QUEUED_CHANGES);
+        let waiting = running.changes.push(confirm(vec![3, 4]), u64::MAX);
+        tokio::pin!(waiting);
+        assert!((&mut waiting).now_or_never().is_none());
+        (0..10).for_each(|_| go.send(()).unwrap());
+        soon(waiting).await;
+        until(|| running.answers.lock().unwrap().len() == QUEUED_CHANGES + 2).await;
+        assert_eq!(running.statistics.snapshot().confirmed, 2);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_store_that_fails_answers_so_and_still_takes_what_makes_room() {
+        let (store, go) = SlowStore::new();
+        store.is_full.store(true, Ordering::Relaxed);
+        let running = start(store.clone());
+        running.changes.try_push(confirm(vec![1]), 0).unwrap();
+        until(|| running.changes.queue.capacity() == QUEUED_CHANGES).await;
+        for (n, change) in [(1, keep(1)), (2, confirm(vec![2])), (3, keep(3))] {
+            running.changes.try_push(change, n).unwrap();
+        }
+        (0..3).for_each(|_| go.send(()).unwrap());
+        until(|| running.answers.lock().unwrap().len() == 4).await;
+        let done = Some(Outcome::Done);
+        let expected = [(0, done), (1, None), (2, done), (3, None)];
+        assert_eq!(*running.answers.lock().unwrap(), expected);
+        assert_eq!(running.statistics.snapshot().failed, 2);
+        assert_eq!(*store.batches.lock().unwrap(), [1, 3, 1]);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn what_waits_when_it_stops_is_stored_and_nothing_more_is_taken() {
+        let (store, go) = SlowStore::new();
+        let mut running = start(store);
+        running.changes.try_push(keep(0), 0).unwrap();
+        until(|| running.changes.queue.capacity() == QUEUED_CHANGES).await;
+        for n in 1..=5 {
+            running.changes.try_push(keep(0), n).unwrap();
+        }
+        running.stop.send_replace(true);
+        (0..2).for_each(|_| go.send(()).unwrap());
+        soon(running.task.join_next()).await.unwrap().unwrap();
+        assert_eq!(running.answers.lock().unwrap().len(), 6);
+        assert!(running.changes.try_push(keep(0), 9).is_err());
+        soon(running.changes.push(keep(0), 9)).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn who_has_just_logged_in_makes_no_room_for_somebody_else() {
+        const TODAY: Day = 20_000;
+        const DAY: u64 = 24 * 60 * 60;
+        let at = |day: Day| UnixTime(u64::from(day) * DAY);
+        let folder = tempfile::tempdir().unwrap();
+        let limits = Limits { registrations: 1, ..Limits::default() };
+        let store = Arc::new(RedbStore::open(folder.path(), limits).unwrap());
+        let register = |client| Change::Register { client, token: TokenHash::from_bytes([1; 32]) };
+        store.apply(&[register(CLIENT)], at(TODAY)).unwrap();
+        let (now, clock) = watch::channel(at(TODAY + 1));
+        let (changes, group_commit) =
+            GroupCommit::at(store.clone(), Arc::default(), Clock::Fake(clock));
+        let (_stop, stopped) = watch::channel(false);
+        let answers = Answers::default();
+        let taken = answers.clone();
+        // Both before it begins, so that the login cannot have been written before.
+        changes.note_login(CLIENT);
+        changes.try_push(register([2; 32]), 0_u64).unwrap();
+        let mut task = JoinSet::new();
+        task.spawn(group_commit.run(stopped, move |batch| {
+            taken.lock().unwrap().extend(batch.iter().map(|done| (done.waiting, done.outcome)));
+        }));
+        until(|| answers.lock().unwrap().len() == 1).await;
+        assert_eq!(answers.lock().unwrap()[0].1, Some(Outcome::StoreFull));
+        assert_eq!(store.last_login(&CLIENT), (TODAY + 1, true));
+        // Logins are written by themselves too.
+        now.send_replace(at(TODAY + 2));
+        changes.note_login(CLIENT);
+        until(|| store.last_login(&CLIENT).0 == TODAY + 2).await;
     }
 }

@@ -18,6 +18,8 @@ mod shares;
 mod statistics;
 #[cfg(test)]
 mod tests;
+#[cfg(all(test, unix))]
+mod trouble_tests;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -46,7 +48,7 @@ pub struct Limits {
     /// Bytes of boxes for one client.
     pub client_bytes: u64,
     /// Boxes for one client.
-    pub client_messages: u64,
+    pub client_boxes: u64,
     /// Bytes of boxes for all clients together.
     pub total_bytes: u64,
     /// What was not confirmed for that long is let go, in whole hours; at most [`MAX_EXPIRY`].
@@ -63,7 +65,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             client_bytes: 64 * 1024 * 1024,
-            client_messages: 65_536,
+            client_boxes: 65_536,
             total_bytes: 8 * 1024 * 1024 * 1024,
             expiry: Duration::from_secs(7 * 24 * 60 * 60),
             registrations: MAX_REGISTRATIONS,
@@ -131,7 +133,7 @@ pub enum Outcome {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Boxes.
-    pub messages: u64,
+    pub boxes: u64,
     /// Their bytes.
     pub bytes: u64,
 }
@@ -140,7 +142,7 @@ pub struct Usage {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Expired {
     /// Boxes that were let go.
-    pub messages: u64,
+    pub boxes: u64,
     /// Whether all clients have been looked at: the next call begins anew.
     pub is_done: bool,
 }

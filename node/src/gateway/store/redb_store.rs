@@ -299,7 +299,7 @@ impl<'txn> Batch<'txn> {
         }
         let number = share.add(bytes, self.now);
         self.deliveries.insert((*client, number), sealed)?;
-        self.usage.messages += 1;
+        self.usage.boxes += 1;
         self.usage.bytes += bytes;
         self.shares.insert(*client, Some(share));
         self.is_changed = true;
@@ -319,7 +319,7 @@ impl<'txn> Batch<'txn> {
 
     fn remove(&mut self, share: &mut Share, bytes: u64) {
         share.remove(bytes);
-        self.usage.messages = self.usage.messages.saturating_sub(1);
+        self.usage.boxes = self.usage.boxes.saturating_sub(1);
         self.usage.bytes = self.usage.bytes.saturating_sub(bytes);
         self.is_changed = true;
     }
@@ -339,8 +339,8 @@ impl<'txn> Batch<'txn> {
 
     fn stored_share(&self, client: &ClientId) -> Result<Share, redb::Error> {
         let stored = self.share_table.get(client)?.map(|entry| entry.value());
-        let (last_number, messages, bytes) = stored.unwrap_or_default();
-        Ok(Share { last_number, messages, bytes })
+        let (last_number, boxes, bytes) = stored.unwrap_or_default();
+        Ok(Share { last_number, boxes, bytes })
     }
 
     /// Lets go of all that is kept for a client whose registration went.
@@ -349,7 +349,7 @@ impl<'txn> Batch<'txn> {
             Some(share) => share,
             None => self.stored_share(client)?,
         };
-        if share.messages > 0 {
+        if share.boxes > 0 {
             for bytes in self.extract(client, u64::MAX, usize::MAX)? {
                 self.remove(&mut share, bytes);
             }
@@ -388,18 +388,18 @@ impl<'txn> Batch<'txn> {
         let mut expired = Expired::default();
         let mut left = EXPIRE_MESSAGES;
         let mut reached = from;
-        for (client, (last_number, messages, bytes)) in candidates {
+        for (client, (last_number, boxes, bytes)) in candidates {
             reached = client;
-            if messages == 0 {
+            if boxes == 0 {
                 continue;
             }
-            let mut share = Share { last_number, messages, bytes };
+            let mut share = Share { last_number, boxes, bytes };
             let removed = self.extract(&client, oldest, left)?;
             if removed.is_empty() {
                 continue;
             }
             left -= removed.len();
-            expired.messages += removed.len() as u64;
+            expired.boxes += removed.len() as u64;
             removed.into_iter().for_each(|bytes| self.remove(&mut share, bytes));
             self.shares.insert(client, Some(share));
             if left == 0 {
@@ -414,8 +414,8 @@ impl<'txn> Batch<'txn> {
     fn finish(mut self) -> Result<Finished, redb::Error> {
         if self.is_changed {
             for (client, share) in &self.shares {
-                let Some(Share { last_number, messages, bytes }) = share else { continue };
-                self.share_table.insert(client, (*last_number, *messages, *bytes))?;
+                let Some(Share { last_number, boxes, bytes }) = share else { continue };
+                self.share_table.insert(client, (*last_number, *boxes, *bytes))?;
             }
         }
         let made_room_on = self.registrations.made_room_on;
@@ -461,8 +461,8 @@ fn prepare(database: &Database) -> Result<Usage, redb::Error> {
     }
     let mut usage = Usage::default();
     for entry in database.begin_read()?.open_table(SHARES)?.iter()? {
-        let (_, messages, bytes) = entry?.1.value();
-        usage.messages += messages;
+        let (_, boxes, bytes) = entry?.1.value();
+        usage.boxes += boxes;
         usage.bytes += bytes;
     }
     Ok(usage)

@@ -22,7 +22,7 @@ pub struct Share {
     /// The highest number that was ever used.
     pub last_number: u64,
     /// Boxes.
-    pub messages: u64,
+    pub boxes: u64,
     /// Their bytes.
     pub bytes: u64,
 }
@@ -31,14 +31,14 @@ impl Share {
     /// Takes a box of so many bytes in, under the number that this returns.
     pub fn add(&mut self, bytes: u64, now: UnixTime) -> u64 {
         self.last_number = (self.last_number + 1).max(first_number(now));
-        self.messages += 1;
+        self.boxes += 1;
         self.bytes += bytes;
         self.last_number
     }
 
     /// Lets a box of so many bytes go.
     pub fn remove(&mut self, bytes: u64) {
-        self.messages = self.messages.saturating_sub(1);
+        self.boxes = self.boxes.saturating_sub(1);
         self.bytes = self.bytes.saturating_sub(bytes);
     }
 }
@@ -67,7 +67,7 @@ pub fn judge(limits: &Limits, share: &Share, usage: &Usage, bytes: u64) -> Resul
         return Err(Outcome::StoreFull);
     }
     let client_bytes = limits.client_bytes.min((rest / PART_OF_REST).max(bytes));
-    if share.messages >= limits.client_messages || share.bytes + bytes > client_bytes {
+    if share.boxes >= limits.client_boxes || share.bytes + bytes > client_bytes {
         return Err(Outcome::ClientFull);
     }
     Ok(())
@@ -81,7 +81,7 @@ mod tests {
     const BOX_BYTES: u64 = 1635;
 
     fn limits() -> Limits {
-        Limits { client_bytes: 10 * BOX_BYTES, client_messages: 7, ..Limits::default() }
+        Limits { client_bytes: 10 * BOX_BYTES, client_boxes: 7, ..Limits::default() }
     }
 
     #[test]
@@ -93,7 +93,7 @@ mod tests {
             assert!(number > last, "{now}");
             last = number;
         }
-        assert_eq!(share, Share { last_number: last, messages: 8, bytes: 8 });
+        assert_eq!(share, Share { last_number: last, boxes: 8, bytes: 8 });
     }
 
     #[test]
@@ -108,20 +108,20 @@ mod tests {
     }
 
     #[test]
-    fn bytes_and_messages_of_a_client_are_bounded() {
+    fn bytes_and_boxes_of_a_client_are_bounded() {
         let usage = Usage::default();
         let of_bytes = |bytes| Share { bytes, ..Share::default() };
         let full = Err(Outcome::ClientFull);
         assert_eq!(judge(&limits(), &of_bytes(9 * BOX_BYTES), &usage, BOX_BYTES), Ok(()));
         assert_eq!(judge(&limits(), &of_bytes(9 * BOX_BYTES + 1), &usage, BOX_BYTES), full);
-        let of_messages = |messages| Share { messages, ..Share::default() };
-        assert_eq!(judge(&limits(), &of_messages(6), &usage, BOX_BYTES), Ok(()));
-        assert_eq!(judge(&limits(), &of_messages(7), &usage, BOX_BYTES), full);
+        let of_boxes = |boxes| Share { boxes, ..Share::default() };
+        assert_eq!(judge(&limits(), &of_boxes(6), &usage, BOX_BYTES), Ok(()));
+        assert_eq!(judge(&limits(), &of_boxes(7), &usage, BOX_BYTES), full);
     }
 
     #[test]
     fn all_together_are_bounded() {
-        let usage = Usage { bytes: limits().total_bytes - BOX_BYTES, messages: 1 };
+        let usage = Usage { bytes: limits().total_bytes - BOX_BYTES, boxes: 1 };
         assert_eq!(judge(&limits(), &Share::default(), &usage, BOX_BYTES), Ok(()));
         let full = Err(Outcome::StoreFull);
         assert_eq!(judge(&limits(), &Share::default(), &usage, BOX_BYTES + 1), full);
@@ -138,11 +138,11 @@ mod tests {
                 usage.bytes += BOX_BYTES;
             }
         }
-        let (mut share, mut messages) = (Share::default(), 0);
+        let (mut share, mut boxes) = (Share::default(), 0);
         while judge(&limits, &share, &usage, BOX_BYTES).is_ok() {
             share.add(BOX_BYTES, UnixTime(0));
-            messages += 1;
+            boxes += 1;
         }
-        assert!(messages > 500 && usage.bytes < limits.total_bytes, "{messages}");
+        assert!(boxes > 500 && usage.bytes < limits.total_bytes, "{boxes}");
     }
 }

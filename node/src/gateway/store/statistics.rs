@@ -67,8 +67,8 @@ impl Statistics {
         self.confirmed.fetch_add(numbers, Ordering::Relaxed);
     }
 
-    pub(super) fn add_expired(&self, messages: u64) {
-        self.expired.fetch_add(messages, Ordering::Relaxed);
+    pub(super) fn add_expired(&self, boxes: u64) {
+        self.expired.fetch_add(boxes, Ordering::Relaxed);
     }
 
     pub(super) fn add_commit(&self) {

@@ -81,12 +81,12 @@ impl TestStore {
     }
 
     fn expire(&self, now: UnixTime) -> u64 {
-        let mut messages = 0;
+        let mut boxes = 0;
         loop {
             let expired = self.store.expire(now).unwrap();
-            messages += expired.messages;
+            boxes += expired.boxes;
             if expired.is_done {
-                return messages;
+                return boxes;
             }
         }
     }
@@ -108,7 +108,7 @@ fn what_is_kept_is_read_in_order_until_it_is_confirmed() {
         assert_eq!(store.kept(&other).0, [9]);
         let next = store.store.deliveries(&one, numbers[1], 2).unwrap();
         assert_eq!(next.iter().map(|kept| kept.number).collect::<Vec<_>>(), numbers[2..4]);
-        assert_eq!(store.store.usage(), Usage { messages: 6, bytes });
+        assert_eq!(store.store.usage(), Usage { boxes: 6, bytes });
         store = store.reopen(Limits::default());
     }
     let numbers = store.kept(&one).1;
@@ -119,7 +119,7 @@ fn what_is_kept_is_read_in_order_until_it_is_confirmed() {
     store.confirm(&pair().0, vec![of_other]);
     assert_eq!(store.kept(&one).0, [1, 2, 4]);
     assert_eq!(store.kept(&other).0, [9]);
-    let usage = Usage { messages: 4, bytes: 4 * BOX_BYTES as u64 };
+    let usage = Usage { boxes: 4, bytes: 4 * BOX_BYTES as u64 };
     assert_eq!(store.store.usage(), usage);
     let store = store.reopen(Limits::default());
     assert_eq!((store.kept(&one).0, store.store.usage()), (vec![1, 2, 4], usage));
@@ -156,8 +156,8 @@ fn no_number_is_used_twice_also_when_everything_was_confirmed_before_a_restart()
 #[test]
 fn a_full_share_refuses_and_keeps_what_it_has() {
     let by_bytes = Limits { client_bytes: 3 * BOX_BYTES as u64, ..Limits::default() };
-    let by_messages = Limits { client_messages: 3, ..Limits::default() };
-    for limits in [by_bytes, by_messages] {
+    let by_boxes = Limits { client_boxes: 3, ..Limits::default() };
+    for limits in [by_bytes, by_boxes] {
         let store = TestStore::new(limits);
         let (one, other) = (store.client(), store.client());
         // Also within one batch.
@@ -204,7 +204,7 @@ fn boxes_expire_after_their_time_whoever_they_are_for() {
     assert_eq!(store.expire(at(7 * 24 + 1)), 2);
     assert_eq!((store.kept(&one).0, store.kept(&other).0), (vec![3], vec![2]));
     assert_eq!(store.expire(at(7 * 24 + 2)), 1);
-    let usage = Usage { messages: 1, bytes: BOX_BYTES as u64 };
+    let usage = Usage { boxes: 1, bytes: BOX_BYTES as u64 };
     assert_eq!(store.store.usage(), usage);
     let store = store.reopen(limits);
     assert_eq!((store.kept(&one).0, store.store.usage()), (vec![3], usage));
@@ -213,7 +213,7 @@ fn boxes_expire_after_their_time_whoever_they_are_for() {
 /// More boxes and clients than one transaction takes.
 #[test]
 fn expiry_gets_to_all_in_the_end() {
-    let limits = Limits { client_messages: u64::MAX, ..Limits::default() };
+    let limits = Limits { client_boxes: u64::MAX, ..Limits::default() };
     let store = TestStore::new(limits);
     let clients: Vec<_> = (0..4500).map(|_| pair()).collect();
     let register = |(client, token): &(ClientId, TokenHash)| Change::Register {
@@ -228,8 +228,8 @@ fn expiry_gets_to_all_in_the_end() {
     store.store.apply(&changes, NOW).unwrap();
     let much_later = UnixTime(NOW.0 + 30 * DAY);
     let first = store.store.expire(much_later).unwrap();
-    assert!(!first.is_done && first.messages < 2000, "{first:?}");
-    assert_eq!(first.messages + store.expire(much_later), 7500);
+    assert!(!first.is_done && first.boxes < 2000, "{first:?}");
+    assert_eq!(first.boxes + store.expire(much_later), 7500);
     assert_eq!(store.store.usage(), Usage::default());
     assert_eq!(store.expire(much_later), 0);
 }
@@ -275,7 +275,7 @@ fn who_never_logged_in_makes_room_the_next_day_with_all_that_was_kept_for_it() {
     assert_eq!(outcome, Outcome::Done);
     assert!(store.has(&used) && store.has(&next) && !store.has(&unused));
     assert_eq!((store.kept(&used).0, store.kept(&unused).0), (vec![1], vec![]));
-    let usage = Usage { messages: 1, bytes: BOX_BYTES as u64 };
+    let usage = Usage { boxes: 1, bytes: BOX_BYTES as u64 };
     assert_eq!(store.store.usage(), usage);
     assert_eq!(store.reopen(at_most(2)).store.usage(), usage);
 }
