@@ -188,11 +188,13 @@ async fn streams_and_messages_share_a_connection() {
     let fills: Vec<_> = (0..50).collect();
     sender.send_acked(&net, &person, &fills).await;
     let mut link = net.receive(&person).await;
-    for packet in net.packets_for(&person, 0..COUNT) {
+    let all = net.packets_for(&person, 0..COUNT);
+    let packets = all.len();
+    for packet in all {
         sender.last_mix.send(&net.net.identity(EXIT), packet);
     }
     let (mut delivered, mut numbers) = (Vec::new(), Vec::new());
-    while delivered.len() < fills.len() || numbers.len() < COUNT as usize {
+    while delivered.len() + numbers.len() < fills.len() + packets {
         match soon(link.receiver.recv()).await.unwrap() {
             Arrival::Delivery(kept) => delivered.push(kept.sealed[0]),
             packet => numbers.push(number(&person, packet)),

@@ -119,7 +119,7 @@ fn killed(folder: &Path) -> Vec<Told> {
 
 #[test]
 fn a_killed_process_forgets_nothing_that_it_told() {
-    const ROUNDS: usize = 25;
+    const ROUNDS: usize = 50;
     let folder = tempfile::tempdir().unwrap();
     let mut highest = [0; 4];
     for round in 0..ROUNDS {
