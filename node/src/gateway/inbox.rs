@@ -153,3 +153,128 @@ impl Inbox {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use futures_util::FutureExt;
+    use mixsocks_common::gateway::token::TokenHash;
+    use mixsocks_common::topology::UnixTime;
+
+    use super::super::store::{Change, Expired, Outcome, Usage};
+    use super::*;
+
+    const BOX_BYTES: usize = 1635;
+
+    /// So many deliveries, unless it fails.
+    #[derive(Debug, Default)]
+    struct TestStore {
+        boxes: AtomicU64,
+        fails: AtomicBool,
+    }
+
+    impl Store for TestStore {
+        fn apply(&self, _: &[Change], _: UnixTime) -> Result<Vec<Outcome>, StoreError> {
+            unreachable!("nobody writes")
+        }
+
+        fn deliveries(
+            &self,
+            _: &ClientId,
+            after: u64,
+            max: usize,
+        ) -> Result<Vec<KeptBox>, StoreError> {
+            if self.fails.load(Ordering::Relaxed) {
+                return Err(StoreError::Closed("test".into()));
+            }
+            let numbers = after + 1..=self.boxes.load(Ordering::Relaxed);
+            let kept = |number| KeptBox { number, sealed: vec![0; BOX_BYTES] };
+            Ok(numbers.take(max).map(kept).collect())
+        }
+
+        fn token_hash(&self, _: &ClientId) -> Result<Option<TokenHash>, StoreError> {
+            unreachable!("nobody logs in")
+        }
+
+        fn expire(&self, _: UnixTime) -> Result<Expired, StoreError> {
+            unreachable!("nothing expires")
+        }
+
+        fn usage(&self) -> Usage {
+            Usage::default()
+        }
+    }
+
+    fn inbox(boxes: u64) -> (Arc<TestStore>, Arc<Wishes>, Inbox) {
+        let (store, wishes) = (Arc::<TestStore>::default(), Arc::<Wishes>::default());
+        store.boxes.store(boxes, Ordering::Relaxed);
+        let inbox = Inbox::new([1; 32], store.clone(), wishes.clone(), BOX_BYTES);
+        (store, wishes, inbox)
+    }
+
+    /// All that can be sent until there is nothing more to read.
+    async fn sent(inbox: &mut Inbox) -> Vec<u64> {
+        let mut numbers = Vec::new();
+        loop {
+            inbox.poll();
+            if inbox.reading.is_none() && inbox.ready() == 0 {
+                return numbers;
+            }
+            if inbox.reading.is_some() {
+                inbox.changed().await;
+            }
+            assert!(inbox.ready() * BOX_BYTES <= READ_BYTES);
+            numbers.extend(std::iter::from_fn(|| inbox.next()).map(|kept| kept.number));
+        }
+    }
+
+    #[tokio::test]
+    async fn each_delivery_is_sent_once_and_few_are_held() {
+        let (store, wishes, mut inbox) = inbox(100);
+        assert_eq!(sent(&mut inbox).await, [], "nobody has asked");
+        wishes.receive();
+        assert_eq!(sent(&mut inbox).await, (1..=100).collect::<Vec<_>>());
+        assert_eq!(sent(&mut inbox).await, []);
+        store.boxes.store(103, Ordering::Relaxed);
+        inbox.handle_new();
+        assert_eq!(sent(&mut inbox).await, [101, 102, 103]);
+        wishes.receive();
+        assert_eq!(sent(&mut inbox).await, (1..=103).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn the_largest_boxes_are_sent_one_at_a_time() {
+        let inbox = Inbox::new([1; 32], Arc::new(TestStore::default()), Arc::default(), 32_355);
+        assert_eq!(inbox.at_once, 1);
+    }
+
+    #[tokio::test]
+    async fn no_more_can_be_confirmed_than_was_sent() {
+        let (_, wishes, mut inbox) = inbox(5);
+        assert_eq!(wishes.confirm(vec![1, 2]), []);
+        wishes.receive();
+        sent(&mut inbox).await;
+        assert_eq!(wishes.confirm(vec![1, 2, 9]), [1, 2, 9]);
+        assert_eq!(wishes.confirm(vec![3, 4, 5]), [3, 4]);
+        assert_eq!(wishes.confirm(vec![5]), []);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_store_that_fails_is_asked_again_after_a_while() {
+        let (store, wishes, mut inbox) = inbox(3);
+        store.fails.store(true, Ordering::Relaxed);
+        wishes.receive();
+        let start = Instant::now();
+        inbox.poll();
+        inbox.changed().await;
+        store.fails.store(false, Ordering::Relaxed);
+        assert_eq!(sent(&mut inbox).await, []);
+        assert!(inbox.changed().now_or_never().is_none());
+        inbox.changed().await;
+        assert!(start.elapsed() >= RETRY_AFTER && start.elapsed() < 2 * RETRY_AFTER);
+        assert_eq!(sent(&mut inbox).await, [1, 2, 3]);
+        let nothing = tokio::time::timeout(Duration::from_secs(60), inbox.changed());
+        assert!(nothing.await.is_err(), "it waits for something new");
+    }
+}
