@@ -7,6 +7,7 @@ pub mod directory;
 pub mod gateway;
 pub mod keys;
 pub mod link;
+pub mod message;
 pub mod replay;
 pub mod session;
 mod signed_text;
