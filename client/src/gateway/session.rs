@@ -17,8 +17,9 @@ use mixsocks_common::gateway::token::Token;
 use mixsocks_common::keys::Identity;
 use mixsocks_common::link::redial::Failure;
 use mixsocks_common::link::{FrameBody, FrameCodec, Redial, tls};
+use mixsocks_common::message::packet::MessageSizes;
 use mixsocks_common::topology::Role;
-use mixsocks_sphinx::{HEADER_LEN, HopAddress, Packet, SURB_LEN, max_plaintext};
+use mixsocks_sphinx::{HEADER_LEN, HopAddress, Packet, max_plaintext};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_tungstenite::tungstenite::Message;
@@ -400,19 +401,16 @@ impl<'a> Carrier<'a> {
                 GatewayMessage::Evicted => Err(GatewayLinkError::Evicted),
                 GatewayMessage::Goodbye => Err(GatewayLinkError::Closed),
                 GatewayMessage::Delivery(kept) if self.receives_messages => {
-                    if kept.sealed.len() != self.box_bytes() {
-                        return Err(GatewayLinkError::Unexpected("box size"));
+                    let contents_bytes = max_plaintext(self.codec.packet_bytes() - HEADER_LEN);
+                    let sizes = MessageSizes::new(contents_bytes);
+                    match sizes.is_some_and(|sizes| kept.sealed.len() == sizes.box_bytes()) {
+                        true => Ok(Some(Arrival::Delivery(kept))),
+                        false => Err(GatewayLinkError::Unexpected("box size")),
                     }
-                    Ok(Some(Arrival::Delivery(kept)))
                 }
                 message => Err(GatewayLinkError::Unexpected(message.name())),
             },
         }
-    }
-
-    /// Bytes of each box: what the packets of a sender hold beside the acknowledgement's SURB.
-    fn box_bytes(&self) -> usize {
-        max_plaintext(self.codec.packet_bytes() - HEADER_LEN) - SURB_LEN
     }
 
     async fn write(

@@ -2,6 +2,7 @@
 
 use mixsocks_client::gateway::{Arrival, GatewayLink};
 use mixsocks_common::gateway::message::{ClientMessage, Confirmed, GatewayMessage, KeptBox};
+use mixsocks_common::message::packet::AckStatus;
 use mixsocks_sphinx::{
     Hop, ReplyRecovery, Route, SURB_LEN, SecretKey, build_packets, build_surbs, finish,
     max_plaintext, open_headers, recover_replies,
@@ -61,8 +62,8 @@ impl Sender {
         self.last_mix.send(&net.net.identity(EXIT), packet);
     }
 
-    /// The contents of the next acknowledgement, as its sender gets them.
-    async fn ack(&mut self, net: &GatewayNet) -> Vec<u8> {
+    /// The next acknowledgement, as its sender gets it.
+    async fn ack(&mut self, net: &GatewayNet) -> AckStatus {
         let mut packet = soon(self.acks.recv()).await.unwrap();
         for node in [1, 2, 3, ENTRY] {
             packet = match peel(&net.net.sphinx_key(node, 0), packet) {
@@ -76,14 +77,15 @@ impl Sender {
         let is_it = |recovery: &ReplyRecovery| recovery.identifier() == identifier;
         let at = self.recoveries.iter().position(is_it).expect("each SURB is used once");
         let recovery = self.recoveries.remove(at);
-        recover_replies(vec![(recovery, payload)]).remove(0).unwrap()
+        let contents = recover_replies(vec![(recovery, payload)]).remove(0).unwrap();
+        AckStatus::from_bytes(&contents).unwrap()
     }
 
     /// Sends, and waits for the acknowledgement.
     async fn send_acked(&mut self, net: &GatewayNet, to: &Person, fills: &[u8]) {
         for fill in fills {
             self.send(net, to, *fill);
-            assert_eq!(self.ack(net).await, [1, 0]);
+            assert_eq!(self.ack(net).await, AckStatus::Stored);
         }
     }
 }
@@ -164,7 +166,7 @@ async fn who_is_there_gets_each_message_once() {
     for fill in 0..100 {
         sender.send(&net, &person, fill);
         numbers.extend(deliveries(&mut link, &[fill]).await);
-        assert_eq!(sender.ack(&net).await, [1, 0]);
+        assert_eq!(sender.ack(&net).await, AckStatus::Stored);
     }
     assert!(numbers.is_sorted_by(|a, b| a < b));
     // Also when many came before it looked.
@@ -226,12 +228,17 @@ async fn senders_are_told_what_is_not_kept_and_why() {
     let gateway = net.start().await;
     let mut sender = Sender::new(&mut net);
     let stranger = net.person();
-    let people = [net.absent().await, net.absent().await, net.absent().await];
+    let people = [net.absent().await, net.absent().await];
     // The whole store is so small that each has room for one.
-    let expected = [(&stranger, 2), (&people[0], 0), (&people[0], 1), (&people[1], 0)];
+    let expected = [
+        (&stranger, AckStatus::UnknownClient),
+        (&people[0], AckStatus::Stored),
+        (&people[0], AckStatus::ShareFull),
+        (&people[1], AckStatus::Stored),
+    ];
     for (to, status) in expected {
         sender.send(&net, to, 9);
-        assert_eq!(sender.ack(&net).await, [1, status]);
+        assert_eq!(sender.ack(&net).await, status);
     }
     let mut link = net.receive(&people[0]).await;
     let numbers = deliveries(&mut link, &[9]).await;

@@ -8,8 +8,9 @@
 use std::sync::Arc;
 
 use mixsocks_common::keys::Identity;
+use mixsocks_common::message::packet::{ACK_LEN, AckStatus, MessageContents, MessageSizes};
 use mixsocks_sphinx::{
-    HopAddress, Identifier, Payload, SURB_LEN, Surb, max_plaintext, open_payloads, use_surbs,
+    HopAddress, Identifier, Payload, Surb, max_plaintext, open_payloads, use_surbs,
 };
 use tokio::sync::oneshot;
 
@@ -21,9 +22,6 @@ use crate::counters::{Counters, DropReason};
 
 /// Acknowledgements that are made at a time: no more packets than needed are held in memory.
 const ACKS_AT_ONCE: usize = 64;
-
-/// First byte of the contents of an acknowledgement; its status follows.
-const ACK: u8 = 1;
 
 /// What waits for the outcome of a change.
 pub(super) enum Waiting {
@@ -45,7 +43,7 @@ pub(super) struct FinalPacket {
 pub(super) struct Messages {
     pub(super) store: Arc<dyn Store>,
     pub(super) changes: Changes<Waiting>,
-    payload_bytes: usize,
+    sizes: MessageSizes,
     counters: Arc<Counters>,
 }
 
@@ -56,7 +54,9 @@ impl Messages {
         payload_bytes: usize,
         counters: Arc<Counters>,
     ) -> Self {
-        Self { store, changes, payload_bytes, counters }
+        let sizes = MessageSizes::new(max_plaintext(payload_bytes));
+        let sizes = sizes.expect("the packets of every network hold messages");
+        Self { store, changes, sizes, counters }
     }
 
     /// Takes message packets: hands their boxes to the store, or drops and counts them. Never waits.
@@ -68,32 +68,25 @@ impl Messages {
             let taken = contents
                 .ok()
                 .filter(|_| identifier == Identifier::default())
-                .and_then(|contents| self.split(contents))
                 .ok_or(DropReason::MalformedMessage)
-                .and_then(|(surb, sealed)| {
-                    let change = Change::Keep { client, sealed };
-                    let pushed = self.changes.try_push(change, Waiting::Sender(surb));
-                    pushed.map_err(|_| DropReason::StoreBusy)
-                });
+                .and_then(|contents| self.keep(client, &contents));
             if let Err(reason) = taken {
                 self.counters.add_drop(reason);
             }
         }
     }
 
-    /// The acknowledgement's SURB, and the box that fills the rest.
-    fn split(&self, mut contents: Vec<u8>) -> Option<(Surb, Vec<u8>)> {
-        if contents.len() != max_plaintext(self.payload_bytes) {
-            return None;
-        }
-        let surb = Surb::from_bytes(contents.first_chunk::<SURB_LEN>()?).ok()?;
-        contents.drain(..SURB_LEN);
-        Some((surb, contents))
+    fn keep(&self, client: HopAddress, contents: &[u8]) -> Result<(), DropReason> {
+        let MessageContents { ack_surb, sealed_box } = MessageContents::parse(contents, self.sizes)
+            .map_err(|_| DropReason::MalformedMessage)?;
+        let change = Change::Keep { client, sealed: sealed_box.to_vec() };
+        let pushed = self.changes.try_push(change, Waiting::Sender(ack_surb));
+        pushed.map_err(|_| DropReason::StoreBusy)
     }
 
     /// The deliveries for a connection.
     pub(super) fn inbox(&self, client: &Identity, wishes: Arc<Wishes>) -> Inbox {
-        let box_bytes = max_plaintext(self.payload_bytes) - SURB_LEN;
+        let box_bytes = self.sizes.box_bytes();
         Inbox::new(*client.as_bytes(), self.store.clone(), wishes, box_bytes)
     }
 
@@ -129,7 +122,7 @@ impl Answers {
                     if let (Change::Keep { client, .. }, Some(Outcome::Done)) = (&change, outcome) {
                         self.clients.notify(client);
                     }
-                    acks.push((surb, [ACK, status(outcome)]));
+                    acks.push((surb, status(outcome).to_bytes()));
                 }
                 Waiting::Registration(answer) => {
                     // Whoever waited may be gone.
@@ -143,22 +136,22 @@ impl Answers {
         }
     }
 
-    fn send(&self, acks: Vec<(Surb, [u8; 2])>) {
+    fn send(&self, acks: Vec<(Surb, [u8; ACK_LEN])>) {
         let (surbs, contents): (Vec<_>, Vec<_>) = acks.into_iter().unzip();
         let requests = surbs.into_iter().zip(contents.iter().map(|contents| &contents[..]));
         for packet in use_surbs(self.payload_bytes, requests.collect()) {
-            let (first_hop, packet) = packet.expect("two bytes fit every payload");
+            let (first_hop, packet) = packet.expect("an acknowledgement fits every payload");
             self.uplink.send(&first_hop, packet);
         }
     }
 }
 
 /// How an acknowledgement says what became of a box.
-fn status(outcome: Option<Outcome>) -> u8 {
+fn status(outcome: Option<Outcome>) -> AckStatus {
     match outcome {
-        Some(Outcome::Done) => 0,
-        Some(Outcome::ClientFull) => 1,
-        Some(Outcome::UnknownClient) => 2,
-        Some(Outcome::StoreFull) | None => 3,
+        Some(Outcome::Done) => AckStatus::Stored,
+        Some(Outcome::ClientFull) => AckStatus::ShareFull,
+        Some(Outcome::UnknownClient) => AckStatus::UnknownClient,
+        Some(Outcome::StoreFull) | None => AckStatus::StoreUnavailable,
     }
 }
