@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 /// The smallest of recent values: of the last one to two times `span`.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct RecentMin {
+pub(crate) struct RecentMin {
     span: Duration,
     current: Option<f64>,
     previous: Option<f64>,
@@ -12,11 +12,11 @@ pub(super) struct RecentMin {
 }
 
 impl RecentMin {
-    pub(super) fn new(now: Instant, span: Duration) -> Self {
+    pub(crate) fn new(now: Instant, span: Duration) -> Self {
         Self { span, current: None, previous: None, since: now }
     }
 
-    pub(super) fn update(&mut self, value: f64, now: Instant) {
+    pub(crate) fn update(&mut self, value: f64, now: Instant) {
         if now.saturating_duration_since(self.since) >= self.span {
             self.previous = self.current.take();
             self.since = now;
@@ -24,7 +24,7 @@ impl RecentMin {
         self.current = Some(self.current.map_or(value, |current| current.min(value)));
     }
 
-    pub(super) fn min(&self) -> Option<f64> {
+    pub(crate) fn min(&self) -> Option<f64> {
         match (self.current, self.previous) {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),
@@ -34,14 +34,14 @@ impl RecentMin {
 
 /// A smoothed value and its mean deviation, in seconds.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Smoothed {
+pub(crate) struct Smoothed {
     value: f64,
     deviation: f64,
     samples: u64,
 }
 
 impl Smoothed {
-    pub(super) fn update(&mut self, sample: f64) {
+    pub(crate) fn update(&mut self, sample: f64) {
         if self.samples == 0 {
             self.value = sample;
             self.deviation = sample.abs() / 2.0;
@@ -53,7 +53,7 @@ impl Smoothed {
     }
 
     /// Room for what is usual, and for four deviations more.
-    pub(super) fn room(&self) -> f64 {
+    pub(crate) fn room(&self) -> f64 {
         (self.value + 4.0 * self.deviation).max(0.0)
     }
 }
@@ -83,7 +83,7 @@ const CLOCK_JUMP_SECONDS: f64 = 15.0;
 
 /// Queueing on a path, from times of which only differences mean something.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Queueing {
+pub(crate) struct Queueing {
     base: RecentMin,
     standing: RecentMin,
     smoothed: Smoothed,
@@ -94,7 +94,7 @@ pub(super) struct Queueing {
 impl Queueing {
     /// Nothing is known yet; trips take `unknown` seconds more than the shortest one for reasons
     /// that are no queueing.
-    pub(super) fn new(now: Instant, unknown: f64) -> Self {
+    pub(crate) fn new(now: Instant, unknown: f64) -> Self {
         Self {
             unknown,
             base: RecentMin::new(now, BASE_SPAN),
@@ -104,7 +104,7 @@ impl Queueing {
     }
 
     /// A trip took so many seconds beyond what is known of it.
-    pub(super) fn update(&mut self, trip: f64, now: Instant) {
+    pub(crate) fn update(&mut self, trip: f64, now: Instant) {
         self.base.update(trip, now);
         self.standing.update(trip, now);
         let beyond = trip - self.base.min().unwrap_or(trip);
@@ -113,7 +113,7 @@ impl Queueing {
 
     /// The same for a trip from one clock to another, of which either may have jumped: then all before
     /// means nothing.
-    pub(super) fn update_between_clocks(&mut self, trip: f64, now: Instant) {
+    pub(crate) fn update_between_clocks(&mut self, trip: f64, now: Instant) {
         if self.base().is_some_and(|base| trip - base > CLOCK_JUMP_SECONDS) {
             *self = Self::new(now, self.unknown);
         }
@@ -121,7 +121,7 @@ impl Queueing {
     }
 
     /// The shortest recent trip, in seconds: one without queues.
-    pub(super) fn base(&self) -> Option<f64> {
+    pub(crate) fn base(&self) -> Option<f64> {
         self.base.min()
     }
 
@@ -134,12 +134,12 @@ impl Queueing {
     }
 
     /// Whether there is more queueing than windows aim at.
-    pub(super) fn is_above_target(&self) -> bool {
+    pub(crate) fn is_above_target(&self) -> bool {
         self.standing() > TARGET_QUEUEING_SECONDS
     }
 
     /// Seconds beyond the base that packets need, but for rare ones.
-    pub(super) fn room(&self) -> f64 {
+    pub(crate) fn room(&self) -> f64 {
         self.smoothed.room()
     }
 }
@@ -147,7 +147,7 @@ impl Queueing {
 /// How much may be under way at once: follows the queueing of the path, never its losses, because a
 /// mixnet loses packets at random.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Window {
+pub(crate) struct Window {
     size: f64,
     min: f64,
     max: f64,
@@ -159,7 +159,7 @@ pub(super) struct Window {
 
 impl Window {
     /// A window of `initial` packets that stays within `min` and `max`.
-    pub(super) fn new(now: Instant, initial: u32, min: u32, max: u32) -> Self {
+    pub(crate) fn new(now: Instant, initial: u32, min: u32, max: u32) -> Self {
         let (size, min, max) = (initial.into(), min.into(), max.into());
         Self { size, min, max, is_probing: true, queued: now }
     }
@@ -170,7 +170,7 @@ impl Window {
         clippy::cast_sign_loss,
         reason = "windows are clamped to thousands"
     )]
-    pub(super) fn packets(&self) -> usize {
+    pub(crate) fn packets(&self) -> usize {
         self.size as usize
     }
 
@@ -180,7 +180,7 @@ impl Window {
         clippy::cast_sign_loss,
         reason = "made from a whole number"
     )]
-    pub(super) fn max_packets(&self) -> usize {
+    pub(crate) fn max_packets(&self) -> usize {
         self.max as usize
     }
 
@@ -189,7 +189,7 @@ impl Window {
     /// At first it grows by one for each; when queueing passes the target it shrinks to 0.8 once,
     /// and from then on moves by up to a fifth of what was heard of. After a second in which nothing
     /// queues it grows as at first: what kept it small is gone.
-    pub(super) fn steer(&mut self, now: Instant, queueing: &Queueing, packets: usize) {
+    pub(crate) fn steer(&mut self, now: Instant, queueing: &Queueing, packets: usize) {
         let packets = packets as f64;
         let standing = queueing.standing();
         if standing > TARGET_QUEUEING_SECONDS / 2.0 {
@@ -211,7 +211,7 @@ impl Window {
     }
 }
 
-pub(super) fn seconds(value: f64) -> Duration {
+pub(crate) fn seconds(value: f64) -> Duration {
     // Bounded, so that a wild estimate never overflows a deadline.
     Duration::from_secs_f64(value.clamp(0.0, 60.0))
 }

@@ -26,7 +26,7 @@
 
 mod access;
 mod client;
-mod estimate;
+pub(crate) mod estimate;
 mod flight;
 pub mod frame;
 mod halves;
