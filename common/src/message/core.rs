@@ -1,0 +1,619 @@
+//! Both ends of messages in one core.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use mixsocks_sphinx::{Identifier, Surb};
+use rand::{Rng, RngExt};
+
+use super::awaited::{AckSurbs, Awaited, MadeSurb};
+use super::body::{Body, ReplySurbs, SenderTag};
+use super::conversations::Conversations;
+use super::fragment::{Fragment, MESSAGE_ID_LEN, MessageId};
+use super::inbox::{Arrived, Inbox, Kept, Key, Origin, Sender};
+use super::outbox::{Destination, Outbox, Outcome, Piece};
+use super::packet::{AckStatus, MessageSizes, ReplyContents};
+use super::replies::ReplyStock;
+use super::{FailReason, MAX_MESSAGE_BYTES, MAX_REPLY_SURBS, SendError};
+use crate::address::Address;
+
+/// How long after its last progress a message is given up, unless told otherwise: a gateway is started
+/// again and a laptop opened in that time.
+pub const GIVE_UP_AFTER: Duration = Duration::from_secs(10 * 60);
+
+/// Most acknowledgements that are awaited, late ones among them; the oldest are given up first.
+pub const MAX_AWAITED_ACKS: usize = 32 * 1024;
+
+/// Most replies that are awaited; the oldest are given up first.
+pub const MAX_AWAITED_REPLIES: usize = 32 * 1024;
+
+/// Most acknowledgements of replies that wait to be sent. Beyond, the oldest are dropped: the replier
+/// sends again.
+pub const MAX_OWED_ACKS: usize = 4096;
+
+/// What a core is told at its start.
+#[derive(Debug, Clone)]
+pub struct MessageOptions {
+    /// The sizes of the network.
+    pub sizes: MessageSizes,
+    /// How long after its last progress a message is given up.
+    pub give_up_after: Duration,
+    /// Longest time (p99.9) that the mixes of a reply hold it, whose delays the replier does not know.
+    pub unknown_delays: Duration,
+    /// Messages that the application has had, also before the last start.
+    pub known: Vec<MessageId>,
+}
+
+/// Something to send. Boxes are sealed and SURBs used by the shell.
+#[derive(Debug)]
+pub enum Transmit {
+    /// A fragment for somebody whose address is known. The shell says by [`Messages::sent`] which delays
+    /// it chose, or by [`Messages::unsent`] that there is no route.
+    Message {
+        /// To whom; also the encryption key of the box.
+        recipient: Address,
+        /// The fragment, not sealed yet.
+        fragment: Vec<u8>,
+        /// For the acknowledgement.
+        ack_surb: Surb,
+        /// Names that.
+        ack: Identifier,
+    },
+    /// A fragment for somebody who gave a SURB.
+    Reply {
+        /// What it is sent by.
+        surb: Surb,
+        /// The fragment.
+        fragment: Vec<u8>,
+        /// For the acknowledgement.
+        ack_surb: Surb,
+    },
+    /// An acknowledgement of a reply: [`AckStatus::Stored`].
+    Acknowledgement {
+        /// What it is sent by.
+        surb: Surb,
+    },
+}
+
+/// Names a message that the application was given, until it has taken it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReceivedId(Key);
+
+impl ReceivedId {
+    /// The id to be written down before the application gets the message, so that it is not received
+    /// once more after a restart. Replies need none: nobody keeps them, and their SURBs are forgotten.
+    pub fn to_remember(&self) -> Option<MessageId> {
+        let ReceivedId((origin, id)) = self;
+        (*origin == Origin::Gateway).then_some(*id)
+    }
+}
+
+/// What the application is told.
+#[derive(Clone, PartialEq, Eq)]
+pub enum MessageEvent {
+    /// A message came. [`Messages::taken`] is to be called when the application has it.
+    Received {
+        /// Names it.
+        received: ReceivedId,
+        /// The message.
+        message: Vec<u8>,
+        /// Where it is from.
+        sender: Sender,
+    },
+    /// All of the message is stored durably for its recipient: it will arrive.
+    Delivered(MessageId),
+    /// The message was given up.
+    Failed(MessageId, FailReason),
+}
+
+/// Shows nothing of a message.
+impl std::fmt::Debug for MessageEvent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Received { message, sender, .. } => {
+                write!(f, "Received({} bytes, {sender:?})", message.len())
+            }
+            Self::Delivered(id) => write!(f, "Delivered({id:?})"),
+            Self::Failed(id, reason) => write!(f, "Failed({id:?}, {reason:?})"),
+        }
+    }
+}
+
+/// A recipient that is to be given SURBs because it asked for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Refill {
+    /// Who.
+    pub recipient: Address,
+    /// How many.
+    pub surbs: usize,
+}
+
+/// What a SURB was for by which something came.
+#[derive(Debug)]
+pub struct Purpose(PurposeKind);
+
+#[derive(Debug)]
+enum PurposeKind {
+    Ack(Identifier, Piece),
+    Reply(Address),
+}
+
+/// What was dropped, in all.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Dropped {
+    /// Boxes, fragments, bodies and acknowledgements that are none.
+    pub malformed: u64,
+    /// Fragments whose message has another count.
+    pub conflicting: u64,
+    /// Fragments that there was no room for.
+    pub no_room: u64,
+    /// Messages of which not all came.
+    pub incomplete: u64,
+    /// SURBs that are none, too many, or lead to nowhere.
+    pub surbs: u64,
+    /// Acknowledgements of replies that could not be sent soon enough.
+    pub owed_acks: u64,
+}
+
+/// How much a core holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Counts {
+    /// Messages that are not delivered yet, bytes of their bodies, fragments under way.
+    pub outgoing: (usize, usize, usize),
+    /// Incomplete messages, complete ones that were not taken, bytes of both, ids that are remembered.
+    pub incoming: (usize, usize, usize, usize),
+    /// Acknowledgements and replies that are awaited.
+    pub awaited: (usize, usize),
+    /// SURBs for replies, and how many senders gave them.
+    pub reply_surbs: (usize, usize),
+    /// Recipients that were given SURBs.
+    pub conversations: usize,
+}
+
+/// The messages of one client; `R` is what recovers what comes by a SURB.
+///
+/// After every call that takes `&mut self`, [`Messages::poll_transmit`] may have something to send,
+/// [`Messages::poll_event`] and [`Messages::poll_confirmation`] news, [`Messages::poll_refill`] a wish,
+/// and [`Messages::poll_timeout`] may have changed.
+#[derive(Debug)]
+pub struct Messages<R> {
+    sizes: MessageSizes,
+    outbox: Outbox,
+    inbox: Inbox,
+    stock: ReplyStock,
+    conversations: Conversations,
+    acks: Awaited<R, Piece>,
+    replies: Awaited<R, Address>,
+    owed_acks: VecDeque<Surb>,
+    /// Refills on their way: the application knows nothing of them.
+    refills: BTreeMap<MessageId, Address>,
+    events: VecDeque<MessageEvent>,
+    dropped: Dropped,
+}
+
+impl<R> Messages<R> {
+    /// Nothing to send, and nothing came yet.
+    pub fn new(now: Instant, options: MessageOptions) -> Self {
+        let MessageOptions { sizes, give_up_after, unknown_delays, known } = options;
+        Self {
+            sizes,
+            outbox: Outbox::new(sizes, give_up_after, unknown_delays),
+            inbox: Inbox::new(sizes, now, known),
+            stock: ReplyStock::default(),
+            conversations: Conversations::default(),
+            acks: Awaited::new(MAX_AWAITED_ACKS),
+            replies: Awaited::new(MAX_AWAITED_REPLIES),
+            owed_acks: VecDeque::new(),
+            refills: BTreeMap::new(),
+            events: VecDeque::new(),
+            dropped: Dropped::default(),
+        }
+    }
+
+    /// What is held.
+    pub fn counts(&self) -> Counts {
+        Counts {
+            outgoing: self.outbox.counts(),
+            incoming: self.inbox.counts(),
+            awaited: (self.acks.len(), self.replies.len()),
+            reply_surbs: self.stock.counts(),
+            conversations: self.conversations.len(),
+        }
+    }
+
+    /// What was dropped.
+    pub fn dropped(&self) -> Dropped {
+        self.dropped
+    }
+
+    // --- The application.
+
+    /// Sends a message, with SURBs for replies if there are to be any.
+    ///
+    /// # Errors
+    /// See [`SendError`]; then nothing is sent, and the SURBs are gone.
+    pub fn send(
+        &mut self,
+        now: Instant,
+        rng: &mut impl Rng,
+        recipient: Address,
+        message: &[u8],
+        reply_surbs: Vec<MadeSurb<R>>,
+    ) -> Result<MessageId, SendError> {
+        check_message(message)?;
+        let body = if reply_surbs.is_empty() {
+            self.outbox.check_room(1 + message.len())?;
+            Body::Plain(message).to_bytes()
+        } else {
+            self.check_surbs(&reply_surbs, message.len())?;
+            self.with_surbs(rng, recipient, reply_surbs, Some(message))
+        };
+        Ok(self.push(now, rng, Destination::Recipient(recipient), body))
+    }
+
+    /// Replies to whoever sent SURBs under this tag.
+    ///
+    /// # Errors
+    /// See [`SendError`].
+    pub fn reply(
+        &mut self,
+        now: Instant,
+        rng: &mut impl Rng,
+        sender_tag: SenderTag,
+        message: &[u8],
+    ) -> Result<MessageId, SendError> {
+        check_message(message)?;
+        self.outbox.check_room(1 + message.len())?;
+        if !self.stock.knows(sender_tag) {
+            return Err(SendError::UnknownSender);
+        }
+        let body = Body::Plain(message).to_bytes();
+        Ok(self.push(now, rng, Destination::Sender(sender_tag), body))
+    }
+
+    /// Who asked for SURBs; the shell makes them and calls [`Messages::refill`].
+    pub fn poll_refill(&mut self) -> Option<Refill> {
+        let refills = &self.refills;
+        let is_busy = |address: &Address| refills.values().any(|busy| busy == address);
+        let (recipient, surbs) = self.conversations.poll_wanted(is_busy)?;
+        Some(Refill { recipient, surbs })
+    }
+
+    /// Sends SURBs to somebody who asked for them.
+    ///
+    /// # Errors
+    /// See [`SendError`]; the recipient asks again.
+    pub fn refill(
+        &mut self,
+        now: Instant,
+        rng: &mut impl Rng,
+        recipient: Address,
+        surbs: Vec<MadeSurb<R>>,
+    ) -> Result<(), SendError> {
+        if surbs.is_empty() {
+            return Ok(());
+        }
+        self.check_surbs(&surbs, 0)?;
+        let body = self.with_surbs(rng, recipient, surbs, None);
+        let id = self.push(now, rng, Destination::Recipient(recipient), body);
+        self.refills.insert(id, recipient);
+        Ok(())
+    }
+
+    /// What the application is to be told.
+    pub fn poll_event(&mut self) -> Option<MessageEvent> {
+        while let Some((id, outcome)) = self.outbox.poll_outcome() {
+            if self.refills.remove(&id).is_none() {
+                self.events.push_back(match outcome {
+                    Outcome::Delivered => MessageEvent::Delivered(id),
+                    Outcome::Failed(reason) => MessageEvent::Failed(id, reason),
+                });
+            }
+        }
+        self.events.pop_front()
+    }
+
+    /// The application has the message: its deliveries are confirmed.
+    pub fn taken(&mut self, now: Instant, received: ReceivedId) {
+        self.inbox.taken(now, received.0);
+    }
+
+    // --- What is sent.
+
+    /// The next packet. `None` while there is nothing to send, or no SURB for its acknowledgement.
+    pub fn poll_transmit(
+        &mut self,
+        now: Instant,
+        rng: &mut impl Rng,
+        surbs: &mut impl AckSurbs<R>,
+    ) -> Option<Transmit> {
+        if let Some(surb) = self.owed_acks.pop_front() {
+            return Some(Transmit::Acknowledgement { surb });
+        }
+        let (destination, unsent) = self.next_destination(now)?;
+        let made = surbs.take()?;
+        match destination {
+            Destination::Recipient(recipient) => {
+                let (id, index, fragment) = self.outbox.take_fragment(destination)?;
+                let ack = made.identifier;
+                let ack_surb = self.expect_ack(now, made, (id, index), destination);
+                Some(Transmit::Message { recipient, fragment, ack_surb, ack })
+            }
+            Destination::Sender(tag) => {
+                let (surb, piece, fragment) = match self.stock.request(now, tag, unsent) {
+                    Some((surb, number)) => self.request_fragment(rng, surb, number),
+                    None => {
+                        let surb = self.stock.pop(tag)?;
+                        let (id, index, fragment) = self.outbox.take_fragment(destination)?;
+                        (surb, (id, index), fragment)
+                    }
+                };
+                let ack_surb = self.expect_ack(now, made, piece, destination);
+                Some(Transmit::Reply { surb, fragment, ack_surb })
+            }
+        }
+    }
+
+    /// Whether [`Messages::poll_transmit`] would send something if it had a SURB.
+    pub fn wants_to_send(&self, now: Instant) -> bool {
+        !self.owed_acks.is_empty() || self.next_destination(now).is_some()
+    }
+
+    /// The shell has chosen the delays of the packet that is acknowledged by this SURB: their sum.
+    pub fn sent(&mut self, ack: &Identifier, delay: Duration) {
+        if let Some(piece) = self.outbox.add_delay(ack, delay)
+            && let Some(awaited) = self.acks.purpose_mut(ack)
+        {
+            *awaited = piece;
+        }
+    }
+
+    /// There is no route for the packet that would be acknowledged by this SURB: it was not sent.
+    pub fn unsent(&mut self, now: Instant, ack: &Identifier) {
+        self.outbox.unsent(now, ack);
+        self.acks.take(ack);
+    }
+
+    fn next_destination(&self, now: Instant) -> Option<(Destination, usize)> {
+        self.outbox.turns().find_map(|destination| {
+            let unsent = self.outbox.may_send(now, destination)?;
+            let is_possible = match destination {
+                Destination::Recipient(_) => true,
+                Destination::Sender(tag) => self.stock.can_send(now, tag),
+            };
+            is_possible.then_some((destination, unsent))
+        })
+    }
+
+    fn request_fragment(
+        &mut self,
+        rng: &mut impl Rng,
+        surb: Surb,
+        number: u16,
+    ) -> (Surb, (MessageId, u16), Vec<u8>) {
+        let id = draw_id(rng);
+        let body = Body::Request(number).to_bytes();
+        let fragment = Fragment { id, index: 0, count: 1, bytes: &body }.to_bytes(self.sizes);
+        (surb, (id, 0), fragment)
+    }
+
+    fn expect_ack(
+        &mut self,
+        now: Instant,
+        made: MadeSurb<R>,
+        piece: (MessageId, u16),
+        destination: Destination,
+    ) -> Surb {
+        let piece = self.outbox.sent(now, made.identifier, piece, destination, made.delay);
+        self.acks.insert(made, piece)
+    }
+
+    fn push(
+        &mut self,
+        now: Instant,
+        rng: &mut impl Rng,
+        destination: Destination,
+        body: Vec<u8>,
+    ) -> MessageId {
+        let id = draw_id(rng);
+        self.outbox.push(now, id, destination, body);
+        id
+    }
+
+    fn check_surbs(&self, surbs: &[MadeSurb<R>], message_bytes: usize) -> Result<(), SendError> {
+        if surbs.len() > MAX_REPLY_SURBS {
+            return Err(SendError::TooManySurbs(surbs.len()));
+        }
+        let surb_bytes = surbs.len() * mixsocks_sphinx::SURB_LEN;
+        self.outbox.check_room(super::BODY_HEADER_LEN + surb_bytes + message_bytes)
+    }
+
+    /// A body with SURBs, which are awaited from now on, and with a message if there is one.
+    fn with_surbs(
+        &mut self,
+        rng: &mut impl Rng,
+        recipient: Address,
+        made: Vec<MadeSurb<R>>,
+        message: Option<&[u8]>,
+    ) -> Vec<u8> {
+        let sender_tag = self.conversations.tag(rng, recipient);
+        let key_epoch = made.iter().map(|made| made.key_epoch).min().unwrap_or(0);
+        let surbs: Vec<_> =
+            made.into_iter().map(|made| *self.replies.insert(made, recipient).as_bytes()).collect();
+        let given = ReplySurbs { sender_tag, key_epoch, surbs: &surbs };
+        match message {
+            Some(message) => Body::WithSurbs(given, message).to_bytes(),
+            None => Body::Surbs(given).to_bytes(),
+        }
+    }
+
+    // --- What comes.
+
+    /// Something came by this SURB: what recovers it, and what it is for. `None` if it is not awaited.
+    pub fn take_awaited(&mut self, identifier: &Identifier) -> Option<(R, Purpose)> {
+        if let Some((recovery, piece)) = self.acks.take(identifier) {
+            return Some((recovery, Purpose(PurposeKind::Ack(*identifier, piece))));
+        }
+        let (recovery, address) = self.replies.take(identifier)?;
+        Some((recovery, Purpose(PurposeKind::Reply(address))))
+    }
+
+    /// Takes in what came by a SURB: the contents of its packet, recovered.
+    pub fn handle_by_surb(&mut self, now: Instant, purpose: Purpose, contents: &[u8]) {
+        match purpose.0 {
+            PurposeKind::Ack(identifier, piece) => match AckStatus::from_bytes(contents) {
+                Ok(status) => self.outbox.on_ack(now, &identifier, &piece, status),
+                Err(_) => self.dropped.malformed += 1,
+            },
+            PurposeKind::Reply(address) => self.handle_reply(now, address, contents),
+        }
+    }
+
+    fn handle_reply(&mut self, now: Instant, address: Address, contents: &[u8]) {
+        let sizes = self.sizes;
+        let Ok(ReplyContents { ack_surb, fragment }) = ReplyContents::parse(contents, sizes) else {
+            self.dropped.malformed += 1;
+            return;
+        };
+        let Ok(fragment) = Fragment::parse(fragment, sizes) else {
+            self.dropped.malformed += 1;
+            return;
+        };
+        self.conversations.on_reply(&address);
+        let is_kept = self.handle_fragment(now, Origin::Replier(address), None, &fragment);
+        if is_kept {
+            self.owed_acks.push_back(ack_surb);
+            if self.owed_acks.len() > MAX_OWED_ACKS {
+                self.owed_acks.pop_front();
+                self.dropped.owed_acks += 1;
+            }
+        }
+    }
+
+    /// The gateway hands over delivery `number`; its box held this.
+    pub fn handle_delivery(&mut self, now: Instant, number: u64, fragment: &[u8]) {
+        match Fragment::parse(fragment, self.sizes) {
+            Ok(fragment) => {
+                self.handle_fragment(now, Origin::Gateway, Some(number), &fragment);
+            }
+            Err(_) => self.handle_unreadable(number),
+        }
+    }
+
+    /// The gateway hands over delivery `number`, whose box cannot be opened: it is confirmed, as it would
+    /// come again and again.
+    pub fn handle_unreadable(&mut self, number: u64) {
+        self.dropped.malformed += 1;
+        self.inbox.confirm(Some(number));
+    }
+
+    /// The gateway was asked for what it keeps; `None`: the connection with it has ended.
+    pub fn set_receiving(&mut self, since: Option<Instant>) {
+        self.inbox.set_receiving(since);
+    }
+
+    /// Whether the gateway is to be asked again for what it keeps.
+    pub fn wants_receive(&self) -> bool {
+        self.inbox.wants_again()
+    }
+
+    /// The next delivery that the gateway may forget.
+    pub fn poll_confirmation(&mut self) -> Option<u64> {
+        self.inbox.poll_confirmation()
+    }
+
+    /// Whether the sender of the fragment may stop sending it.
+    fn handle_fragment(
+        &mut self,
+        now: Instant,
+        origin: Origin,
+        number: Option<u64>,
+        fragment: &Fragment<'_>,
+    ) -> bool {
+        match self.inbox.handle(now, origin, number, fragment) {
+            Kept::Yes => true,
+            Kept::Complete => {
+                if let Some(arrived) = self.inbox.assemble((origin, fragment.id)) {
+                    self.handle_arrived(now, arrived);
+                }
+                true
+            }
+            Kept::NoRoom => {
+                self.dropped.no_room += 1;
+                false
+            }
+            Kept::Conflict => {
+                self.dropped.conflicting += 1;
+                true
+            }
+        }
+    }
+
+    fn handle_arrived(&mut self, now: Instant, Arrived { key, body }: Arrived) {
+        let (origin, _) = key;
+        let (sender, message) = match (origin, Body::parse(&body)) {
+            (Origin::Gateway, Ok(Body::Plain(message))) => (Sender::Unknown, message),
+            (Origin::Gateway, Ok(Body::WithSurbs(surbs, message))) => {
+                self.dropped.surbs += self.stock.add(&surbs) as u64;
+                (Sender::Anonymous(surbs.sender_tag), message)
+            }
+            (Origin::Gateway, Ok(Body::Surbs(surbs))) => {
+                self.dropped.surbs += self.stock.add(&surbs) as u64;
+                return self.inbox.taken(now, key);
+            }
+            (Origin::Replier(address), Ok(Body::Plain(message))) => {
+                (Sender::Replier(address), message)
+            }
+            (Origin::Replier(address), Ok(Body::Request(number))) => {
+                self.conversations.on_request(&address, number);
+                return self.inbox.taken(now, key);
+            }
+            (_, Ok(_) | Err(_)) => {
+                self.dropped.malformed += 1;
+                return self.inbox.taken(now, key);
+            }
+        };
+        let (message, received) = (message.to_vec(), ReceivedId(key));
+        self.events.push_back(MessageEvent::Received { received, message, sender });
+    }
+
+    // --- Time.
+
+    /// Nodes have no keys of earlier key epochs any more: SURBs of those lead to nowhere.
+    pub fn forget_key_epochs_before(&mut self, key_epoch: u64) {
+        self.acks.forget_before(key_epoch);
+        self.replies.forget_before(key_epoch);
+        self.stock.forget_before(key_epoch);
+    }
+
+    /// When [`Messages::handle_timeout`] wants to be called.
+    pub fn poll_timeout(&self, now: Instant) -> Option<Instant> {
+        let requests = self.outbox.turns().filter_map(|destination| match destination {
+            Destination::Sender(tag) => self.stock.next_request(tag).filter(|at| *at > now),
+            Destination::Recipient(_) => None,
+        });
+        let inbox = self.inbox.poll_timeout();
+        self.outbox.poll_timeout(now).into_iter().chain(inbox).chain(requests).min()
+    }
+
+    /// Sends again or gives up what was not heard of in time.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        let stock = &self.stock;
+        self.outbox.handle_timeout(now, |tag| stock.available(tag) > 0);
+        self.dropped.incomplete += self.inbox.handle_timeout(now) as u64;
+    }
+}
+
+fn check_message(message: &[u8]) -> Result<(), SendError> {
+    match message.len() {
+        0 => Err(SendError::Empty),
+        len if len > MAX_MESSAGE_BYTES => Err(SendError::TooLong(len)),
+        _ => Ok(()),
+    }
+}
+
+fn draw_id(rng: &mut impl Rng) -> MessageId {
+    let mut id = [0; MESSAGE_ID_LEN];
+    rng.fill(&mut id);
+    MessageId(id)
+}

@@ -1,0 +1,485 @@
+//! Messages on their way in: reassembly, duplicates, and when the gateway may forget a delivery.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use super::SenderTag;
+use super::fragment::{Fragment, MessageId};
+use super::packet::MessageSizes;
+use super::remembered::Remembered;
+use crate::address::Address;
+
+/// Most bytes of fragments, of messages that are incomplete or that the application has not taken: as many
+/// as the gateway keeps for a client, so that whatever it keeps can be put together.
+pub const MAX_HELD_BYTES: usize = 64 * 1024 * 1024;
+
+/// Most messages of which fragments are missing.
+pub const MAX_INCOMPLETE: usize = 4096;
+
+/// A message of which nothing more came for so long, while the gateway had nothing else to hand over, is
+/// given up: three times as long as its sender tries by default.
+pub const INCOMPLETE_AGE: Duration = Duration::from_secs(30 * 60);
+
+/// Most numbers of deliveries that wait to be confirmed. Older ones come again, and are confirmed then.
+pub const MAX_CONFIRMATIONS: usize = 64 * 1024;
+
+/// Where a fragment came from. Messages of different origins have nothing to do with each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Origin {
+    /// The gateway, from anybody.
+    Gateway,
+    /// Whoever was given SURBs by messages to this address.
+    Replier(Address),
+}
+
+pub(super) type Key = (Origin, MessageId);
+
+/// What became of a fragment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kept {
+    /// It is kept, or was already: whoever sent it may stop.
+    Yes,
+    /// It makes its message complete.
+    Complete,
+    /// There is no room for it: it must come again.
+    NoRoom,
+    /// Its message has another count of fragments.
+    Conflict,
+}
+
+#[derive(Debug)]
+struct Incomplete {
+    count: u16,
+    fragments: BTreeMap<u16, Box<[u8]>>,
+    numbers: BTreeSet<u64>,
+    /// Counts up, to tell the newest.
+    begun: u64,
+    last_news: Instant,
+}
+
+/// A message that is complete, until the application has taken it.
+#[derive(Debug)]
+struct Complete {
+    numbers: BTreeSet<u64>,
+    held_bytes: usize,
+}
+
+/// A body that is complete.
+#[derive(Debug)]
+pub(super) struct Arrived {
+    pub(super) key: Key,
+    pub(super) body: Vec<u8>,
+}
+
+/// Everything that comes in.
+#[derive(Debug)]
+pub(super) struct Inbox {
+    sizes: MessageSizes,
+    incomplete: BTreeMap<Key, Incomplete>,
+    by_begun: BTreeMap<u64, Key>,
+    begun: u64,
+    complete: BTreeMap<Key, Complete>,
+    held_bytes: usize,
+    taken: Remembered,
+    confirmations: VecDeque<u64>,
+    /// Deliveries were dropped that are at the gateway still.
+    has_dropped: bool,
+    /// Since when the gateway hands deliveries over.
+    receiving_since: Option<Instant>,
+}
+
+impl Inbox {
+    pub(super) fn new(sizes: MessageSizes, now: Instant, known: Vec<MessageId>) -> Self {
+        let mut taken = Remembered::default();
+        for id in known {
+            taken.insert(now, (Origin::Gateway, id));
+        }
+        Self {
+            sizes,
+            incomplete: BTreeMap::new(),
+            by_begun: BTreeMap::new(),
+            begun: 0,
+            complete: BTreeMap::new(),
+            held_bytes: 0,
+            taken,
+            confirmations: VecDeque::new(),
+            has_dropped: false,
+            receiving_since: None,
+        }
+    }
+
+    /// Incomplete messages, complete ones that were not taken, bytes of both, and ids remembered.
+    pub(super) fn counts(&self) -> (usize, usize, usize, usize) {
+        (self.incomplete.len(), self.complete.len(), self.held_bytes, self.taken.len())
+    }
+
+    /// From now on the gateway hands over all that it keeps, from the oldest on; `None`: it does not.
+    pub(super) fn set_receiving(&mut self, since: Option<Instant>) {
+        self.receiving_since = since;
+        if since.is_some() {
+            self.has_dropped = false;
+        }
+    }
+
+    /// Whether the gateway is to be asked once more for what it keeps: there is room now for what was
+    /// dropped.
+    pub(super) fn wants_again(&self) -> bool {
+        self.has_dropped && self.receiving_since.is_some() && self.held_bytes <= MAX_HELD_BYTES / 2
+    }
+
+    /// Takes in a fragment, which came as delivery `number` if it is from the gateway.
+    pub(super) fn handle(
+        &mut self,
+        now: Instant,
+        origin: Origin,
+        number: Option<u64>,
+        fragment: &Fragment<'_>,
+    ) -> Kept {
+        let key = (origin, fragment.id);
+        if self.taken.contains(&key) {
+            self.confirm(number);
+            return Kept::Yes;
+        }
+        if let Some(complete) = self.complete.get(&key) {
+            // Another copy; the one whose number is known is confirmed when the message is taken.
+            if number.is_none_or(|number| !complete.numbers.contains(&number)) {
+                self.confirm(number);
+            }
+            return Kept::Yes;
+        }
+        if let Some(incomplete) = self.incomplete.get(&key) {
+            if incomplete.count != fragment.count {
+                self.confirm(number);
+                return Kept::Conflict;
+            }
+            if incomplete.fragments.contains_key(&fragment.index) {
+                if number.is_none_or(|number| !incomplete.numbers.contains(&number)) {
+                    self.confirm(number);
+                }
+                return Kept::Yes;
+            }
+        }
+        if !self.make_room(&key) {
+            self.has_dropped |= number.is_some();
+            return Kept::NoRoom;
+        }
+        self.insert(now, key, number, fragment)
+    }
+
+    /// Keeps a fragment that is new and that there is room for.
+    fn insert(
+        &mut self,
+        now: Instant,
+        key: Key,
+        number: Option<u64>,
+        fragment: &Fragment<'_>,
+    ) -> Kept {
+        self.held_bytes += self.sizes.fragment_bytes();
+        let incomplete = self.incomplete.entry(key).or_insert_with(|| {
+            self.begun += 1;
+            self.by_begun.insert(self.begun, key);
+            Incomplete {
+                count: fragment.count,
+                fragments: BTreeMap::new(),
+                numbers: BTreeSet::new(),
+                begun: self.begun,
+                last_news: now,
+            }
+        });
+        incomplete.last_news = now;
+        incomplete.numbers.extend(number);
+        incomplete.fragments.insert(fragment.index, fragment.bytes.into());
+        if incomplete.fragments.len() == usize::from(incomplete.count) {
+            Kept::Complete
+        } else {
+            Kept::Yes
+        }
+    }
+
+    /// Whether one more fragment of this message may be kept. Older messages come first: what there is
+    /// room for is completed, instead of a part of everything.
+    fn make_room(&mut self, key: &Key) -> bool {
+        let begun = self.incomplete.get(key).map(|incomplete| incomplete.begun);
+        loop {
+            let is_full = self.held_bytes + self.sizes.fragment_bytes() > MAX_HELD_BYTES
+                || (begun.is_none() && self.incomplete.len() >= MAX_INCOMPLETE);
+            if !is_full {
+                return true;
+            }
+            // Fragments of replies were acknowledged already.
+            let newest = self.by_begun.iter().rev().find(|(_, key)| key.0 == Origin::Gateway);
+            match (newest.map(|(begun, key)| (*begun, *key)), begun) {
+                (Some((newest, key)), Some(begun)) if newest > begun => {
+                    self.has_dropped = true;
+                    self.remove_incomplete(&key);
+                }
+                _ => return false,
+            }
+        }
+    }
+
+    fn remove_incomplete(&mut self, key: &Key) -> Option<Incomplete> {
+        let incomplete = self.incomplete.remove(key)?;
+        self.by_begun.remove(&incomplete.begun);
+        self.held_bytes -= incomplete.fragments.len() * self.sizes.fragment_bytes();
+        Some(incomplete)
+    }
+
+    /// Puts a complete message together. It stays held until [`Inbox::taken`].
+    pub(super) fn assemble(&mut self, key: Key) -> Option<Arrived> {
+        let incomplete = self.remove_incomplete(&key)?;
+        let held_bytes = incomplete.fragments.len() * self.sizes.fragment_bytes();
+        self.held_bytes += held_bytes;
+        let mut body = Vec::with_capacity(held_bytes);
+        for bytes in incomplete.fragments.into_values() {
+            body.extend_from_slice(&bytes);
+        }
+        self.complete.insert(key, Complete { numbers: incomplete.numbers, held_bytes });
+        Some(Arrived { key, body })
+    }
+
+    /// The message needs to be kept no longer: the application has it, or it is good for nothing.
+    pub(super) fn taken(&mut self, now: Instant, key: Key) {
+        let Some(complete) = self.complete.remove(&key) else { return };
+        self.held_bytes -= complete.held_bytes;
+        self.taken.insert(now, key);
+        complete.numbers.into_iter().for_each(|number| self.confirm(Some(number)));
+    }
+
+    /// The gateway may forget this delivery.
+    pub(super) fn confirm(&mut self, number: Option<u64>) {
+        self.confirmations.extend(number);
+        if self.confirmations.len() > MAX_CONFIRMATIONS {
+            self.confirmations.pop_front();
+        }
+    }
+
+    pub(super) fn poll_confirmation(&mut self) -> Option<u64> {
+        self.confirmations.pop_front()
+    }
+
+    /// When [`Inbox::handle_timeout`] wants to be called.
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        self.incomplete
+            .iter()
+            .filter_map(|(key, incomplete)| self.give_up_at(key, incomplete))
+            .min()
+    }
+
+    /// When a message is given up. While deliveries may be at the gateway that have not been handed over,
+    /// none of those is: the sender may have been told that it arrives.
+    fn give_up_at(&self, (origin, _): &Key, incomplete: &Incomplete) -> Option<Instant> {
+        match origin {
+            Origin::Replier(_) => Some(incomplete.last_news + INCOMPLETE_AGE),
+            Origin::Gateway if self.has_dropped => None,
+            Origin::Gateway => {
+                Some(incomplete.last_news.max(self.receiving_since?) + INCOMPLETE_AGE)
+            }
+        }
+    }
+
+    /// Gives up what nothing more comes of; returns how many messages that were.
+    pub(super) fn handle_timeout(&mut self, now: Instant) -> usize {
+        let is_over = |(key, incomplete): (&Key, &Incomplete)| {
+            self.give_up_at(key, incomplete).is_some_and(|at| at <= now).then_some(*key)
+        };
+        let given_up: Vec<_> = self.incomplete.iter().filter_map(is_over).collect();
+        for key in &given_up {
+            if let Some(incomplete) = self.remove_incomplete(key) {
+                incomplete.numbers.into_iter().for_each(|number| self.confirm(Some(number)));
+            }
+        }
+        given_up.len()
+    }
+
+    #[cfg(test)]
+    pub(super) fn confirmations(&self) -> Vec<u64> {
+        self.confirmations.iter().copied().collect()
+    }
+}
+
+/// What the application gets about the origin of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sender {
+    /// Nobody can tell, and nobody can answer.
+    Unknown,
+    /// Somebody who can be answered by [`super::Messages::reply`].
+    Anonymous(SenderTag),
+    /// Whoever answers for this address.
+    Replier(Address),
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn sizes() -> MessageSizes {
+        MessageSizes::new(2031).unwrap()
+    }
+
+    fn id(number: u32) -> MessageId {
+        let mut id = [0; 16];
+        id[..4].copy_from_slice(&number.to_be_bytes());
+        MessageId(id)
+    }
+
+    fn inbox(now: Instant) -> Inbox {
+        let mut inbox = Inbox::new(sizes(), now, Vec::new());
+        inbox.set_receiving(Some(now));
+        inbox
+    }
+
+    fn fragment(message: u32, index: u16, count: u16) -> Fragment<'static> {
+        Fragment { id: id(message), index, count, bytes: b"piece" }
+    }
+
+    fn handle(inbox: &mut Inbox, now: Instant, number: u64, fragment: &Fragment<'_>) -> Kept {
+        inbox.handle(now, Origin::Gateway, Some(number), fragment)
+    }
+
+    #[test]
+    fn a_delivery_is_confirmed_only_when_its_message_was_taken() {
+        let now = Instant::now();
+        let mut inbox = inbox(now);
+        assert_eq!(handle(&mut inbox, now, 1, &fragment(0, 0, 2)), Kept::Yes);
+        assert_eq!(handle(&mut inbox, now, 2, &fragment(0, 1, 2)), Kept::Complete);
+        let arrived = inbox.assemble((Origin::Gateway, id(0))).unwrap();
+        assert_eq!(arrived.body, b"piecepiece");
+        assert_eq!(inbox.confirmations(), []);
+        // The same deliveries again, and a copy that the sender sent again.
+        assert_eq!(handle(&mut inbox, now, 1, &fragment(0, 0, 2)), Kept::Yes);
+        assert_eq!(inbox.confirmations(), []);
+        assert_eq!(handle(&mut inbox, now, 3, &fragment(0, 0, 2)), Kept::Yes);
+        assert_eq!(inbox.confirmations(), [3]);
+        inbox.taken(now, arrived.key);
+        assert_eq!(inbox.confirmations(), [3, 1, 2]);
+        assert_eq!(handle(&mut inbox, now, 4, &fragment(0, 1, 2)), Kept::Yes);
+        assert_eq!(inbox.confirmations(), [3, 1, 2, 4]);
+        assert_eq!(inbox.counts(), (0, 0, 0, 1));
+    }
+
+    #[test]
+    fn copies_of_fragments_of_incomplete_messages_are_confirmed_but_not_the_first_one() {
+        let now = Instant::now();
+        let mut inbox = inbox(now);
+        for number in [1, 1, 2] {
+            assert_eq!(handle(&mut inbox, now, number, &fragment(0, 0, 2)), Kept::Yes);
+        }
+        assert_eq!(inbox.confirmations(), [2]);
+    }
+
+    #[test]
+    fn a_fragment_with_another_count_is_dropped_and_harms_nothing() {
+        let now = Instant::now();
+        let mut inbox = inbox(now);
+        handle(&mut inbox, now, 1, &fragment(0, 0, 2));
+        assert_eq!(handle(&mut inbox, now, 2, &fragment(0, 1, 3)), Kept::Conflict);
+        assert_eq!(inbox.confirmations(), [2]);
+        assert_eq!(handle(&mut inbox, now, 3, &fragment(0, 1, 2)), Kept::Complete);
+    }
+
+    #[test]
+    fn ids_that_were_known_at_the_start_are_not_received_again() {
+        let now = Instant::now();
+        let mut inbox = Inbox::new(sizes(), now, vec![id(7)]);
+        assert_eq!(handle(&mut inbox, now, 1, &fragment(7, 0, 1)), Kept::Yes);
+        assert_eq!((inbox.confirmations(), inbox.counts().1), (vec![1], 0));
+    }
+
+    #[test]
+    fn the_newest_messages_make_room_and_are_asked_for_again() {
+        let now = Instant::now();
+        let mut inbox = inbox(now);
+        let max = u32::try_from(MAX_HELD_BYTES / sizes().fragment_bytes()).unwrap();
+        let big = u16::MAX;
+        // The first message and a second one fill all the room together.
+        for index in 0..u16::try_from(max / 2).unwrap() {
+            handle(&mut inbox, now, index.into(), &fragment(0, index, big));
+        }
+        let mut index = 0;
+        while handle(&mut inbox, now, 50_000 + u64::from(index), &fragment(1, index, big))
+            == Kept::Yes
+        {
+            index += 1;
+        }
+        assert!(inbox.counts().2 <= MAX_HELD_BYTES);
+        assert_eq!(u32::from(index) + max / 2, max);
+        assert_eq!(handle(&mut inbox, now, 99_000, &fragment(2, 0, 1)), Kept::NoRoom);
+        assert!(!inbox.wants_again(), "there is no room");
+        let first = u16::try_from(max / 2).unwrap();
+        assert_eq!(handle(&mut inbox, now, 99_001, &fragment(0, first, big)), Kept::Yes);
+        assert_eq!(inbox.counts().0, 1, "the second has made room");
+        assert_eq!(inbox.confirmations(), [], "what was dropped is at the gateway still");
+        assert!(!inbox.wants_again());
+        assert_eq!(inbox.poll_timeout(), None, "more of it may be at the gateway");
+    }
+
+    #[test]
+    fn incomplete_messages_are_bounded_in_number() {
+        let now = Instant::now();
+        let mut inbox = inbox(now);
+        for message in 0..4096 {
+            assert_eq!(
+                handle(&mut inbox, now, message.into(), &fragment(message, 0, 2)),
+                Kept::Yes
+            );
+        }
+        assert_eq!(handle(&mut inbox, now, 5000, &fragment(5000, 0, 2)), Kept::NoRoom);
+        assert_eq!(inbox.counts().0, MAX_INCOMPLETE);
+        assert!(inbox.wants_again());
+        inbox.set_receiving(Some(now));
+        assert!(!inbox.wants_again());
+    }
+
+    #[test]
+    fn incomplete_messages_are_given_up_only_while_the_gateway_hands_deliveries_over() {
+        let start = Instant::now();
+        let mut inbox = inbox(start);
+        handle(&mut inbox, start, 1, &fragment(0, 0, 2));
+        assert_eq!(inbox.poll_timeout(), Some(start + INCOMPLETE_AGE));
+        inbox.set_receiving(None);
+        assert_eq!(inbox.poll_timeout(), None);
+        assert_eq!(inbox.handle_timeout(start + 9 * INCOMPLETE_AGE), 0);
+        let again = start + 10 * INCOMPLETE_AGE;
+        inbox.set_receiving(Some(again));
+        assert_eq!(inbox.poll_timeout(), Some(again + INCOMPLETE_AGE));
+        assert_eq!(inbox.handle_timeout(again + INCOMPLETE_AGE), 1);
+        assert_eq!((inbox.confirmations(), inbox.counts()), (vec![1], (0, 0, 0, 0)));
+        assert_eq!(inbox.poll_timeout(), None);
+    }
+
+    #[test]
+    fn confirmations_that_nobody_fetches_are_bounded() {
+        let mut inbox = inbox(Instant::now());
+        for number in 0..=MAX_CONFIRMATIONS as u64 {
+            inbox.confirm(Some(number));
+        }
+        assert_eq!(inbox.confirmations().len(), MAX_CONFIRMATIONS);
+        assert_eq!(inbox.poll_confirmation(), Some(1));
+    }
+
+    proptest! {
+        #[test]
+        fn a_body_arrives_once_in_whatever_order_with_whatever_duplicates(
+            body in proptest::collection::vec(any::<u8>(), 1..12_000),
+            order in proptest::collection::vec(any::<u16>(), 0..40),
+        ) {
+            let now = Instant::now();
+            let mut inbox = inbox(now);
+            let count = super::super::fragment::fragment_count(body.len(), sizes()).unwrap();
+            let order = order.into_iter().map(|index| index % count).chain((0..count).rev());
+            let mut arrived = Vec::new();
+            for (number, index) in (0..).zip(order) {
+                let fragment = Fragment::of_body(id(0), &body, index, sizes()).unwrap();
+                if handle(&mut inbox, now, number, &fragment) == Kept::Complete {
+                    arrived.extend(inbox.assemble((Origin::Gateway, id(0))));
+                }
+            }
+            prop_assert_eq!(arrived.len(), 1);
+            prop_assert_eq!(&arrived[0].body, &body);
+            prop_assert_eq!(inbox.counts().2, usize::from(count) * 1587);
+        }
+    }
+}

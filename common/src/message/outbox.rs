@@ -1,0 +1,394 @@
+//! Messages on their way out: fragments, windows, resending, and when to give up.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use mixsocks_sphinx::Identifier;
+
+use super::fragment::{Fragment, MessageId, fragment_count};
+use super::lane::{Lane, Obstacle};
+use super::packet::{AckStatus, MessageSizes};
+use super::{FailReason, SendError, SenderTag};
+use crate::address::Address;
+
+/// Most messages that wait to be delivered.
+pub const MAX_OUTGOING_MESSAGES: usize = 1024;
+
+/// Most bytes of their bodies: several of the longest.
+pub const MAX_OUTGOING_BYTES: usize = 64 * 1024 * 1024;
+
+/// Most fragments under way to all destinations: four of the largest windows.
+pub const MAX_UNDER_WAY: usize = 8192;
+
+/// Where a message goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Destination {
+    /// Somebody whose address is known.
+    Recipient(Address),
+    /// Somebody who gave SURBs.
+    Sender(SenderTag),
+}
+
+/// A fragment that was sent, and what its acknowledgement is judged by.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Piece {
+    pub(super) message: MessageId,
+    pub(super) index: u16,
+    pub(super) destination: Destination,
+    pub(super) sent: Instant,
+    /// The delays that are known, of the packet and of the SURB.
+    pub(super) delays: Duration,
+    due: Instant,
+}
+
+/// What became of messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outcome {
+    Delivered,
+    Failed(FailReason),
+}
+
+#[derive(Debug)]
+struct Outgoing {
+    destination: Destination,
+    body: Vec<u8>,
+    acked: Vec<bool>,
+    unacked: usize,
+    /// The first fragment that was never sent, and those that must be sent again.
+    next: u16,
+    lost: BTreeSet<u16>,
+    is_waiting: bool,
+    give_up_at: Instant,
+}
+
+impl Outgoing {
+    fn count(&self) -> u16 {
+        u16::try_from(self.acked.len()).expect("made from a count of 16 bits")
+    }
+
+    fn has_unsent(&self) -> bool {
+        !self.lost.is_empty() || self.next < self.count()
+    }
+
+    fn unsent(&self) -> usize {
+        self.lost.len() + usize::from(self.count() - self.next)
+    }
+
+    fn take_unsent(&mut self) -> Option<u16> {
+        if let Some(index) = self.lost.pop_first() {
+            return Some(index);
+        }
+        let index = self.next;
+        (index < self.count()).then(|| {
+            self.next += 1;
+            index
+        })
+    }
+}
+
+/// All messages on their way out.
+#[derive(Debug)]
+pub(super) struct Outbox {
+    sizes: MessageSizes,
+    give_up_after: Duration,
+    unknown_delays: Duration,
+    messages: BTreeMap<MessageId, Outgoing>,
+    bytes: usize,
+    lanes: BTreeMap<Destination, Lane>,
+    /// The destination that is asked first for the next packet.
+    turn: VecDeque<Destination>,
+    under_way: HashMap<Identifier, Piece>,
+    by_due: BTreeSet<(Instant, Identifier)>,
+    by_give_up: BTreeSet<(Instant, MessageId)>,
+    outcomes: VecDeque<(MessageId, Outcome)>,
+}
+
+impl Outbox {
+    pub(super) fn new(
+        sizes: MessageSizes,
+        give_up_after: Duration,
+        unknown_delays: Duration,
+    ) -> Self {
+        Self {
+            sizes,
+            give_up_after,
+            unknown_delays,
+            messages: BTreeMap::new(),
+            bytes: 0,
+            lanes: BTreeMap::new(),
+            turn: VecDeque::new(),
+            under_way: HashMap::new(),
+            by_due: BTreeSet::new(),
+            by_give_up: BTreeSet::new(),
+            outcomes: VecDeque::new(),
+        }
+    }
+
+    /// Messages that wait, their bytes, and fragments under way.
+    pub(super) fn counts(&self) -> (usize, usize, usize) {
+        (self.messages.len(), self.bytes, self.under_way.len())
+    }
+
+    /// Whether a body of so many bytes may wait.
+    pub(super) fn check_room(&self, body_bytes: usize) -> Result<(), SendError> {
+        let is_full = self.messages.len() >= MAX_OUTGOING_MESSAGES
+            || self.bytes + body_bytes > MAX_OUTGOING_BYTES;
+        if is_full { Err(SendError::Full) } else { Ok(()) }
+    }
+
+    /// Takes in a body that there is room for.
+    pub(super) fn push(
+        &mut self,
+        now: Instant,
+        id: MessageId,
+        destination: Destination,
+        body: Vec<u8>,
+    ) {
+        let count = fragment_count(body.len(), self.sizes).expect("bodies are short enough");
+        self.bytes += body.len();
+        let unknown_delays = self.unknown_delays;
+        let lane = self.lanes.entry(destination).or_insert_with(|| {
+            self.turn.push_back(destination);
+            Lane::new(now, unknown_delays)
+        });
+        lane.messages += 1;
+        lane.waiting.push_back(id);
+        let give_up_at = now + self.give_up_after;
+        self.by_give_up.insert((give_up_at, id));
+        let outgoing = Outgoing {
+            destination,
+            body,
+            acked: vec![false; count.into()],
+            unacked: count.into(),
+            next: 0,
+            lost: BTreeSet::new(),
+            is_waiting: true,
+            give_up_at,
+        };
+        self.messages.insert(id, outgoing);
+    }
+
+    /// Destinations in the order of their turns.
+    pub(super) fn turns(&self) -> impl Iterator<Item = Destination> {
+        self.turn.iter().copied()
+    }
+
+    /// Whether a fragment may go to the destination now, and how many wait there.
+    pub(super) fn may_send(&self, now: Instant, destination: Destination) -> Option<usize> {
+        if self.under_way.len() >= MAX_UNDER_WAY {
+            return None;
+        }
+        let lane = self.lanes.get(&destination)?;
+        if !lane.may_send(now) {
+            return None;
+        }
+        let unsent = |id| self.messages.get(id).map_or(0, Outgoing::unsent);
+        let unsent: usize = lane.waiting.iter().map(unsent).sum();
+        (unsent > 0).then_some(unsent)
+    }
+
+    /// The next fragment for the destination; the others have their turn first next time.
+    pub(super) fn take_fragment(
+        &mut self,
+        destination: Destination,
+    ) -> Option<(MessageId, u16, Vec<u8>)> {
+        let lane = self.lanes.get_mut(&destination)?;
+        while let Some(id) = lane.waiting.pop_front() {
+            let Some(outgoing) = self.messages.get_mut(&id) else { continue };
+            let Some(index) = outgoing.take_unsent() else {
+                outgoing.is_waiting = false;
+                continue;
+            };
+            if outgoing.has_unsent() {
+                lane.waiting.push_back(id);
+            } else {
+                outgoing.is_waiting = false;
+            }
+            let fragment = Fragment::of_body(id, &outgoing.body, index, self.sizes)
+                .expect("an index below the count")
+                .to_bytes(self.sizes);
+            self.end_turn(destination);
+            return Some((id, index, fragment));
+        }
+        None
+    }
+
+    /// The others have their turn first next time.
+    pub(super) fn end_turn(&mut self, destination: Destination) {
+        self.turn.retain(|other| *other != destination);
+        self.turn.push_back(destination);
+    }
+
+    /// A fragment leaves, with these delays known; its acknowledgement comes by the SURB named.
+    pub(super) fn sent(
+        &mut self,
+        now: Instant,
+        ack: Identifier,
+        (message, index): (MessageId, u16),
+        destination: Destination,
+        delays: Duration,
+    ) -> Piece {
+        let wait = match self.lanes.get_mut(&destination) {
+            Some(lane) => {
+                lane.under_way += 1;
+                lane.ack_wait()
+            }
+            None => Duration::ZERO,
+        };
+        let due = now + delays + self.unknown_delays + wait;
+        let piece = Piece { message, index, destination, sent: now, delays, due };
+        self.under_way.insert(ack, piece);
+        self.by_due.insert((due, ack));
+        piece
+    }
+
+    /// The shell has chosen the delays of the packet.
+    pub(super) fn add_delay(&mut self, ack: &Identifier, delay: Duration) -> Option<Piece> {
+        let piece = self.under_way.get_mut(ack)?;
+        self.by_due.remove(&(piece.due, *ack));
+        piece.delays += delay;
+        piece.due += delay;
+        self.by_due.insert((piece.due, *ack));
+        Some(*piece)
+    }
+
+    /// The packet could not be made, as there is no route.
+    pub(super) fn unsent(&mut self, now: Instant, ack: &Identifier) {
+        if let Some(piece) = self.land(ack) {
+            self.lose(&piece);
+            self.obstruct(now, piece.destination, Obstacle::NoRoute);
+        }
+    }
+
+    /// An acknowledgement came, maybe after its time.
+    pub(super) fn on_ack(
+        &mut self,
+        now: Instant,
+        ack: &Identifier,
+        piece: &Piece,
+        status: AckStatus,
+    ) {
+        self.land(ack);
+        match status {
+            AckStatus::Stored => self.on_stored(now, piece),
+            AckStatus::UnknownClient => {
+                self.end(piece.message, Outcome::Failed(FailReason::UnknownClient))
+            }
+            AckStatus::ShareFull => {
+                self.lose(piece);
+                self.obstruct(now, piece.destination, Obstacle::ShareFull);
+            }
+            AckStatus::StoreUnavailable => {
+                self.lose(piece);
+                self.obstruct(now, piece.destination, Obstacle::StoreUnavailable);
+            }
+        }
+        self.forget_idle_lane(piece.destination);
+    }
+
+    fn on_stored(&mut self, now: Instant, piece: &Piece) {
+        if let Some(lane) = self.lanes.get_mut(&piece.destination) {
+            lane.on_stored(now, now.saturating_duration_since(piece.sent + piece.delays));
+        }
+        let Some(outgoing) = self.messages.get_mut(&piece.message) else { return };
+        let Some(acked) = outgoing.acked.get_mut(usize::from(piece.index)) else { return };
+        if std::mem::replace(acked, true) {
+            return;
+        }
+        outgoing.lost.remove(&piece.index);
+        outgoing.unacked -= 1;
+        self.by_give_up.remove(&(outgoing.give_up_at, piece.message));
+        outgoing.give_up_at = now + self.give_up_after;
+        self.by_give_up.insert((outgoing.give_up_at, piece.message));
+        if outgoing.unacked == 0 {
+            self.end(piece.message, Outcome::Delivered);
+        }
+    }
+
+    /// The fragment is under way no longer.
+    fn land(&mut self, ack: &Identifier) -> Option<Piece> {
+        let piece = self.under_way.remove(ack)?;
+        self.by_due.remove(&(piece.due, *ack));
+        if let Some(lane) = self.lanes.get_mut(&piece.destination) {
+            lane.under_way -= 1;
+        }
+        Some(piece)
+    }
+
+    /// The fragment must be sent again, if it is still needed.
+    fn lose(&mut self, piece: &Piece) {
+        let Some(outgoing) = self.messages.get_mut(&piece.message) else { return };
+        if outgoing.acked.get(usize::from(piece.index)) != Some(&false) {
+            return;
+        }
+        outgoing.lost.insert(piece.index);
+        if !std::mem::replace(&mut outgoing.is_waiting, true)
+            && let Some(lane) = self.lanes.get_mut(&piece.destination)
+        {
+            lane.waiting.push_front(piece.message);
+        }
+    }
+
+    fn obstruct(&mut self, now: Instant, destination: Destination, obstacle: Obstacle) {
+        if let Some(lane) = self.lanes.get_mut(&destination) {
+            lane.obstruct(now, obstacle);
+        }
+    }
+
+    fn end(&mut self, id: MessageId, outcome: Outcome) {
+        let Some(outgoing) = self.messages.remove(&id) else { return };
+        self.bytes -= outgoing.body.len();
+        self.by_give_up.remove(&(outgoing.give_up_at, id));
+        if let Some(lane) = self.lanes.get_mut(&outgoing.destination) {
+            lane.messages -= 1;
+            lane.waiting.retain(|waiting| *waiting != id);
+        }
+        self.outcomes.push_back((id, outcome));
+        self.forget_idle_lane(outgoing.destination);
+    }
+
+    fn forget_idle_lane(&mut self, destination: Destination) {
+        if self.lanes.get(&destination).is_some_and(Lane::is_idle) {
+            self.lanes.remove(&destination);
+            self.turn.retain(|other| *other != destination);
+        }
+    }
+
+    pub(super) fn poll_outcome(&mut self) -> Option<(MessageId, Outcome)> {
+        self.outcomes.pop_front()
+    }
+
+    /// When [`Outbox::handle_timeout`] wants to be called.
+    pub(super) fn poll_timeout(&self, now: Instant) -> Option<Instant> {
+        let due = self.by_due.first().map(|(due, _)| *due);
+        let give_up = self.by_give_up.first().map(|(at, _)| *at);
+        let pauses = self.lanes.values().filter_map(|lane| lane.paused_until(now));
+        due.into_iter().chain(give_up).chain(pauses).min()
+    }
+
+    /// Sends again what was not heard of in time, and gives up what has been for too long.
+    /// `has_surbs` says whether there are SURBs for replies to a sender.
+    pub(super) fn handle_timeout(&mut self, now: Instant, has_surbs: impl Fn(SenderTag) -> bool) {
+        while let Some(&(due, ack)) = self.by_due.first()
+            && due <= now
+        {
+            let Some(piece) = self.land(&ack) else { break };
+            if let Some(lane) = self.lanes.get_mut(&piece.destination) {
+                lane.on_vain_wait(now, piece.sent);
+            }
+            self.lose(&piece);
+            self.forget_idle_lane(piece.destination);
+        }
+        while let Some(&(at, id)) = self.by_give_up.first()
+            && at <= now
+        {
+            let destination = self.messages.get(&id).map(|outgoing| outgoing.destination);
+            let lane = destination.and_then(|destination| self.lanes.get(&destination));
+            let reason = match destination {
+                Some(Destination::Sender(tag)) if !has_surbs(tag) => FailReason::NoSurbs,
+                _ => lane.map_or(FailReason::NotConfirmed, Lane::reason),
+            };
+            self.end(id, Outcome::Failed(reason));
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Messages under fake time.
