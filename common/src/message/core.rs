@@ -90,6 +90,10 @@ impl ReceivedId {
 
 /// What the application is told.
 #[derive(Clone, PartialEq, Eq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it is handed over at once, and most are the largest"
+)]
 pub enum MessageEvent {
     /// A message came. [`Messages::taken`] is to be called when the application has it.
     Received {

@@ -21,6 +21,8 @@ pub mod sealed_box;
 mod simulation;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use awaited::{AckSurbs, MadeSurb};
 pub use body::{Body, BodyError, ReplySurbs, SENDER_TAG_LEN, SenderTag};

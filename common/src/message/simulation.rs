@@ -74,6 +74,10 @@ enum Event {
     Connect {
         client: usize,
     },
+    /// A client is killed and starts again: it knows what it has written down, and nothing else.
+    Restart {
+        client: usize,
+    },
 }
 
 #[derive(Default)]
@@ -93,6 +97,8 @@ struct Client {
     connection: u64,
     is_connected: bool,
     surbs: VecDeque<MadeSurb<u64>>,
+    /// Ids that were written down before the application got their messages.
+    log: Vec<MessageId>,
 }
 
 /// A message in the model.
@@ -103,6 +109,8 @@ struct Sent {
     received: usize,
     is_delivered: bool,
     failed: Option<FailReason>,
+    /// Its sender was killed: nobody tells what becomes of it.
+    is_abandoned: bool,
 }
 
 struct World {
@@ -160,7 +168,14 @@ impl World {
         let mut message = vec![0; len];
         self.rng.fill_bytes(&mut message);
         message[..8].copy_from_slice(&name.to_be_bytes());
-        let sent = Sent { client, at: self.now, received: 0, is_delivered: false, failed: None };
+        let sent = Sent {
+            client,
+            at: self.now,
+            received: 0,
+            is_delivered: false,
+            failed: None,
+            is_abandoned: false,
+        };
         self.sent.insert(name, sent);
         self.next += 1;
         (name, message)
@@ -213,7 +228,7 @@ impl World {
                 }
             }
             Event::BySurb { surb, contents } => {
-                let client = &mut self.clients[surb as usize % CLIENTS];
+                let client = &mut self.clients[usize::try_from(surb).unwrap() % CLIENTS];
                 if client.is_connected
                     && let Some((recovery, purpose)) = client.core.take_awaited(&identifier(surb))
                 {
@@ -237,7 +252,19 @@ impl World {
                 self.clients[client].core.set_receiving(None);
             }
             Event::Connect { client } => self.receive(client),
+            Event::Restart { client } => self.restart(client),
         }
+    }
+
+    fn restart(&mut self, client: usize) {
+        let at = &mut self.clients[client];
+        at.core = Messages::new(self.now, options(at.log.clone()));
+        at.is_connected = false;
+        at.surbs.clear();
+        for sent in self.sent.values_mut().filter(|sent| sent.client == client) {
+            sent.is_abandoned |= !sent.is_delivered && sent.failed.is_none();
+        }
+        self.at(ms(2000), Event::Connect { client });
     }
 
     fn store(&mut self, client: usize, life: u64) {
@@ -338,6 +365,7 @@ impl World {
             MessageEvent::Received { received, message, sender } => {
                 let name = u64::from_be_bytes(*message.first_chunk().unwrap());
                 self.sent.get_mut(&name).unwrap().received += 1;
+                self.clients[client].log.extend(received.to_remember());
                 let after = ms(self.rng.random_range(0..3000));
                 self.at(after, Event::Taken { client, received });
                 if let Sender::Anonymous(tag) = sender {
@@ -380,6 +408,15 @@ impl World {
     }
 }
 
+fn options(known: Vec<MessageId>) -> MessageOptions {
+    MessageOptions {
+        sizes: MessageSizes::new(2031).unwrap(),
+        give_up_after: GIVE_UP,
+        unknown_delays: ms(100),
+        known,
+    }
+}
+
 impl Client {
     fn new(now: Instant, rng: &mut StdRng) -> Self {
         let key = mixsocks_sphinx::SecretKey::generate(rng).public_key();
@@ -388,15 +425,9 @@ impl Client {
             encryption: EncryptionKey::from_bytes(*key.as_bytes()).unwrap(),
             gateway: IdentityKey::generate(rng).identity(),
         };
-        let options = MessageOptions {
-            sizes: MessageSizes::new(2031).unwrap(),
-            give_up_after: GIVE_UP,
-            unknown_delays: ms(100),
-            known: Vec::new(),
-        };
-        let core = Messages::new(now, options);
-        let (gateway, surbs) = Default::default();
-        Self { core, address, gateway, connection: 0, is_connected: false, surbs }
+        let core = Messages::new(now, options(Vec::new()));
+        let (gateway, surbs, log) = Default::default();
+        Self { core, address, gateway, connection: 0, is_connected: false, surbs, log }
     }
 
     fn check_bounds(&self) {
@@ -421,6 +452,11 @@ fn run(seed: u64) -> (usize, usize, usize) {
             world.at(after, Event::Crash { client });
         }
     }
+    if seed.is_multiple_of(3) {
+        let client = world.rng.random_range(0..CLIENTS);
+        let after = ms(world.rng.random_range(0..120_000));
+        world.at(after, Event::Restart { client });
+    }
     if seed.is_multiple_of(2) {
         let away = ms(world.rng.random_range(125_000..200_000));
         let client = world.rng.random_range(0..CLIENTS);
@@ -435,7 +471,8 @@ fn run(seed: u64) -> (usize, usize, usize) {
     for (name, sent) in &world.sent {
         assert!(sent.received <= 1, "seed {seed}: message {name} came {} times", sent.received);
         assert!(!sent.is_delivered || sent.received == 1, "seed {seed}: {name} {sent:?} is lost");
-        let fates = usize::from(sent.is_delivered) + usize::from(sent.failed.is_some());
+        let fates = [sent.is_delivered, sent.failed.is_some(), sent.is_abandoned];
+        let fates = fates.into_iter().filter(|fate| *fate).count();
         assert_eq!(fates, 1, "seed {seed}: {name} of {} has {fates} fates", sent.client);
     }
     for client in &world.clients {

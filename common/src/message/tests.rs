@@ -1,0 +1,329 @@
+//! The core by itself: rules of sending and hostile input.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+use super::fragment::{Fragment, MessageId};
+use super::packet::{AckStatus, MessageSizes, ReplyContents};
+use super::testing::{identifier, made_surb};
+use super::*;
+use crate::address::Address;
+use crate::keys::{EncryptionKey, IdentityKey};
+
+const GIVE_UP: Duration = Duration::from_secs(600);
+
+struct Fixture {
+    now: Instant,
+    rng: StdRng,
+    core: Messages<u64>,
+    next_surb: u64,
+}
+
+fn sizes() -> MessageSizes {
+    MessageSizes::new(2031).unwrap()
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let options = MessageOptions {
+            sizes: sizes(),
+            give_up_after: GIVE_UP,
+            unknown_delays: Duration::ZERO,
+            known: Vec::new(),
+        };
+        let now = Instant::now();
+        let mut core = Messages::new(now, options);
+        core.set_receiving(Some(now));
+        Self { now, rng: StdRng::seed_from_u64(1), core, next_surb: 0 }
+    }
+
+    fn address(&mut self) -> Address {
+        let key = mixsocks_sphinx::SecretKey::generate(&mut self.rng).public_key();
+        Address {
+            identity: IdentityKey::generate(&mut self.rng).identity(),
+            encryption: EncryptionKey::from_bytes(*key.as_bytes()).unwrap(),
+            gateway: IdentityKey::generate(&mut self.rng).identity(),
+        }
+    }
+
+    fn surbs(&mut self, count: usize) -> Vec<MadeSurb<u64>> {
+        let mut surb = || {
+            self.next_surb += 1;
+            made_surb(self.next_surb, 0)
+        };
+        (0..count).map(|_| surb()).collect()
+    }
+
+    fn send(&mut self, to: Address, message: &[u8], surbs: usize) -> Result<MessageId, SendError> {
+        let surbs = self.surbs(surbs);
+        self.core.send(self.now, &mut self.rng, to, message, surbs)
+    }
+
+    fn transmit(&mut self) -> Option<Transmit> {
+        let mut surbs = VecDeque::from(self.surbs(1));
+        self.core.poll_transmit(self.now, &mut self.rng, &mut surbs)
+    }
+
+    /// The number of the SURB by which the acknowledgement of the next fragment comes.
+    fn transmit_message(&mut self) -> Option<u64> {
+        match self.transmit()? {
+            Transmit::Message { ack, .. } => Some(u64::from_be_bytes(*ack.first_chunk().unwrap())),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn by_surb(&mut self, surb: u64, contents: &[u8]) -> bool {
+        let Some((_, purpose)) = self.core.take_awaited(&identifier(surb)) else { return false };
+        self.core.handle_by_surb(self.now, purpose, contents);
+        true
+    }
+
+    /// A body comes that fits one fragment.
+    fn deliver(&mut self, number: u64, body: &[u8]) {
+        let id = MessageId([u8::try_from(number).unwrap(); 16]);
+        let fragment = Fragment { id, index: 0, count: 1, bytes: body }.to_bytes(sizes());
+        self.core.handle_delivery(self.now, number, &fragment);
+    }
+
+    fn reply_contents(&mut self, id: u8, body: &[u8]) -> Vec<u8> {
+        let fragment = Fragment { id: MessageId([id; 16]), index: 0, count: 1, bytes: body };
+        let ack_surb = self.surbs(1).remove(0).surb;
+        ReplyContents { ack_surb, fragment: &fragment.to_bytes(sizes()) }.compose()
+    }
+}
+
+#[test]
+fn messages_that_are_empty_or_too_long_and_too_many_surbs_are_refused() {
+    let mut fixture = Fixture::new();
+    let to = fixture.address();
+    assert_eq!(fixture.send(to, b"", 0), Err(SendError::Empty));
+    let long = vec![0; MAX_MESSAGE_BYTES + 1];
+    assert_eq!(fixture.send(to, &long, 0), Err(SendError::TooLong(MAX_MESSAGE_BYTES + 1)));
+    assert_eq!(fixture.send(to, b"m", 1025), Err(SendError::TooManySurbs(1025)));
+    assert!(fixture.send(to, &long[1..], 1024).is_ok());
+    let tag = SenderTag([0; 16]);
+    let reply = fixture.core.reply(fixture.now, &mut fixture.rng, tag, b"m");
+    assert_eq!(reply, Err(SendError::UnknownSender));
+}
+
+#[test]
+fn messages_and_bytes_that_wait_are_bounded() {
+    let mut fixture = Fixture::new();
+    let to = fixture.address();
+    for _ in 0..MAX_OUTGOING_MESSAGES {
+        fixture.send(to, b"m", 0).unwrap();
+    }
+    assert_eq!(fixture.send(to, b"m", 0), Err(SendError::Full));
+    let mut fixture = Fixture::new();
+    let long = vec![0; MAX_MESSAGE_BYTES];
+    for _ in 0..3 {
+        fixture.send(to, &long, 0).unwrap();
+    }
+    assert_eq!(fixture.send(to, &long, 0), Err(SendError::Full), "each has a byte more");
+    assert!(fixture.core.counts().outgoing.1 <= MAX_OUTGOING_BYTES);
+}
+
+#[test]
+fn no_more_is_under_way_than_the_window_and_all_destinations_have_their_turn() {
+    let mut fixture = Fixture::new();
+    let (one, two) = (fixture.address(), fixture.address());
+    let long = vec![0; 200_000];
+    fixture.send(one, &long, 0).unwrap();
+    fixture.send(two, &long, 0).unwrap();
+    let sent: Vec<_> = std::iter::from_fn(|| fixture.transmit())
+        .map(|sent| match sent {
+            Transmit::Message { recipient, .. } => recipient,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(sent.len(), 2 * 64);
+    assert_eq!(sent[..4], [one, two, one, two]);
+    assert!(!fixture.core.wants_to_send(fixture.now));
+}
+
+#[test]
+fn acknowledgements_that_nobody_awaits_or_that_are_none_change_nothing() {
+    let mut fixture = Fixture::new();
+    let to = fixture.address();
+    fixture.send(to, b"m", 0).unwrap();
+    let ack = fixture.transmit_message().unwrap();
+    assert!(!fixture.by_surb(ack + 1, &AckStatus::Stored.to_bytes()));
+    assert!(fixture.by_surb(ack, &[1, 9]));
+    assert_eq!(fixture.core.dropped().malformed, 1);
+    assert!(!fixture.by_surb(ack, &AckStatus::Stored.to_bytes()), "each works once");
+    assert_eq!(fixture.core.poll_event(), None);
+}
+
+#[test]
+fn an_overdue_fragment_is_sent_again_and_a_late_acknowledgement_counts() {
+    let mut fixture = Fixture::new();
+    let to = fixture.address();
+    let id = fixture.send(to, b"m", 0).unwrap();
+    let first = fixture.transmit_message().unwrap();
+    fixture.core.sent(&identifier(first), Duration::from_secs(2));
+    let due = fixture.core.poll_timeout(fixture.now).unwrap();
+    assert!(due >= fixture.now + Duration::from_millis(2545), "the delays, and the rest");
+    assert_eq!(fixture.transmit_message(), None);
+    fixture.now = due;
+    fixture.core.handle_timeout(due);
+    let second = fixture.transmit_message().unwrap();
+    assert_ne!(first, second);
+    assert!(fixture.by_surb(first, &AckStatus::Stored.to_bytes()));
+    assert_eq!(fixture.core.poll_event(), Some(MessageEvent::Delivered(id)));
+    assert!(fixture.by_surb(second, &AckStatus::Stored.to_bytes()));
+    assert_eq!(fixture.core.poll_event(), None);
+}
+
+#[test]
+fn an_unknown_client_fails_at_once_and_others_after_the_stated_time_with_their_reason() {
+    let refusals = [
+        (AckStatus::ShareFull, FailReason::ShareFull),
+        (AckStatus::StoreUnavailable, FailReason::StoreUnavailable),
+    ];
+    for (status, reason) in refusals {
+        let mut fixture = Fixture::new();
+        let (start, to) = (fixture.now, fixture.address());
+        let id = fixture.send(to, b"m", 0).unwrap();
+        let mut sent = 0;
+        loop {
+            while let Some(ack) = fixture.transmit_message() {
+                sent += 1;
+                assert!(fixture.by_surb(ack, &status.to_bytes()));
+            }
+            if let Some(event) = fixture.core.poll_event() {
+                assert_eq!(event, MessageEvent::Failed(id, reason));
+                break;
+            }
+            fixture.now = fixture.core.poll_timeout(fixture.now).unwrap();
+            fixture.core.handle_timeout(fixture.now);
+        }
+        assert_eq!(fixture.now, start + GIVE_UP);
+        let doubling: u64 = [1, 2, 4, 8, 16, 32].iter().sum();
+        assert_eq!(sent, 7 + (GIVE_UP.as_secs() - doubling) / 60, "then one a minute");
+    }
+    let mut fixture = Fixture::new();
+    let to = fixture.address();
+    let id = fixture.send(to, b"m", 0).unwrap();
+    let ack = fixture.transmit_message().unwrap();
+    fixture.by_surb(ack, &AckStatus::UnknownClient.to_bytes());
+    let event = MessageEvent::Failed(id, FailReason::UnknownClient);
+    assert_eq!(fixture.core.poll_event(), Some(event));
+}
+
+#[test]
+fn without_a_route_a_message_waits_and_then_fails() {
+    let mut fixture = Fixture::new();
+    let to = fixture.address();
+    let id = fixture.send(to, b"m", 0).unwrap();
+    let ack = fixture.transmit_message().unwrap();
+    fixture.core.unsent(fixture.now, &identifier(ack));
+    assert_eq!(fixture.core.counts().awaited, (0, 0));
+    assert_eq!(fixture.transmit_message(), None, "there is a pause");
+    fixture.now += GIVE_UP;
+    fixture.core.handle_timeout(fixture.now);
+    let event = MessageEvent::Failed(id, FailReason::NoRoute);
+    assert_eq!(fixture.core.poll_event(), Some(event));
+}
+
+#[test]
+fn what_is_malformed_is_confirmed_and_counted() {
+    let mut fixture = Fixture::new();
+    fixture.core.handle_unreadable(1);
+    fixture.core.handle_delivery(fixture.now, 2, &[0; 1587]);
+    for (number, body) in [(3, &[9, 9][..]), (4, &Body::Request(5).to_bytes()), (5, &[0])] {
+        fixture.deliver(number, body);
+    }
+    let confirmed: Vec<_> = std::iter::from_fn(|| fixture.core.poll_confirmation()).collect();
+    assert_eq!(confirmed, [1, 2, 3, 4, 5]);
+    assert_eq!((fixture.core.dropped().malformed, fixture.core.poll_event()), (5, None));
+}
+
+#[test]
+fn a_conversation_has_one_tag_and_two_recipients_have_two() {
+    let mut fixture = Fixture::new();
+    let (one, two) = (fixture.address(), fixture.address());
+    let mut tag_of = |to| {
+        fixture.send(to, b"m", 1).unwrap();
+        let Some(Transmit::Message { fragment, .. }) = fixture.transmit() else { panic!() };
+        let fragment = Fragment::parse(&fragment, sizes()).unwrap();
+        match Body::parse(fragment.bytes).unwrap() {
+            Body::WithSurbs(surbs, _) => surbs.sender_tag,
+            other => panic!("{other:?}"),
+        }
+    };
+    let tags = [tag_of(one), tag_of(two), tag_of(one)];
+    assert_eq!(tags[0], tags[2]);
+    assert_ne!(tags[0], tags[1]);
+}
+
+#[test]
+fn requests_are_granted_up_to_the_allowance() {
+    let mut fixture = Fixture::new();
+    let to = fixture.address();
+    fixture.send(to, b"m", 20).unwrap();
+    let mut granted = 0;
+    for surb in 1..=20 {
+        let body = Body::Request(u16::MAX).to_bytes();
+        let contents = fixture.reply_contents(u8::try_from(surb).unwrap(), &body);
+        assert!(fixture.by_surb(surb, &contents));
+        while let Some(refill) = fixture.core.poll_refill() {
+            assert_eq!(refill.recipient, to);
+            assert!(refill.surbs <= MAX_REPLY_SURBS);
+            granted += refill.surbs;
+        }
+    }
+    assert_eq!(granted, REFILL_ALLOWANCE + REFILL_FACTOR * 20);
+}
+
+#[test]
+fn a_reply_is_acknowledged_and_its_copy_is_not_received_again() {
+    let mut fixture = Fixture::new();
+    let to = fixture.address();
+    fixture.send(to, b"m", 2).unwrap();
+    fixture.transmit_message().unwrap();
+    for surb in [1, 2] {
+        let contents = fixture.reply_contents(7, &Body::Plain(b"answer").to_bytes());
+        assert!(fixture.by_surb(surb, &contents));
+        assert!(matches!(fixture.transmit(), Some(Transmit::Acknowledgement { .. })));
+    }
+    let Some(MessageEvent::Received { message, sender, received }) = fixture.core.poll_event()
+    else {
+        panic!("the reply did not come");
+    };
+    assert_eq!((message, sender), (b"answer".to_vec(), Sender::Replier(to)));
+    assert_eq!(received.to_remember(), None);
+    assert_eq!(fixture.core.poll_event(), None);
+}
+
+#[test]
+fn acknowledgements_of_replies_that_wait_are_bounded() {
+    let mut fixture = Fixture::new();
+    let to = fixture.address();
+    for _ in 0..5 {
+        fixture.send(to, b"m", MAX_REPLY_SURBS).unwrap();
+    }
+    let contents = fixture.reply_contents(7, &Body::Plain(b"answer").to_bytes());
+    for surb in 1..=MAX_OWED_ACKS as u64 + 3 {
+        assert!(fixture.by_surb(surb, &contents));
+    }
+    assert_eq!(fixture.core.dropped().owed_acks, 3);
+}
+
+#[test]
+fn surbs_of_past_key_epochs_are_neither_used_nor_awaited() {
+    let mut fixture = Fixture::new();
+    let to = fixture.address();
+    fixture.send(to, b"m", 3).unwrap();
+    let given = fixture.surbs(2);
+    let surbs: Vec<_> = given.iter().map(|made| *made.surb.as_bytes()).collect();
+    let given = ReplySurbs { sender_tag: SenderTag([5; 16]), key_epoch: 0, surbs: &surbs };
+    fixture.deliver(1, &Body::Surbs(given).to_bytes());
+    let counts = fixture.core.counts();
+    assert_eq!((counts.awaited, counts.reply_surbs), ((0, 3), (2, 1)));
+    fixture.core.forget_key_epochs_before(1);
+    let counts = fixture.core.counts();
+    assert_eq!((counts.awaited, counts.reply_surbs), ((0, 0), (0, 1)));
+}
