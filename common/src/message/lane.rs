@@ -66,7 +66,7 @@ impl Lane {
             messages: 0,
             waiting: VecDeque::new(),
             under_way: 0,
-            window: Window::new(INITIAL_WINDOW, MIN_WINDOW, MAX_WINDOW),
+            window: Window::new(now, INITIAL_WINDOW, MIN_WINDOW, MAX_WINDOW),
             queueing: Queueing::new(now, unknown_delays.as_secs_f64()),
             vain_waits: 0,
             last_vain: None,
@@ -102,7 +102,7 @@ impl Lane {
     /// A fragment was acknowledged, so long after what the known delays take.
     pub(super) fn on_stored(&mut self, now: Instant, trip: Duration) {
         self.queueing.update(trip.as_secs_f64(), now);
-        self.window.steer(&self.queueing, 1);
+        self.window.steer(now, &self.queueing, 1);
         self.last_stored = Some(now);
         self.vain_waits = 0;
         self.obstacles = 0;
