@@ -47,6 +47,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         providers: vec![provider],
         access_token: None,
         mean_delay: None,
+        messages: None,
     })
     .await?;
 

@@ -102,6 +102,7 @@ pub(crate) async fn connect(dir: &DataDir, way: Way) -> Result<Client> {
         // Every client takes the network's: mixes read the delays of packets, so that other ones
         // would mark this client's packets at each of them.
         mean_delay: None,
+        messages: None,
     };
     Client::connect(config).await.context("the client cannot connect")
 }

@@ -1,5 +1,6 @@
 //! A client of one provider or several: opens streams, and drives the sessions that carry them.
 
+mod messages;
 mod routes;
 mod traffic;
 
@@ -21,11 +22,14 @@ use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout, timeout_at};
 
+use self::messages::Mail;
 use self::routes::Routes;
 use crate::core::{ClientCore, ClientEvent};
 use crate::endpoint::{Endpoint, EndpointConfig, unix_time, worker_count};
 use crate::gateway::{GatewayLinkError, GatewayState, LinkState};
 use crate::headers::HeaderPool;
+use crate::messages::ReceivedLogError;
+use crate::messages::{Messenger, MessengerOptions};
 use crate::renewal::{Renewal, Stale};
 use crate::stream::{MixStream, OpenError, StreamHost, StreamKey, Waiting};
 
@@ -60,6 +64,8 @@ pub struct ClientConfig {
     pub access_token: Option<AccessToken>,
     /// Mean delay of each mix; `None` takes the network's.
     pub mean_delay: Option<Duration>,
+    /// Whether the client sends and receives messages too: [`Client::messenger`].
+    pub messages: Option<MessengerOptions>,
 }
 
 /// Why a client does not start.
@@ -78,6 +84,12 @@ pub enum ClientError {
     /// The gateway.
     #[error(transparent)]
     Gateway(#[from] GatewayLinkError),
+    /// Messages that came before would be received once more.
+    #[error(transparent)]
+    ReceivedLog(#[from] ReceivedLogError),
+    /// Messages do not fit the network's packets.
+    #[error("the packets of this network are too short, or too long, for messages")]
+    NoMessages,
 }
 
 /// A client of a provider. Clones are the same client; it stops with [`Client::shutdown`], or when
@@ -100,9 +112,11 @@ impl Drop for Tasks {
     }
 }
 
-struct Shared {
+pub(crate) struct Shared {
     endpoint: Arc<Endpoint>,
     providers: Vec<Address>,
+    /// Messages, if the client has any.
+    mail: Option<Mail>,
     state: Mutex<State>,
     /// A packet may have to be sent.
     wake_senders: Notify,
@@ -121,6 +135,8 @@ struct State {
     closed: bool,
     /// The user was told that nothing answers, and no stream was opened since.
     told_silent: bool,
+    /// Messages are asked first for the next packet.
+    is_turn_of_messages: bool,
 }
 
 struct ProviderState {
@@ -152,6 +168,7 @@ impl Client {
             providers,
             access_token,
             mean_delay,
+            messages,
         } = config;
         if providers.iter().any(|provider| provider.gateway == gateway) {
             return Err(ClientError::SameGateway);
@@ -171,9 +188,20 @@ impl Client {
             gateway,
             token_file,
             mean_delay,
-            receives_messages: false,
+            receives_messages: messages.is_some(),
         };
+        Self::start(config, providers, access_token, messages).await
+    }
+
+    /// Connects to the gateway; with no providers if there are only messages.
+    pub(crate) async fn start(
+        config: EndpointConfig,
+        providers: Vec<Address>,
+        access_token: Option<AccessToken>,
+        messages: Option<MessengerOptions>,
+    ) -> Result<Self, ClientError> {
         let (endpoint, receiver) = Endpoint::connect(config).await?;
+        let mail = messages.map(|options| Mail::new(&endpoint, options)).transpose()?;
         let topology = endpoint.topology();
         let (now, own) = (Instant::now(), endpoint.address().gateway);
         let mut core = ClientCore::new(
@@ -206,10 +234,12 @@ impl Client {
             opening: HashMap::new(),
             closed: false,
             told_silent: false,
+            is_turn_of_messages: false,
         };
         let shared = Arc::new(Shared {
             endpoint: endpoint.clone(),
             providers,
+            mail,
             state: Mutex::new(state),
             wake_senders: Notify::new(),
             wake_makers: Notify::new(),
@@ -222,6 +252,10 @@ impl Client {
             tasks.spawn(shared.clone().send_packets());
             tasks.spawn(shared.clone().make_ahead());
         }
+        if shared.mail.is_some() {
+            tasks.spawn(shared.clone().confirm_deliveries());
+            tasks.spawn(shared.clone().refill_others());
+        }
         let tasks = Tasks { shared: shared.clone(), tasks: Mutex::new(tasks) };
         Ok(Self { shared, tasks: Arc::new(tasks) })
     }
@@ -229,6 +263,16 @@ impl Client {
     /// This client's address.
     pub fn address(&self) -> Address {
         self.shared.endpoint.address()
+    }
+
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    /// The messages of this client, if [`ClientConfig::messages`] asked for them.
+    pub fn messenger(&self) -> Option<Messenger> {
+        self.shared.mail.as_ref()?;
+        Some(Messenger::of(self.clone()))
     }
 
     /// How the link to the gateway is.
@@ -336,6 +380,7 @@ impl Client {
         })
         .await;
         // The link sends what it was given, and says goodbye.
+        self.shared.confirm_the_last();
         self.tasks.tasks.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
         let mut link = self.shared.endpoint.state().clone();
         let is_down = |state: &LinkState| !matches!(state, LinkState::Connected);
@@ -512,6 +557,8 @@ impl Shared {
         state.opening.clear();
         state.core.end();
         state.settle();
+        drop(state);
+        self.tell_messengers();
     }
 
     /// Whether the provider has owed an answer in the session for longer than it takes one that lives:
@@ -537,6 +584,7 @@ impl Shared {
             Stale::SurbsSoon => state.core.replace_surbs(now),
             Stale::Surbs => state.core.renew_surbs(now),
         }
+        self.forget_old_key_epochs(&topology, wall);
         let own = self.endpoint.address().gateway;
         let peers = self.providers.iter().map(|provider| &provider.gateway);
         let State { routes, core, .. } = state;
@@ -567,9 +615,10 @@ impl Shared {
         let mut link = self.endpoint.state().clone();
         let is_up = |state: &LinkState| matches!(state, LinkState::Connected);
         loop {
-            if link.wait_for(|state| !is_up(state)).await.is_err()
-                || link.wait_for(is_up).await.is_err()
-            {
+            self.set_receiving(true);
+            let is_closed = link.wait_for(|state| !is_up(state)).await.is_err();
+            self.set_receiving(false);
+            if is_closed || link.wait_for(is_up).await.is_err() {
                 return;
             }
             self.lock().core.path_is_back();

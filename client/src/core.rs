@@ -94,6 +94,8 @@ pub struct ClientCore<R> {
     /// The session that is asked first for the next packet.
     turn: usize,
     surbs: SurbStore<R>,
+    /// SURBs that are wanted for messages.
+    wanted_surbs: usize,
     health: Health,
     has_avoided: bool,
     /// The mixes of the packets whose fate is open.
@@ -119,6 +121,7 @@ impl<R> ClientCore<R> {
             sessions: Vec::new(),
             turn: 0,
             surbs: SurbStore::default(),
+            wanted_surbs: 0,
             health: Health::new(topology, now),
             has_avoided: false,
             under_way: HashMap::new(),
@@ -461,9 +464,30 @@ impl<R> ClientCore<R> {
         self.surbs.counts()
     }
 
-    /// SURBs that sessions want.
+    /// SURBs that sessions and messages want.
     pub fn surb_demand(&self) -> usize {
-        self.sessions().map(ClientSession::surb_demand).sum()
+        self.sessions().map(ClientSession::surb_demand).sum::<usize>() + self.wanted_surbs
+    }
+
+    /// So many SURBs are wanted for messages.
+    pub fn want_surbs(&mut self, count: usize) {
+        self.wanted_surbs = count;
+    }
+
+    /// SURBs at hand.
+    pub fn ready_surbs(&mut self, now: Instant) -> usize {
+        self.surbs.ready(now)
+    }
+
+    /// The next SURB at hand, for a message. What comes by it is for [`ClientCore::message_came`].
+    pub fn take_surb(&mut self, now: Instant) -> Option<ReadySurb<R>> {
+        self.surbs.pop(now)
+    }
+
+    /// Something has come by a SURB of a message, which led this way.
+    pub fn message_came(&mut self, now: Instant, way: &Way) {
+        self.health.on_reply(now, &way.mixes);
+        self.note_fates(now);
     }
 
     /// How many SURBs to make now, at most `max`; [`ClientCore::deliver_surbs`] must follow.
@@ -576,7 +600,7 @@ mod tests {
             let surb = Surb::from_bytes(&bytes).unwrap();
             let mut identifier = Identifier::default();
             identifier[0] = number;
-            ReadySurb { surb, identifier, recovery: (), way: WAY, made }
+            ReadySurb { surb, identifier, recovery: (), way: WAY, made, key_epoch: 0 }
         };
         (1..=count).map(ready).collect()
     }

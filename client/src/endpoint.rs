@@ -10,17 +10,18 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use mixsocks_common::address::Address;
 use mixsocks_common::gateway::message::KeptBox;
 use mixsocks_common::keys::{Identity, IdentityKey};
+use mixsocks_common::message::sealed_box::{OpenBoxError, open_boxes};
 use mixsocks_common::replay::{Admission, RecentTags};
 use mixsocks_common::topology::{
-    NoRoute, RouteChoice, Topology, UnixTime, check_route, random_route,
+    NoRoute, RouteChoice, Topology, UnixTime, check_route, random_message_route, random_route,
 };
 use mixsocks_sphinx::{
     HopAddress, Identifier, OpenedPacket, Packet, PacketHeader, Payload, Peeled, ReplyRecovery,
-    Route, SecretKey, build_headers, build_surbs, fill_headers, finish, max_plaintext,
-    open_headers,
+    Route, SecretKey, Surb, build_headers, build_surbs, fill_headers, finish, max_plaintext,
+    open_headers, use_surbs,
 };
 use rand::RngExt;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -105,6 +106,7 @@ pub struct Endpoint {
     drops: Drops,
     sender: GatewaySender,
     confirmations: Confirmations,
+    receive_again: Arc<Notify>,
     state: GatewayState,
 }
 
@@ -146,7 +148,8 @@ impl Endpoint {
             receives_messages,
         };
         let documents = Documents::new(topology);
-        let GatewayLink { sender, receiver, confirmations, state } = gateway::connect(link).await?;
+        let GatewayLink { sender, receiver, confirmations, receive_again, state } =
+            gateway::connect(link).await?;
         let endpoint = Self {
             mean_delay,
             payload_bytes: documents.used().parameters.payload_bytes,
@@ -162,6 +165,7 @@ impl Endpoint {
             drops: Drops::default(),
             sender,
             confirmations,
+            receive_again,
             state,
         };
         Ok((Arc::new(endpoint), receiver))
@@ -221,6 +225,17 @@ impl Endpoint {
     /// Takes the numbers of deliveries that the gateway may let go.
     pub fn confirmations(&self) -> &Confirmations {
         &self.confirmations
+    }
+
+    /// Asks the gateway anew for the messages that it keeps, from the oldest on.
+    pub fn receive_again(&self) {
+        self.receive_again.notify_one();
+    }
+
+    /// Opens the boxes of deliveries, in their order.
+    pub fn open_boxes(&self, deliveries: &[KeptBox]) -> Vec<Result<Vec<u8>, OpenBoxError>> {
+        let boxes: Vec<_> = deliveries.iter().map(|kept| &kept.sealed[..]).collect();
+        open_boxes(&self.key, &boxes)
     }
 
     /// What was dropped of what arrived.
@@ -283,6 +298,38 @@ impl Endpoint {
         Ok(headers.map(|(header, way)| ReadyHeader { header, way, made }).collect())
     }
 
+    /// Makes the headers of message packets, which end at their recipients' gateways, each for a route of
+    /// its own and in the order of the recipients. Costs as [`Endpoint::make_headers`] does.
+    ///
+    /// # Errors
+    /// Per recipient, [`NoRoute`] says why there is no way to it.
+    pub fn make_message_headers(
+        &self,
+        recipients: &[Address],
+        choice: &RouteChoice,
+    ) -> Vec<Result<ReadyHeader, NoRoute>> {
+        let made = Instant::now();
+        let (topology, mean_delay) = (self.topology(), self.mean_delay());
+        let (now, mut rng) = (unix_time(), rand::rng());
+        let draw = |recipient| {
+            random_message_route(&topology, recipient, now, mean_delay, choice, &mut rng)
+        };
+        let routes: Vec<_> = recipients.iter().map(draw).collect();
+        let good: Vec<_> = routes.iter().flatten().cloned().collect();
+        let mut headers = build_headers(&mut rand::rng(), &good).into_iter();
+        let mut ready = |route: Route| ReadyHeader {
+            header: headers.next().expect("one for each route"),
+            way: Way::of(&route),
+            made,
+        };
+        routes.into_iter().map(|route| route.map(&mut ready)).collect()
+    }
+
+    /// Makes the packets of SURBs and contents. A SURB that is none makes no packet.
+    pub fn build_replies(&self, requests: Vec<(Surb, &[u8])>) -> Vec<(HopAddress, Packet)> {
+        use_surbs(self.payload_bytes, requests).into_iter().flatten().collect()
+    }
+
     /// Makes the header of a loop: a packet to this endpoint itself, and what names it when it comes.
     ///
     /// # Errors
@@ -322,12 +369,14 @@ impl Endpoint {
         count: usize,
     ) -> Result<Vec<ReadySurb<ReplyRecovery>>, NoRoute> {
         let made = Instant::now();
+        // Not later than the routes are drawn: then they are of this key epoch or the next one.
+        let key_epoch = self.topology().key_epoch_used(unix_time());
         let routes = self.routes(&self.address, choice, identifiers().take(count))?;
         let built = build_surbs(&mut rand::rng(), &routes).into_iter().zip(&routes);
         let ready = built.filter_map(|(built, route)| {
             let (surb, recovery) = built.ok()?;
             let (identifier, way) = (recovery.identifier(), Way::of(route));
-            Some(ReadySurb { surb, identifier, recovery, way, made })
+            Some(ReadySurb { surb, identifier, recovery, way, made, key_epoch })
         });
         Ok(ready.collect())
     }

@@ -13,6 +13,7 @@ mod endpoint;
 pub mod gateway;
 mod headers;
 pub mod health;
+pub mod messages;
 mod renewal;
 #[cfg(feature = "socks")]
 pub mod socks;

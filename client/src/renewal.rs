@@ -64,7 +64,7 @@ impl Renewal {
         now: Instant,
         wall: UnixTime,
     ) -> Self {
-        let key_epoch = key_epoch(&topology, wall);
+        let key_epoch = topology.key_epoch_used(wall);
         Self { topology, own_gateway, peer_gateways, key_epoch, replace_at: None, next_look: now }
     }
 
@@ -100,7 +100,7 @@ impl Renewal {
     }
 
     fn follow_clock(&mut self, now: Instant, wall: UnixTime, rng: &mut impl Rng) -> Stale {
-        let key_epoch = key_epoch(&self.topology, wall);
+        let key_epoch = self.topology.key_epoch_used(wall);
         let before = std::mem::replace(&mut self.key_epoch, key_epoch);
         if key_epoch == before {
             return Stale::Nothing;
@@ -140,11 +140,6 @@ impl Renewal {
             Stale::Nothing
         }
     }
-}
-
-/// The key epoch for which packets are made: see [`Topology::sphinx_key`].
-fn key_epoch(topology: &Topology, wall: UnixTime) -> u64 {
-    topology.parameters.epochs.key_epoch_at(wall).max(topology.key_epoch())
 }
 
 fn does_the_same(old: &Node, new: &Node) -> bool {

@@ -30,6 +30,8 @@ pub struct ReadySurb<R> {
     pub way: Way,
     /// When it was made: not later than its route was drawn.
     pub made: Instant,
+    /// The key epoch whose keys it was made for.
+    pub key_epoch: u64,
 }
 
 /// A reply that is awaited.
@@ -103,6 +105,12 @@ impl<R> SurbStore<R> {
         self.ready.len()
     }
 
+    /// Hands out the SURB that was made first, to be remembered by whoever takes it.
+    pub(crate) fn pop(&mut self, now: Instant) -> Option<ReadySurb<R>> {
+        self.ready(now);
+        self.ready.pop_front()
+    }
+
     /// The SURBs at hand, for packets of `session`.
     pub(crate) fn source(&mut self, session: SessionId) -> Source<'_, R> {
         Source { store: self, session }
@@ -171,6 +179,7 @@ mod tests {
             recovery: number,
             way: Way { delay: Duration::ZERO, mixes: Default::default() },
             made,
+            key_epoch: 0,
         }
     }
 

@@ -453,7 +453,7 @@ impl<C: Codec> Endpoint<C> {
                 let (surb, recovery) = codec.build_surb(&mut self.rng, &sealed);
                 let way = Way::of(&route);
                 self.surbs_awaited.insert(identifier);
-                ReadySurb { surb, identifier, recovery, way, made: now }
+                ReadySurb { surb, identifier, recovery, way, made: now, key_epoch: 0 }
             })
             .collect();
         if !surbs.is_empty() {

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mixsocks_common::gateway::message::KeptBox;
+use mixsocks_common::message::Transmit;
 use mixsocks_common::topology::RouteChoice;
 use mixsocks_sphinx::{Identifier, PacketHeader, Payload, recover_replies};
 use tokio::time::sleep_until;
@@ -31,6 +33,8 @@ enum Sending {
     /// There is something for this provider, but no header.
     NoHeader(usize),
     Packet(PacketHeader),
+    /// A part of a message.
+    Message(Transmit),
     Loop(LoopWish),
 }
 
@@ -46,21 +50,26 @@ impl Shared {
                 Reserved::TimedOut => continue,
                 Reserved::Ended => return self.end_all(),
             };
-            let mut headers = Vec::new();
+            let (mut headers, mut messages) = (Vec::new(), Vec::new());
             // Nobody waits for a full batch: it is what there is now.
             let next = loop {
                 let Some(out) = contents.get_mut(headers.len()) else { break Sending::Nothing };
-                if permits.len() == headers.len() {
+                let pulled = headers.len() + messages.len();
+                if pulled == PACKETS_PER_TURN {
+                    break Sending::Nothing;
+                }
+                if permits.len() == pulled {
                     let Some(permit) = self.endpoint.try_reserve() else { break Sending::Nothing };
                     permits.push(permit);
                 }
                 match self.pull(out) {
                     Sending::Packet(header) => headers.push(header),
+                    Sending::Message(transmit) => messages.push(transmit),
                     other => break other,
                 }
             };
             let mut permits = permits.into_iter();
-            if !headers.is_empty() {
+            if headers.len() + messages.len() > 0 {
                 // There may be more; while this task builds, another one looks.
                 self.wake_senders.notify_one();
                 let with_contents = headers.into_iter().zip(contents.iter().map(|c| &c[..]));
@@ -69,9 +78,11 @@ impl Shared {
                 {
                     permit.send(packet);
                 }
+                let messages = self.build_messages(messages);
+                messages.into_iter().zip(&mut permits).for_each(|(out, permit)| permit.send(out));
             }
             match next {
-                Sending::Nothing | Sending::Packet(_) => {}
+                Sending::Nothing | Sending::Packet(_) | Sending::Message(_) => {}
                 Sending::NoHeader(provider) => drop(self.make_headers(provider, 1)),
                 Sending::Loop(wish) => {
                     let made = self.make_loop(wish).map(|header| (header, &[][..]));
@@ -92,6 +103,25 @@ impl Shared {
             state.core.loop_taken(now, wish);
             return Sending::Loop(wish);
         }
+        // Sessions and messages take turns.
+        if std::mem::take(&mut state.is_turn_of_messages)
+            && let Some(transmit) = self.pull_message(&mut state, now)
+        {
+            return Sending::Message(transmit);
+        }
+        let sending = self.pull_packet(&mut state, contents, now);
+        state.is_turn_of_messages = true;
+        match sending {
+            Sending::Nothing => match self.pull_message(&mut state, now) {
+                Some(transmit) => Sending::Message(transmit),
+                None => Sending::Nothing,
+            },
+            sending => sending,
+        }
+    }
+
+    /// Takes the next packet of a session.
+    fn pull_packet(&self, state: &mut State, contents: &mut Vec<u8>, now: Instant) -> Sending {
         let State { core, providers, .. } = &mut *state;
         let way_to = |provider: usize| providers[provider].headers.next_way(now);
         let pulled = core.next_packet(now, way_to, contents);
@@ -126,18 +156,21 @@ impl Shared {
                 let has_routes = self.look(&mut state, now).is_ok();
                 state.core.handle_timeout(now);
                 state.settle();
+                let of_mail = self.handle_mail_timeout(now);
                 // What is overdue may have to be asked for with fresh SURBs.
                 if state.core.surb_demand() > 0 {
                     self.wake_makers.notify_one();
                 }
-                if has_routes && state.core.wants_transmit(now) {
+                if has_routes && state.core.wants_transmit(now)
+                    || self.wants_to_send_mail(&mut state.core, now)
+                {
                     return;
                 }
                 let of_core = state.core.poll_timeout();
                 // Who is overdue and cannot send waits for nothing.
                 let of_core = of_core.map(|at| if has_routes { at } else { now + NO_ROUTE_WAIT });
                 let look = state.renewal.poll_timeout();
-                of_core.map_or(look, |at| at.min(look))
+                of_core.into_iter().chain(of_mail).fold(look, Instant::min)
             };
             tokio::select! {
                 () = self.wake_senders.notified() => {}
@@ -204,9 +237,15 @@ impl Arrivals for Shared {
         let drops = self.endpoint.drops();
         let mut whose = Vec::with_capacity(arrived.len());
         let mut replies = Vec::with_capacity(arrived.len());
+        let (mut of_messages, mut mail) = (Vec::new(), Vec::new());
         {
             let (mut state, now) = (self.lock(), Instant::now());
             for (identifier, payload) in arrived {
+                if let Some((recovery, purpose)) = self.take_awaited_mail(&identifier) {
+                    of_messages.push((recovery.way, purpose));
+                    mail.push((recovery.recovery, payload));
+                    continue;
+                }
                 match state.core.take_awaited(&identifier) {
                     Some(Awaited { recovery, session, way }) => {
                         whose.push((session, way));
@@ -236,7 +275,12 @@ impl Arrivals for Shared {
         }
         state.settle();
         drop(state);
+        self.handle_mail(of_messages, recover_replies(mail));
         self.wake_senders.notify_one();
         self.wake_makers.notify_one();
+    }
+
+    fn delivered(&self, deliveries: Vec<KeptBox>) {
+        self.handle_deliveries(&deliveries);
     }
 }

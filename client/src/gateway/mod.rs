@@ -20,7 +20,7 @@ use mixsocks_common::gateway::message::{Invitation, KeptBox};
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::topology::Topology;
 use mixsocks_sphinx::{HopAddress, Packet};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 
 pub use error::GatewayLinkError;
 pub use token_file::TokenFileError;
@@ -62,6 +62,8 @@ pub struct GatewayLink {
     pub receiver: GatewayReceiver,
     /// Takes the numbers of deliveries that the gateway may let go.
     pub confirmations: Confirmations,
+    /// Asks the gateway anew for the messages that it keeps, from the oldest on.
+    pub receive_again: Arc<Notify>,
     /// Tells how the connection is.
     pub state: GatewayState,
 }
@@ -122,11 +124,12 @@ pub enum LinkState {
 pub async fn connect(config: GatewayLinkConfig) -> Result<GatewayLink, GatewayLinkError> {
     let (sender, packets) = mpsc::channel(UPLINK_QUEUE_PACKETS);
     let (confirmations, confirmed) = mpsc::channel(CONFIRMATION_QUEUE);
-    let uplink = session::Uplink { packets, confirmed };
+    let receive_again = Arc::new(Notify::new());
+    let uplink = session::Uplink { packets, confirmed, receive_again: receive_again.clone() };
     let (downlink, receiver) = mpsc::channel(DOWNLINK_QUEUE_PACKETS);
     let (states, state) = watch::channel(LinkState::Connected);
     let mut session = session::Session::new(config)?;
     let connection = Box::pin(session.log_in()).await?;
     tokio::spawn(session.run(connection, uplink, downlink, states));
-    Ok(GatewayLink { sender, receiver, confirmations, state })
+    Ok(GatewayLink { sender, receiver, confirmations, receive_again, state })
 }

@@ -47,6 +47,8 @@ pub(super) struct Uplink {
     pub(super) packets: mpsc::Receiver<Outgoing>,
     /// Numbers of deliveries.
     pub(super) confirmed: mpsc::Receiver<u64>,
+    /// RECEIVE is to be said once more.
+    pub(super) receive_again: Arc<Notify>,
 }
 
 /// What is to be sent next.
@@ -419,7 +421,7 @@ impl<'a> Carrier<'a> {
         uplink: &mut Uplink,
         downlink: &mpsc::Sender<Arrival>,
     ) -> GatewayLinkError {
-        let Uplink { packets, confirmed } = uplink;
+        let Uplink { packets, confirmed, receive_again } = uplink;
         let mut batch = Batch { receive: self.receives_messages, ..Batch::default() };
         let mut senders_are_gone = false;
         let mut confirmers_are_gone = false;
@@ -441,6 +443,9 @@ impl<'a> Carrier<'a> {
                         if !confirmers_are_gone =>
                     {
                         confirmers_are_gone = count == 0;
+                    }
+                    () = receive_again.notified(), if self.receives_messages => {
+                        batch.receive = true;
                     }
                     () = self.wake.notified() => {}
                     () = sleep_until(due.into()) => {}

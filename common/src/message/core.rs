@@ -244,15 +244,26 @@ impl<R> Messages<R> {
         message: &[u8],
         reply_surbs: Vec<MadeSurb<R>>,
     ) -> Result<MessageId, SendError> {
-        check_message(message)?;
+        self.check_send(message.len(), reply_surbs.len())?;
         let body = if reply_surbs.is_empty() {
-            self.outbox.check_room(1 + message.len())?;
             Body::Plain(message).to_bytes()
         } else {
-            self.check_surbs(&reply_surbs, message.len())?;
             self.with_surbs(rng, recipient, reply_surbs, Some(message))
         };
         Ok(self.push(now, rng, Destination::Recipient(recipient), body))
+    }
+
+    /// Whether [`Messages::send`] would take a message of so many bytes with so many SURBs: these need
+    /// not be made in vain.
+    ///
+    /// # Errors
+    /// See [`SendError`].
+    pub fn check_send(&self, message_bytes: usize, reply_surbs: usize) -> Result<(), SendError> {
+        check_message_bytes(message_bytes)?;
+        match reply_surbs {
+            0 => self.outbox.check_room(1 + message_bytes),
+            surbs => self.check_surbs(surbs, message_bytes),
+        }
     }
 
     /// Replies to whoever sent SURBs under this tag.
@@ -266,7 +277,7 @@ impl<R> Messages<R> {
         sender_tag: SenderTag,
         message: &[u8],
     ) -> Result<MessageId, SendError> {
-        check_message(message)?;
+        check_message_bytes(message.len())?;
         self.outbox.check_room(1 + message.len())?;
         if !self.stock.knows(sender_tag) {
             return Err(SendError::UnknownSender);
@@ -297,7 +308,7 @@ impl<R> Messages<R> {
         if surbs.is_empty() {
             return Ok(());
         }
-        self.check_surbs(&surbs, 0)?;
+        self.check_surbs(surbs.len(), 0)?;
         let body = self.with_surbs(rng, recipient, surbs, None);
         let id = self.push(now, rng, Destination::Recipient(recipient), body);
         self.refills.insert(id, recipient);
@@ -363,6 +374,21 @@ impl<R> Messages<R> {
         !self.owed_acks.is_empty() || self.next_destination(now).is_some()
     }
 
+    /// How many SURBs [`Messages::poll_transmit`] could use now, at most `max`.
+    pub fn surb_demand(&self, now: Instant, max: usize) -> usize {
+        if self.next_destination(now).is_none() {
+            return 0;
+        }
+        let (messages, bytes, under_way) = self.outbox.counts();
+        let fragments = messages + bytes / self.sizes.fragment_data_bytes();
+        fragments.saturating_sub(under_way).clamp(1, max)
+    }
+
+    /// Whether [`Messages::poll_transmit`] has something that needs no SURB.
+    pub fn owes_acks(&self) -> bool {
+        !self.owed_acks.is_empty()
+    }
+
     /// The shell has chosen the delays of the packet that is acknowledged by this SURB: their sum.
     pub fn sent(&mut self, ack: &Identifier, delay: Duration) {
         if let Some(piece) = self.outbox.add_delay(ack, delay)
@@ -424,11 +450,11 @@ impl<R> Messages<R> {
         id
     }
 
-    fn check_surbs(&self, surbs: &[MadeSurb<R>], message_bytes: usize) -> Result<(), SendError> {
-        if surbs.len() > MAX_REPLY_SURBS {
-            return Err(SendError::TooManySurbs(surbs.len()));
+    fn check_surbs(&self, surbs: usize, message_bytes: usize) -> Result<(), SendError> {
+        if surbs > MAX_REPLY_SURBS {
+            return Err(SendError::TooManySurbs(surbs));
         }
-        let surb_bytes = surbs.len() * mixsocks_sphinx::SURB_LEN;
+        let surb_bytes = surbs * mixsocks_sphinx::SURB_LEN;
         self.outbox.check_room(super::BODY_HEADER_LEN + surb_bytes + message_bytes)
     }
 
@@ -608,8 +634,8 @@ impl<R> Messages<R> {
     }
 }
 
-fn check_message(message: &[u8]) -> Result<(), SendError> {
-    match message.len() {
+fn check_message_bytes(message_bytes: usize) -> Result<(), SendError> {
+    match message_bytes {
         0 => Err(SendError::Empty),
         len if len > MAX_MESSAGE_BYTES => Err(SendError::TooLong(len)),
         _ => Ok(()),

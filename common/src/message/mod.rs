@@ -65,6 +65,12 @@ pub enum SendError {
     /// So much waits that it has to wait until something is delivered or has failed.
     #[error("too many messages wait to be sent")]
     Full,
+    /// There is no route to the client itself, so that it can give no SURBs away.
+    #[error("replies could not come: there is no route to this client")]
+    NoRoute,
+    /// The client has stopped.
+    #[error("the client has stopped")]
+    Stopped,
     /// Nobody with this sender_tag gave SURBs, or they are long ago.
     #[error("the sender cannot be answered")]
     UnknownSender,

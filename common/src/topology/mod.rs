@@ -13,7 +13,9 @@ use std::time::Duration;
 pub(crate) use document::RawParameters;
 pub use document::{DocumentError, MAX_NODES, MAX_PROVIDERS};
 pub use epochs::Epochs;
-pub use route::{NoRoute, RouteChoice, check_route, delay_quantile, random_route};
+pub use route::{
+    NoRoute, RouteChoice, check_route, delay_quantile, random_message_route, random_route,
+};
 pub use signed::{
     Authorities, AuthoritiesError, DocumentBody, DocumentDigest, MAX_DOCUMENT_BYTES,
     SignedTopology, TopologyError, sign, verify,
@@ -160,6 +162,17 @@ impl Topology {
     /// The key epoch of [`Node::sphinx_key`].
     pub fn key_epoch(&self) -> u64 {
         self.parameters.epochs.key_epoch(self.epoch)
+    }
+
+    /// The key epoch whose keys packets are made with at `now`: see [`Topology::sphinx_key`].
+    pub fn key_epoch_used(&self, now: UnixTime) -> u64 {
+        self.parameters.epochs.key_epoch_at(now).max(self.key_epoch())
+    }
+
+    /// The earliest key epoch whose keys nodes may still have at `now`.
+    pub fn oldest_key_epoch(&self, now: UnixTime) -> u64 {
+        let epochs = self.parameters.epochs;
+        epochs.key_epoch_at(UnixTime(now.0.saturating_sub(epochs.overlap_seconds)))
     }
 
     /// The key with which packets are made for `node` at `now`; `None` when the document is too old

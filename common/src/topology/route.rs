@@ -97,7 +97,45 @@ pub fn random_route(
     choice: &RouteChoice,
     rng: &mut impl Rng,
 ) -> Result<Route, NoRoute> {
-    let (gateway, gateway_key) = gateway_with_key(topology, &recipient.gateway, now)?;
+    let mut hops = hops_to_gateway(topology, &recipient.gateway, now, mean_delay, choice, rng)?;
+    hops.push(Hop {
+        address: *recipient.identity.as_bytes(),
+        key: recipient.encryption.public_key(),
+        delay: Duration::ZERO,
+    });
+    let destination = *recipient.identity.as_bytes();
+    Ok(Route::new(&hops, destination, identifier)
+        .expect("five hops and delays of at most a minute"))
+}
+
+/// Draws a route of a message for `recipient` as [`random_route`] does, but one that ends at its gateway,
+/// which keeps the message.
+///
+/// # Errors
+/// [`NoRoute`], as [`check_route`] tells it.
+pub fn random_message_route(
+    topology: &Topology,
+    recipient: &Address,
+    now: UnixTime,
+    mean_delay: Duration,
+    choice: &RouteChoice,
+    rng: &mut impl Rng,
+) -> Result<Route, NoRoute> {
+    let hops = hops_to_gateway(topology, &recipient.gateway, now, mean_delay, choice, rng)?;
+    let destination = *recipient.identity.as_bytes();
+    Ok(Route::new(&hops, destination, Identifier::default())
+        .expect("four hops and delays of at most a minute"))
+}
+
+fn hops_to_gateway(
+    topology: &Topology,
+    gateway: &Identity,
+    now: UnixTime,
+    mean_delay: Duration,
+    choice: &RouteChoice,
+    rng: &mut impl Rng,
+) -> Result<Vec<Hop>, NoRoute> {
+    let (gateway, gateway_key) = gateway_with_key(topology, gateway, now)?;
     let mut hops = Vec::with_capacity(LAYERS + 2);
     for layer in (1..).take(LAYERS) {
         let (mix, key) = choice
@@ -107,14 +145,7 @@ pub fn random_route(
         hops.push(hop(mix, key, delay));
     }
     hops.push(hop(gateway, gateway_key, Duration::ZERO));
-    hops.push(Hop {
-        address: *recipient.identity.as_bytes(),
-        key: recipient.encryption.public_key(),
-        delay: Duration::ZERO,
-    });
-    let destination = *recipient.identity.as_bytes();
-    Ok(Route::new(&hops, destination, identifier)
-        .expect("five hops and delays of at most a minute"))
+    Ok(hops)
 }
 
 /// The gateway and its key at `now`, in a document that is in force.

@@ -1,0 +1,116 @@
+//! Messages to anybody, and from anybody: what an application does with them.
+//!
+//! A [`Messenger`] stands alone ([`Messenger::connect`]) or on a client that opens streams too
+//! ([`Client::messenger`]); then both use one identity, one link to the gateway, and the same tasks.
+//! The rules are in `docs/messages.md`.
+
+mod received_log;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use mixsocks_common::address::Address;
+use mixsocks_common::message::fragment::MessageId;
+use mixsocks_common::message::{GIVE_UP_AFTER, MessageEvent, ReceivedId, SendError, SenderTag};
+
+pub use received_log::{MAX_LOGGED, ReceivedLog, ReceivedLogError};
+
+use crate::client::{Client, ClientError};
+use crate::endpoint::EndpointConfig;
+
+/// The name that the log of received messages has in a client's directory.
+pub const RECEIVED_LOG_FILE: &str = "received-messages.log";
+
+/// Most messages that were sent and whose outcome was not fetched, those under way included. Beyond, who
+/// sends waits.
+pub const MAX_UNFETCHED: usize = 4096;
+
+/// How messages are handled.
+#[derive(Debug, Clone)]
+pub struct MessengerOptions {
+    /// Where it is written down which messages were received, so that none is received again after a
+    /// restart; `None` remembers it only while the program runs. Its directory must exist.
+    pub received_log: Option<PathBuf>,
+    /// How long after its last progress a message is given up.
+    pub give_up_after: Duration,
+}
+
+impl Default for MessengerOptions {
+    fn default() -> Self {
+        Self { received_log: None, give_up_after: GIVE_UP_AFTER }
+    }
+}
+
+/// Sends and receives messages. Clones are the same one; it stops with [`Messenger::shutdown`], or when
+/// the last clone is dropped and the client that it stands on.
+///
+/// Whoever sends has to fetch events: when [`MAX_UNFETCHED`] messages have not been heard of,
+/// [`Messenger::send`] and [`Messenger::reply`] wait.
+#[derive(Debug, Clone)]
+pub struct Messenger(Client);
+
+impl Messenger {
+    /// Connects to the gateway, registering if need be. No provider is needed.
+    ///
+    /// # Errors
+    /// [`ClientError`] says what is wrong.
+    pub async fn connect(
+        config: EndpointConfig,
+        options: MessengerOptions,
+    ) -> Result<Self, ClientError> {
+        let config = EndpointConfig { receives_messages: true, ..config };
+        Client::start(config, Vec::new(), None, Some(options)).await.map(Self)
+    }
+
+    pub(crate) fn of(client: Client) -> Self {
+        Self(client)
+    }
+
+    /// Where messages for this messenger go.
+    pub fn address(&self) -> Address {
+        self.0.address()
+    }
+
+    /// Takes in a message for `recipient`, with `reply_surbs` SURBs for replies; waits until there is room
+    /// for it. [`MessageEvent::Delivered`] or [`MessageEvent::Failed`] follows.
+    ///
+    /// # Errors
+    /// [`SendError`] if it is not taken in, never [`SendError::Full`]: nothing is sent, and no event follows.
+    pub async fn send(
+        &self,
+        recipient: Address,
+        message: &[u8],
+        reply_surbs: usize,
+    ) -> Result<MessageId, SendError> {
+        self.0.shared().send_message(recipient, message, reply_surbs).await
+    }
+
+    /// Takes in a reply to whoever gave SURBs under `sender_tag`, as [`Messenger::send`] does.
+    ///
+    /// # Errors
+    /// As [`Messenger::send`].
+    pub async fn reply(
+        &self,
+        sender_tag: SenderTag,
+        message: &[u8],
+    ) -> Result<MessageId, SendError> {
+        self.0.shared().reply_message(sender_tag, message).await
+    }
+
+    /// Waits for what happens next; `None` when the messenger has stopped. Nothing is lost when the future
+    /// is dropped. A message that is received is written down before, and confirmed with
+    /// [`Messenger::taken`]; what is not fetched fills the client's share at its gateway.
+    pub async fn next_event(&self) -> Option<MessageEvent> {
+        self.0.shared().next_message_event().await
+    }
+
+    /// The application has the message: it may be forgotten everywhere.
+    pub fn taken(&self, received: ReceivedId) {
+        self.0.shared().message_taken(received);
+    }
+
+    /// Stops, and with it the client that it stands on. What was not delivered is not sent any more.
+    pub async fn shutdown(&self) {
+        self.0.shutdown().await;
+    }
+}
