@@ -15,6 +15,7 @@ mod killed;
 mod lab;
 mod life;
 mod machines;
+mod messages;
 mod operators;
 mod outcomes;
 mod private_provider;
