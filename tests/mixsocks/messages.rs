@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use mixsocks_client::messages::{Messenger, MessengerOptions, RECEIVED_LOG_FILE};
+use mixsocks_client::messages::{MAX_UNFETCHED, Messenger, MessengerOptions, RECEIVED_LOG_FILE};
 use mixsocks_client::{Client, ClientConfig, EndpointConfig};
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::{Identity, IdentityKey};
@@ -24,23 +24,24 @@ use crate::process::{DEADLINE, Process, up};
 /// `mixsocks up`.
 struct Network {
     topology: watch::Receiver<Arc<Topology>>,
-    _process: Process,
-    _folder: TempDir,
+    documents: watch::Sender<Arc<Topology>>,
+    process: Option<Process>,
+    folder: TempDir,
 }
 
 impl Network {
     fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let process = Process::start(up(folder.path()).args(["--mean-delay", "1ms"]));
-        process.wait_for("socks5h://");
-        let read = |file| std::fs::read(folder.path().join(file)).unwrap();
-        let authority = String::from_utf8(read("authority.pub")).unwrap();
-        let authority: Identity = authority.trim().parse().unwrap();
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-        let authorities = Authorities::new([authority], 1).unwrap();
-        let topology = verify(&read("topology"), &authorities, UnixTime(now)).unwrap();
-        let topology = watch::channel(Arc::new(topology)).1;
-        Self { topology, _process: process, _folder: folder }
+        let process = Some(start(folder.path()));
+        let (documents, topology) = watch::channel(read_topology(folder.path()));
+        Self { topology, documents, process, folder }
+    }
+
+    /// Kills all nodes, and starts them again at other ports.
+    fn restart(&mut self) {
+        self.process = None;
+        self.process = Some(start(self.folder.path()));
+        self.documents.send_replace(read_topology(self.folder.path()));
     }
 
     fn gateway(&self, number: usize) -> Identity {
@@ -57,6 +58,21 @@ impl Network {
             folder: tempfile::tempdir().unwrap(),
         }
     }
+}
+
+fn start(folder: &Path) -> Process {
+    let process = Process::start(up(folder).args(["--mean-delay", "1ms"]));
+    process.wait_for("socks5h://");
+    process
+}
+
+fn read_topology(folder: &Path) -> Arc<Topology> {
+    let read = |file| std::fs::read(folder.join(file)).unwrap();
+    let authority = String::from_utf8(read("authority.pub")).unwrap();
+    let authority: Identity = authority.trim().parse().unwrap();
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+    let authorities = Authorities::new([authority], 1).unwrap();
+    Arc::new(verify(&read("topology"), &authorities, UnixTime(now)).unwrap())
 }
 
 /// Somebody who connects, and comes back.
@@ -272,7 +288,41 @@ async fn many_clients_in_one_process_each_send_to_themselves() {
     }
 }
 
-/// The folder of a client holds nothing but its token and its log.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_delivered_survives_that_the_gateways_are_killed() {
+    let mut network = Network::start();
+    let (sender, person) = (network.person(0).connect().await, network.person(1));
+    soon(person.connect().await.shutdown()).await;
+    let id = sender.send(person.address(), b"before", 0).await.unwrap();
+    assert_eq!(outcome(&sender, id).await, Ok(()));
+    network.restart();
+    let messenger = person.connect().await;
+    assert_eq!(take(&messenger).await.0, b"before");
+    // The link of the sender comes back by itself.
+    sender.send(person.address(), b"after", 0).await.unwrap();
+    assert_eq!(take(&messenger).await.0, b"after");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_fetches_no_events_has_to_wait_at_the_bound() {
+    let network = Network::start();
+    let messenger = network.person(0).connect().await;
+    let nobody = network.person(1).address();
+    for _ in 0..MAX_UNFETCHED {
+        soon(messenger.send(nobody, b"m", 0)).await.unwrap();
+    }
+    let one_more = messenger.send(nobody, b"m", 0);
+    tokio::pin!(one_more);
+    tokio::select! {
+        biased;
+        sent = &mut one_more => panic!("{sent:?}"),
+        () = std::future::ready(()) => {}
+    }
+    let failed = event(&messenger).await;
+    assert!(matches!(failed, MessageEvent::Failed(_, FailReason::UnknownClient)), "{failed:?}");
+    soon(one_more).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_log_is_where_it_was_asked_for() {
     let network = Network::start();
