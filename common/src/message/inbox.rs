@@ -10,15 +10,21 @@ use super::remembered::Remembered;
 use crate::address::Address;
 
 /// Most bytes of fragments, of messages that are incomplete or that the application has not taken: as many
-/// as the gateway keeps for a client, so that whatever it keeps can be put together.
+/// as the gateway keeps for a client, so that whatever it keeps can be put together. Replies, which the
+/// gateway does not keep, have as much for themselves.
 pub const MAX_HELD_BYTES: usize = 64 * 1024 * 1024;
 
-/// Most messages of which fragments are missing.
-pub const MAX_INCOMPLETE: usize = 4096;
+/// Most replies of which fragments are missing. Messages that the gateway keeps have no such bound: whoever
+/// filled it with pieces would keep out all others, and their bytes are bounded.
+pub const MAX_INCOMPLETE_REPLIES: usize = 4096;
 
 /// A message of which nothing more came for so long, while the gateway had nothing else to hand over, is
 /// given up: three times as long as its sender tries by default.
 pub const INCOMPLETE_AGE: Duration = Duration::from_secs(30 * 60);
+
+/// The same when pieces were dropped that the gateway still has: they come again when there is room, and
+/// room there must be at last.
+pub const DROPPED_AGE: Duration = Duration::from_secs(2 * 60 * 60);
 
 /// Most numbers of deliveries that wait to be confirmed. Older ones come again, and are confirmed then.
 pub const MAX_CONFIRMATIONS: usize = 64 * 1024;
@@ -71,15 +77,86 @@ pub(super) struct Arrived {
     pub(super) body: Vec<u8>,
 }
 
+/// What is known of a fragment's place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    New,
+    /// It is there. `is_known` tells that it came as a delivery of which the number is kept.
+    Taken {
+        is_known: bool,
+    },
+    Conflict,
+}
+
+/// Messages of one kind of origin, from the gateway or from repliers. Each kind has room of its own, so
+/// that neither keeps the other out.
+#[derive(Debug, Default)]
+struct Shelf {
+    incomplete: BTreeMap<Key, Incomplete>,
+    by_begun: BTreeMap<u64, Key>,
+    by_news: BTreeSet<(Instant, Key)>,
+    begun: u64,
+    complete: BTreeMap<Key, Complete>,
+    held_bytes: usize,
+}
+
+impl Shelf {
+    fn place(&self, key: &Key, number: Option<u64>, fragment: &Fragment<'_>) -> Place {
+        let taken = |numbers: &BTreeSet<u64>| Place::Taken {
+            is_known: number.is_some_and(|number| numbers.contains(&number)),
+        };
+        if let Some(complete) = self.complete.get(key) {
+            return taken(&complete.numbers);
+        }
+        match self.incomplete.get(key) {
+            Some(incomplete) if incomplete.count != fragment.count => Place::Conflict,
+            Some(incomplete) if incomplete.fragments.contains_key(&fragment.index) => {
+                taken(&incomplete.numbers)
+            }
+            _ => Place::New,
+        }
+    }
+
+    fn insert(&mut self, now: Instant, key: Key, number: Option<u64>, fragment: &Fragment<'_>) {
+        let incomplete = self.incomplete.entry(key).or_insert_with(|| {
+            self.begun += 1;
+            self.by_begun.insert(self.begun, key);
+            Incomplete {
+                count: fragment.count,
+                fragments: BTreeMap::new(),
+                numbers: BTreeSet::new(),
+                begun: self.begun,
+                last_news: now,
+            }
+        });
+        self.by_news.remove(&(incomplete.last_news, key));
+        self.by_news.insert((now, key));
+        incomplete.last_news = now;
+        incomplete.numbers.extend(number);
+        incomplete.fragments.insert(fragment.index, fragment.bytes.into());
+    }
+
+    fn is_whole(&self, key: &Key) -> bool {
+        self.incomplete
+            .get(key)
+            .is_some_and(|message| message.fragments.len() == usize::from(message.count))
+    }
+
+    fn remove(&mut self, key: &Key, fragment_bytes: usize) -> Option<Incomplete> {
+        let incomplete = self.incomplete.remove(key)?;
+        self.by_begun.remove(&incomplete.begun);
+        self.by_news.remove(&(incomplete.last_news, *key));
+        self.held_bytes -= incomplete.fragments.len() * fragment_bytes;
+        Some(incomplete)
+    }
+}
+
 /// Everything that comes in.
 #[derive(Debug)]
 pub(super) struct Inbox {
     sizes: MessageSizes,
-    incomplete: BTreeMap<Key, Incomplete>,
-    by_begun: BTreeMap<u64, Key>,
-    begun: u64,
-    complete: BTreeMap<Key, Complete>,
-    held_bytes: usize,
+    deliveries: Shelf,
+    replies: Shelf,
     taken: Remembered,
     confirmations: VecDeque<u64>,
     /// Deliveries were dropped that are at the gateway still.
@@ -96,11 +173,8 @@ impl Inbox {
         }
         Self {
             sizes,
-            incomplete: BTreeMap::new(),
-            by_begun: BTreeMap::new(),
-            begun: 0,
-            complete: BTreeMap::new(),
-            held_bytes: 0,
+            deliveries: Shelf::default(),
+            replies: Shelf::default(),
             taken,
             confirmations: VecDeque::new(),
             has_dropped: false,
@@ -110,12 +184,27 @@ impl Inbox {
 
     /// Incomplete messages, complete ones that were not taken, bytes of both, and ids remembered.
     pub(super) fn counts(&self) -> (usize, usize, usize, usize) {
-        (self.incomplete.len(), self.complete.len(), self.held_bytes, self.taken.len())
+        let shelves = [&self.deliveries, &self.replies];
+        let sum = |count: fn(&Shelf) -> usize| shelves.into_iter().map(count).sum();
+        (
+            sum(|shelf| shelf.incomplete.len()),
+            sum(|shelf| shelf.complete.len()),
+            sum(|shelf| shelf.held_bytes),
+            self.taken.len(),
+        )
+    }
+
+    fn shelf(&mut self, origin: &Origin) -> &mut Shelf {
+        match origin {
+            Origin::Gateway => &mut self.deliveries,
+            Origin::Replier(_) => &mut self.replies,
+        }
     }
 
     /// From now on the gateway hands over all that it keeps, from the oldest on; `None`: it does not.
+    /// Asking once more on the same connection makes nothing younger.
     pub(super) fn set_receiving(&mut self, since: Option<Instant>) {
-        self.receiving_since = since;
+        self.receiving_since = since.map(|now| self.receiving_since.unwrap_or(now));
         if since.is_some() {
             self.has_dropped = false;
         }
@@ -124,7 +213,9 @@ impl Inbox {
     /// Whether the gateway is to be asked once more for what it keeps: there is room now for what was
     /// dropped.
     pub(super) fn wants_again(&self) -> bool {
-        self.has_dropped && self.receiving_since.is_some() && self.held_bytes <= MAX_HELD_BYTES / 2
+        self.has_dropped
+            && self.receiving_since.is_some()
+            && self.deliveries.held_bytes <= MAX_HELD_BYTES / 2
     }
 
     /// Takes in a fragment, which came as delivery `number` if it is from the gateway.
@@ -140,108 +231,74 @@ impl Inbox {
             self.confirm(number);
             return Kept::Yes;
         }
-        if let Some(complete) = self.complete.get(&key) {
-            // Another copy; the one whose number is known is confirmed when the message is taken.
-            if number.is_none_or(|number| !complete.numbers.contains(&number)) {
+        match self.shelf(&origin).place(&key, number, fragment) {
+            // The delivery whose number is known is confirmed when the message is taken.
+            Place::Taken { is_known: true } => return Kept::Yes,
+            Place::Taken { is_known: false } => {
                 self.confirm(number);
+                return Kept::Yes;
             }
-            return Kept::Yes;
-        }
-        if let Some(incomplete) = self.incomplete.get(&key) {
-            if incomplete.count != fragment.count {
+            Place::Conflict => {
                 self.confirm(number);
                 return Kept::Conflict;
             }
-            if incomplete.fragments.contains_key(&fragment.index) {
-                if number.is_none_or(|number| !incomplete.numbers.contains(&number)) {
-                    self.confirm(number);
-                }
-                return Kept::Yes;
-            }
+            Place::New => {}
         }
-        if !self.make_room(&key) {
+        if !self.make_room(&key, fragment.count) {
             self.has_dropped |= number.is_some();
             return Kept::NoRoom;
         }
-        self.insert(now, key, number, fragment)
+        let fragment_bytes = self.sizes.fragment_bytes();
+        let shelf = self.shelf(&origin);
+        shelf.held_bytes += fragment_bytes;
+        shelf.insert(now, key, number, fragment);
+        if shelf.is_whole(&key) { Kept::Complete } else { Kept::Yes }
     }
 
-    /// Keeps a fragment that is new and that there is room for.
-    fn insert(
-        &mut self,
-        now: Instant,
-        key: Key,
-        number: Option<u64>,
-        fragment: &Fragment<'_>,
-    ) -> Kept {
-        self.held_bytes += self.sizes.fragment_bytes();
-        let incomplete = self.incomplete.entry(key).or_insert_with(|| {
-            self.begun += 1;
-            self.by_begun.insert(self.begun, key);
-            Incomplete {
-                count: fragment.count,
-                fragments: BTreeMap::new(),
-                numbers: BTreeSet::new(),
-                begun: self.begun,
-                last_news: now,
-            }
-        });
-        incomplete.last_news = now;
-        incomplete.numbers.extend(number);
-        incomplete.fragments.insert(fragment.index, fragment.bytes.into());
-        if incomplete.fragments.len() == usize::from(incomplete.count) {
-            Kept::Complete
-        } else {
-            Kept::Yes
+    /// Whether one more fragment of this message of `count` may be kept. Older messages come first: what
+    /// there is room for is completed, instead of a part of everything.
+    fn make_room(&mut self, key: &Key, count: u16) -> bool {
+        let fragment_bytes = self.sizes.fragment_bytes();
+        if let (Origin::Replier(_), _) = key {
+            // Fragments of replies were acknowledged: none makes room for another one.
+            let is_new = count > 1 && !self.replies.incomplete.contains_key(key);
+            return self.replies.held_bytes + fragment_bytes <= MAX_HELD_BYTES
+                && !(is_new && self.replies.incomplete.len() >= MAX_INCOMPLETE_REPLIES);
         }
-    }
-
-    /// Whether one more fragment of this message may be kept. Older messages come first: what there is
-    /// room for is completed, instead of a part of everything.
-    fn make_room(&mut self, key: &Key) -> bool {
-        let begun = self.incomplete.get(key).map(|incomplete| incomplete.begun);
-        loop {
-            let is_full = self.held_bytes + self.sizes.fragment_bytes() > MAX_HELD_BYTES
-                || (begun.is_none() && self.incomplete.len() >= MAX_INCOMPLETE);
-            if !is_full {
-                return true;
-            }
-            // Fragments of replies were acknowledged already.
-            let newest = self.by_begun.iter().rev().find(|(_, key)| key.0 == Origin::Gateway);
-            match (newest.map(|(begun, key)| (*begun, *key)), begun) {
+        let shelf = &mut self.deliveries;
+        let begun = shelf.incomplete.get(key).map(|incomplete| incomplete.begun);
+        while shelf.held_bytes + fragment_bytes > MAX_HELD_BYTES {
+            match (shelf.by_begun.last_key_value().map(|(at, key)| (*at, *key)), begun) {
                 (Some((newest, key)), Some(begun)) if newest > begun => {
                     self.has_dropped = true;
-                    self.remove_incomplete(&key);
+                    shelf.remove(&key, fragment_bytes);
                 }
                 _ => return false,
             }
         }
-    }
-
-    fn remove_incomplete(&mut self, key: &Key) -> Option<Incomplete> {
-        let incomplete = self.incomplete.remove(key)?;
-        self.by_begun.remove(&incomplete.begun);
-        self.held_bytes -= incomplete.fragments.len() * self.sizes.fragment_bytes();
-        Some(incomplete)
+        true
     }
 
     /// Puts a complete message together. It stays held until [`Inbox::taken`].
     pub(super) fn assemble(&mut self, key: Key) -> Option<Arrived> {
-        let incomplete = self.remove_incomplete(&key)?;
-        let held_bytes = incomplete.fragments.len() * self.sizes.fragment_bytes();
-        self.held_bytes += held_bytes;
+        let fragment_bytes = self.sizes.fragment_bytes();
+        let shelf = self.shelf(&key.0);
+        let incomplete = shelf.remove(&key, fragment_bytes)?;
+        let held_bytes = incomplete.fragments.len() * fragment_bytes;
+        shelf.held_bytes += held_bytes;
         let mut body = Vec::with_capacity(held_bytes);
         for bytes in incomplete.fragments.into_values() {
             body.extend_from_slice(&bytes);
         }
-        self.complete.insert(key, Complete { numbers: incomplete.numbers, held_bytes });
+        shelf.complete.insert(key, Complete { numbers: incomplete.numbers, held_bytes });
         Some(Arrived { key, body })
     }
 
     /// The message needs to be kept no longer: the application has it, or it is good for nothing.
     pub(super) fn taken(&mut self, now: Instant, key: Key) {
-        let Some(complete) = self.complete.remove(&key) else { return };
-        self.held_bytes -= complete.held_bytes;
+        let shelf = self.shelf(&key.0);
+        let Some(complete) = shelf.complete.remove(&key) else { return };
+        shelf.held_bytes -= complete.held_bytes;
         self.taken.insert(now, key);
         complete.numbers.into_iter().for_each(|number| self.confirm(Some(number)));
     }
@@ -260,36 +317,39 @@ impl Inbox {
 
     /// When [`Inbox::handle_timeout`] wants to be called.
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
-        self.incomplete
-            .iter()
-            .filter_map(|(key, incomplete)| self.give_up_at(key, incomplete))
-            .min()
+        [self.delivery_given_up_at(), self.reply_given_up_at()].into_iter().flatten().min()
     }
 
-    /// When a message is given up. While deliveries may be at the gateway that have not been handed over,
-    /// none of those is: the sender may have been told that it arrives.
-    fn give_up_at(&self, (origin, _): &Key, incomplete: &Incomplete) -> Option<Instant> {
-        match origin {
-            Origin::Replier(_) => Some(incomplete.last_news + INCOMPLETE_AGE),
-            Origin::Gateway if self.has_dropped => None,
-            Origin::Gateway => {
-                Some(incomplete.last_news.max(self.receiving_since?) + INCOMPLETE_AGE)
-            }
-        }
+    /// When the delivered message is given up that was silent for longest. While the gateway hands nothing
+    /// over, none is: the sender may have been told that it arrives.
+    fn delivery_given_up_at(&self) -> Option<Instant> {
+        let (last_news, _) = self.deliveries.by_news.first()?;
+        let age = if self.has_dropped { DROPPED_AGE } else { INCOMPLETE_AGE };
+        Some((*last_news).max(self.receiving_since?) + age)
+    }
+
+    fn reply_given_up_at(&self) -> Option<Instant> {
+        self.replies.by_news.first().map(|(last_news, _)| *last_news + INCOMPLETE_AGE)
     }
 
     /// Gives up what nothing more comes of; returns how many messages that were.
     pub(super) fn handle_timeout(&mut self, now: Instant) -> usize {
-        let is_over = |(key, incomplete): (&Key, &Incomplete)| {
-            self.give_up_at(key, incomplete).is_some_and(|at| at <= now).then_some(*key)
-        };
-        let given_up: Vec<_> = self.incomplete.iter().filter_map(is_over).collect();
-        for key in &given_up {
-            if let Some(incomplete) = self.remove_incomplete(key) {
-                incomplete.numbers.into_iter().for_each(|number| self.confirm(Some(number)));
-            }
+        let fragment_bytes = self.sizes.fragment_bytes();
+        let mut given_up = 0;
+        while self.delivery_given_up_at().is_some_and(|at| at <= now)
+            && let Some((_, key)) = self.deliveries.by_news.first().copied()
+            && let Some(incomplete) = self.deliveries.remove(&key, fragment_bytes)
+        {
+            incomplete.numbers.into_iter().for_each(|number| self.confirm(Some(number)));
+            given_up += 1;
         }
-        given_up.len()
+        while self.reply_given_up_at().is_some_and(|at| at <= now)
+            && let Some((_, key)) = self.replies.by_news.first().copied()
+            && self.replies.remove(&key, fragment_bytes).is_some()
+        {
+            given_up += 1;
+        }
+        given_up
     }
 
     #[cfg(test)]
@@ -313,6 +373,7 @@ pub enum Sender {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::testing::address;
     use super::*;
 
     fn sizes() -> MessageSizes {
@@ -413,24 +474,55 @@ mod tests {
         assert_eq!(inbox.counts().0, 1, "the second has made room");
         assert_eq!(inbox.confirmations(), [], "what was dropped is at the gateway still");
         assert!(!inbox.wants_again());
-        assert_eq!(inbox.poll_timeout(), None, "more of it may be at the gateway");
+        assert_eq!(inbox.poll_timeout(), Some(now + DROPPED_AGE), "more may be at the gateway");
+    }
+
+    /// Whoever sends pieces of messages that never become whole keeps nobody out.
+    #[test]
+    fn thousands_of_half_messages_leave_room_for_a_whole_one() {
+        let now = Instant::now();
+        let mut inbox = inbox(now);
+        for message in 0..10_000 {
+            let half = fragment(message, 0, 2);
+            assert_eq!(handle(&mut inbox, now, message.into(), &half), Kept::Yes);
+        }
+        assert_eq!(handle(&mut inbox, now, 20_000, &fragment(20_000, 0, 2)), Kept::Yes);
+        assert_eq!(handle(&mut inbox, now, 20_001, &fragment(20_000, 1, 2)), Kept::Complete);
+        assert!(inbox.assemble((Origin::Gateway, id(20_000))).is_some());
+        assert!(!inbox.wants_again());
+        assert_eq!(inbox.handle_timeout(now + INCOMPLETE_AGE), 10_000);
     }
 
     #[test]
-    fn incomplete_messages_are_bounded_in_number() {
+    fn half_replies_are_bounded_in_number_and_keep_out_neither_whole_ones_nor_deliveries() {
         let now = Instant::now();
         let mut inbox = inbox(now);
+        let origin = Origin::Replier(address(&mut rand::rng()));
         for message in 0..4096 {
-            assert_eq!(
-                handle(&mut inbox, now, message.into(), &fragment(message, 0, 2)),
-                Kept::Yes
-            );
+            assert_eq!(inbox.handle(now, origin, None, &fragment(message, 0, 2)), Kept::Yes);
         }
-        assert_eq!(handle(&mut inbox, now, 5000, &fragment(5000, 0, 2)), Kept::NoRoom);
-        assert_eq!(inbox.counts().0, MAX_INCOMPLETE);
-        assert!(inbox.wants_again());
-        inbox.set_receiving(Some(now));
-        assert!(!inbox.wants_again());
+        assert_eq!(inbox.handle(now, origin, None, &fragment(5000, 0, 2)), Kept::NoRoom);
+        assert_eq!(inbox.counts().0, MAX_INCOMPLETE_REPLIES);
+        assert!(!inbox.wants_again(), "the gateway has nothing of it");
+        assert_eq!(inbox.handle(now, origin, None, &fragment(5001, 0, 1)), Kept::Complete);
+        assert_eq!(handle(&mut inbox, now, 1, &fragment(5002, 0, 2)), Kept::Yes);
+    }
+
+    /// Asking again does not keep pieces for ever, and pieces that were dropped do not either.
+    #[test]
+    fn what_was_dropped_delays_giving_up_but_does_not_prevent_it() {
+        let start = Instant::now();
+        let mut inbox = inbox(start);
+        let max = MAX_HELD_BYTES / sizes().fragment_bytes();
+        for index in 0..u16::try_from(max).unwrap() {
+            handle(&mut inbox, start, index.into(), &fragment(0, index, u16::MAX));
+        }
+        assert_eq!(handle(&mut inbox, start, 99_000, &fragment(1, 0, 2)), Kept::NoRoom);
+        assert_eq!(inbox.poll_timeout(), Some(start + DROPPED_AGE));
+        inbox.set_receiving(Some(start + INCOMPLETE_AGE / 2));
+        assert_eq!(inbox.poll_timeout(), Some(start + INCOMPLETE_AGE), "nothing is dropped now");
+        assert_eq!(inbox.handle_timeout(start + INCOMPLETE_AGE), 1);
+        assert_eq!(inbox.counts().2, 0);
     }
 
     #[test]

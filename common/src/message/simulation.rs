@@ -13,10 +13,9 @@ use rand::{Rng, RngExt, SeedableRng};
 
 use super::fragment::MessageId;
 use super::packet::{AckStatus, MessageSizes, ReplyContents};
-use super::testing::{identifier, made_surb, surb_number};
+use super::testing::{address, identifier, made_surb, surb_number};
 use super::*;
 use crate::address::Address;
-use crate::keys::{EncryptionKey, IdentityKey};
 
 const CLIENTS: usize = 3;
 const HOUR: Duration = Duration::from_secs(3600);
@@ -419,12 +418,7 @@ fn options(known: Vec<MessageId>) -> MessageOptions {
 
 impl Client {
     fn new(now: Instant, rng: &mut StdRng) -> Self {
-        let key = mixsocks_sphinx::SecretKey::generate(rng).public_key();
-        let address = Address {
-            identity: IdentityKey::generate(rng).identity(),
-            encryption: EncryptionKey::from_bytes(*key.as_bytes()).unwrap(),
-            gateway: IdentityKey::generate(rng).identity(),
-        };
+        let address = address(rng);
         let core = Messages::new(now, options(Vec::new()));
         let (gateway, surbs, log) = Default::default();
         Self { core, address, gateway, connection: 0, is_connected: false, surbs, log }

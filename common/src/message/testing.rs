@@ -2,9 +2,21 @@
 
 use std::time::Duration;
 
-use mixsocks_sphinx::{Identifier, SURB_LEN, Surb};
+use mixsocks_sphinx::{Identifier, SURB_LEN, SecretKey, Surb};
+use rand::CryptoRng;
 
 use super::MadeSurb;
+use crate::address::Address;
+use crate::keys::IdentityKey;
+
+/// The address of somebody.
+pub(super) fn address(rng: &mut impl CryptoRng) -> Address {
+    Address {
+        identity: IdentityKey::generate(rng).identity(),
+        encryption: SecretKey::generate(rng).public_key().into(),
+        gateway: IdentityKey::generate(rng).identity(),
+    }
+}
 
 /// SURB `number`, whose bytes say which one it is.
 pub(super) fn made_surb(number: u64, key_epoch: u64) -> MadeSurb<u64> {

@@ -11,7 +11,6 @@ use super::packet::{AckStatus, MessageSizes, ReplyContents};
 use super::testing::{identifier, made_surb};
 use super::*;
 use crate::address::Address;
-use crate::keys::{EncryptionKey, IdentityKey};
 
 const GIVE_UP: Duration = Duration::from_secs(600);
 
@@ -41,12 +40,7 @@ impl Fixture {
     }
 
     fn address(&mut self) -> Address {
-        let key = mixsocks_sphinx::SecretKey::generate(&mut self.rng).public_key();
-        Address {
-            identity: IdentityKey::generate(&mut self.rng).identity(),
-            encryption: EncryptionKey::from_bytes(*key.as_bytes()).unwrap(),
-            gateway: IdentityKey::generate(&mut self.rng).identity(),
-        }
+        testing::address(&mut self.rng)
     }
 
     fn surbs(&mut self, count: usize) -> Vec<MadeSurb<u64>> {
