@@ -1,7 +1,8 @@
 //! The mixnet client: a connection to a gateway, sessions with a provider, streams for programs.
 //!
 //! [`Client`] opens streams through a provider; [`Endpoint`] is what it stands on, and what a service
-//! of one's own would. Behind the feature `socks`, the module `socks` is a SOCKS5 listener on top.
+//! of one's own would. Behind the feature `socks`, the module `socks` is a SOCKS5 listener on top; behind `websocket`,
+//! `websocket` lets programs send and receive messages.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test fails by panicking"))]
 
@@ -21,6 +22,8 @@ pub mod stream;
 mod surbs;
 #[cfg(test)]
 mod testing;
+#[cfg(feature = "websocket")]
+pub mod websocket;
 
 pub use client::{Client, ClientConfig, ClientError};
 pub use endpoint::{Arrivals, Endpoint, EndpointConfig, Reserved, worker_count};

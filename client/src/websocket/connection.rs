@@ -1,0 +1,316 @@
+//! One connection of a program, after its handshake.
+//!
+//! Requests are handled one after the other: while one waits for room, nothing more is read. Reading and
+//! writing wait independently, so that a program may send while it is being sent to.
+
+use std::future::pending;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use futures_util::stream::{SplitSink, SplitStream};
+use futures_util::{SinkExt, StreamExt};
+use mixsocks_common::message::{MessageEvent, ReceivedId, Sender, SenderTag};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::mpsc::{self, OwnedPermit};
+use tokio::sync::{Mutex, OwnedMutexGuard, watch};
+use tokio::time::timeout;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::{Error, Message};
+use tracing::debug;
+
+use super::answer::{Answer, Form};
+use super::request::{Destination, Outgoing, Request, RequestError};
+use super::service::MessageService;
+use super::tracker::{ConnectionNumber, Tracked, Tracker};
+
+/// Answers of a connection that wait to be written or are still owed. At the bound no more is read from
+/// the program; none is longer than a kilobyte.
+pub(super) const MAX_ANSWERS: usize = 1024;
+
+/// How long a connection that has to end takes to do so in an orderly way.
+const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Something that is to be written.
+#[derive(Debug)]
+pub(super) enum Writing {
+    Message(Message),
+    /// What the websocket has queued by itself: the answer to a ping.
+    Flush,
+}
+
+/// What all connections share.
+pub(super) struct Shared<S> {
+    service: S,
+    tracker: Tracker,
+    /// Whoever holds it gets the messages. The lock is fair: that is who connected first.
+    arrivals: Arc<Mutex<Arrivals>>,
+}
+
+/// A message that came and was not written yet.
+#[derive(Default)]
+struct Arrivals(Option<Arrived>);
+
+struct Arrived {
+    received: ReceivedId,
+    message: Vec<u8>,
+    sender_tag: Option<SenderTag>,
+}
+
+/// Why a connection ends.
+enum End {
+    /// The program has closed it.
+    Closed,
+    /// It broke.
+    Broken,
+    /// It is closed, with a code for the program.
+    Close(CloseCode, &'static str),
+}
+
+impl<S: MessageService> Shared<S> {
+    pub(super) fn new(service: S) -> Self {
+        Self { service, tracker: Tracker::default(), arrivals: Arc::default() }
+    }
+
+    /// Passes news on until a message has come; `false` when the service has stopped. Nothing is lost
+    /// when it is dropped.
+    async fn next_arrival(&self, arrivals: &mut Arrivals) -> bool {
+        while arrivals.0.is_none() {
+            match self.service.next_event().await {
+                Some(MessageEvent::Received { received, message, sender }) => {
+                    let sender_tag = match sender {
+                        Sender::Anonymous(tag) => Some(tag),
+                        Sender::Unknown | Sender::Replier(_) => None,
+                    };
+                    arrivals.0 = Some(Arrived { received, message, sender_tag });
+                }
+                Some(MessageEvent::Delivered(id)) => self.tracker.finished(id, Ok(())),
+                Some(MessageEvent::Failed(id, reason)) => self.tracker.finished(id, Err(reason)),
+                None => return false,
+            }
+        }
+        true
+    }
+}
+
+/// Serves a program until it leaves, breaks the websocket protocol, or `stop` loses its other end.
+pub(super) async fn serve<S: MessageService, T: AsyncRead + AsyncWrite + Send + Unpin>(
+    shared: &Shared<S>,
+    number: ConnectionNumber,
+    socket: WebSocketStream<T>,
+    mut stop: watch::Receiver<()>,
+) {
+    let (mut sink, mut stream) = socket.split();
+    let (answers, mut to_write) = mpsc::channel(MAX_ANSWERS);
+    let (speaks_text, is_unfinished) = (AtomicBool::new(false), AtomicBool::new(false));
+    let connection =
+        Connection { shared, number, speaks_text: &speaks_text, is_unfinished: &is_unfinished };
+    let end = tokio::select! {
+        end = connection.read(&mut stream, answers) => end,
+        end = connection.write(&mut sink, &mut to_write) => end,
+        _ = stop.changed() => End::Close(CloseCode::Away, "the client stops"),
+    };
+    shared.tracker.left(number);
+    if is_unfinished.load(Ordering::Relaxed) {
+        // The next program gets the message. So no farewell, which would write the rest of it.
+        return;
+    }
+    if let Ok(socket) = sink.reunite(stream) {
+        // Either way the connection ends here.
+        let _ = timeout(FAREWELL_TIMEOUT, say_farewell(socket, end)).await;
+    }
+}
+
+struct Connection<'a, S> {
+    shared: &'a Shared<S>,
+    number: ConnectionNumber,
+    /// Whether the last request was text: messages that come are given in the same form.
+    speaks_text: &'a AtomicBool,
+    /// Whether a message that came is written in part.
+    is_unfinished: &'a AtomicBool,
+}
+
+impl<S: MessageService> Connection<'_, S> {
+    async fn read<T: AsyncRead + AsyncWrite + Unpin>(
+        &self,
+        stream: &mut SplitStream<WebSocketStream<T>>,
+        answers: mpsc::Sender<Writing>,
+    ) -> End {
+        loop {
+            let Ok(place) = answers.clone().reserve_owned().await else { return End::Broken };
+            let (form, request) = match stream.next().await {
+                Some(Ok(Message::Text(text))) => (Form::Text, Request::from_text(&text)),
+                Some(Ok(Message::Binary(bytes))) => (Form::Binary, Request::from_binary(&bytes)),
+                Some(Ok(Message::Ping(_))) => {
+                    place.send(Writing::Flush);
+                    continue;
+                }
+                Some(Ok(Message::Pong(_) | Message::Frame(_))) => continue,
+                Some(Ok(Message::Close(_))) | None => return End::Closed,
+                Some(Err(error)) => return End::of(&error),
+            };
+            self.speaks_text.store(form == Form::Text, Ordering::Relaxed);
+            let answer = |answer: &Answer<'_>, place: OwnedPermit<Writing>| {
+                place.send(Writing::Message(answer.to_message(form)));
+            };
+            match self.fulfil(request, &answers).await {
+                Ok(Some(reply)) => answer(&reply, place),
+                Ok(None) => {}
+                Err(error) => answer(&Answer::Error(&error), place),
+            }
+        }
+    }
+
+    async fn fulfil(
+        &self,
+        request: Result<Request, RequestError>,
+        answers: &mpsc::Sender<Writing>,
+    ) -> Result<Option<Answer<'static>>, RequestError> {
+        let connection_id = match request? {
+            Request::SelfAddress => {
+                return Ok(Some(Answer::SelfAddress(self.shared.service.address())));
+            }
+            Request::ClosedConnection => return Ok(None),
+            Request::QueueLength(connection_id) => connection_id,
+            Request::Send(outgoing) => {
+                let connection_id = outgoing.connection_id;
+                self.send(outgoing, answers).await?;
+                let Some(connection_id) = connection_id else { return Ok(None) };
+                connection_id
+            }
+        };
+        let packets = self.shared.tracker.queue_length(self.number, connection_id);
+        Ok(Some(Answer::QueueLength { connection_id, packets }))
+    }
+
+    async fn send(
+        &self,
+        outgoing: Outgoing,
+        answers: &mpsc::Sender<Writing>,
+    ) -> Result<(), RequestError> {
+        let Outgoing { to, message, connection_id, id } = outgoing;
+        let tracked = if id.is_some() || connection_id.is_some() {
+            let place = answers.clone().reserve_owned().await.ok();
+            let (connection, id, bytes) = (self.number, id.clone(), message.len());
+            place.map(|place| Tracked { connection, connection_id, id, place, bytes })
+        } else {
+            None
+        };
+        let begun = self.shared.tracker.begin();
+        let service = &self.shared.service;
+        let sent = match to {
+            Destination::Recipient { recipient, reply_surbs } => {
+                service.send(recipient, message, reply_surbs).await
+            }
+            Destination::Sender(tag) => service.reply(tag, message).await,
+        };
+        match (sent, tracked) {
+            (Ok(message), Some(tracked)) => begun.sent(message, tracked),
+            (Ok(_), None) => {}
+            (Err(error), _) => return Err(RequestError::refused(error, id)),
+        }
+        Ok(())
+    }
+
+    async fn write<T: AsyncRead + AsyncWrite + Unpin>(
+        &self,
+        sink: &mut SplitSink<WebSocketStream<T>, Message>,
+        to_write: &mut mpsc::Receiver<Writing>,
+    ) -> End {
+        // It keeps its place among those who wait.
+        let mut turn = pin!(self.shared.arrivals.clone().lock_owned());
+        let mut arrivals = None;
+        loop {
+            let written = tokio::select! {
+                Some(writing) = to_write.recv() => write_one(sink, writing).await,
+                guard = &mut turn, if arrivals.is_none() => {
+                    arrivals = Some(guard);
+                    Ok(())
+                }
+                is_running = self.next_arrival(arrivals.as_mut()) => {
+                    if !is_running {
+                        return End::Close(CloseCode::Away, "the client stops");
+                    }
+                    self.write_arrived(sink, arrivals.as_mut()).await
+                }
+            };
+            if let Err(error) = written {
+                return End::of(&error);
+            }
+        }
+    }
+
+    async fn next_arrival(&self, arrivals: Option<&mut OwnedMutexGuard<Arrivals>>) -> bool {
+        match arrivals {
+            Some(arrivals) => self.shared.next_arrival(arrivals).await,
+            None => pending().await,
+        }
+    }
+
+    /// Writes the message that came. If that fails or is given up, the next program gets it: it was not
+    /// written whole.
+    async fn write_arrived<T: AsyncRead + AsyncWrite + Unpin>(
+        &self,
+        sink: &mut SplitSink<WebSocketStream<T>, Message>,
+        arrivals: Option<&mut OwnedMutexGuard<Arrivals>>,
+    ) -> Result<(), Error> {
+        let Some(arrivals) = arrivals else { return Ok(()) };
+        let Some(Arrived { received, message, sender_tag }) = &arrivals.0 else { return Ok(()) };
+        let is_text = self.speaks_text.load(Ordering::Relaxed);
+        let form = if is_text { Form::Text } else { Form::Binary };
+        let answer = Answer::Received { message, sender_tag: *sender_tag };
+        self.is_unfinished.store(true, Ordering::Relaxed);
+        sink.send(answer.to_message(form)).await?;
+        self.is_unfinished.store(false, Ordering::Relaxed);
+        self.shared.service.taken(*received);
+        arrivals.0 = None;
+        Ok(())
+    }
+}
+
+async fn write_one<T: AsyncRead + AsyncWrite + Unpin>(
+    sink: &mut SplitSink<WebSocketStream<T>, Message>,
+    writing: Writing,
+) -> Result<(), Error> {
+    match writing {
+        Writing::Message(message) => sink.send(message).await,
+        Writing::Flush => sink.flush().await,
+    }
+}
+
+impl End {
+    /// How a connection ends after an error of the websocket.
+    fn of(error: &Error) -> Self {
+        debug!(%error, "a websocket of a program ended");
+        match error {
+            Error::Capacity(_) => Self::Close(CloseCode::Size, "the message is too long"),
+            Error::Utf8(_) => Self::Close(CloseCode::Invalid, "the text is not UTF-8"),
+            Error::Protocol(_) => Self::Close(CloseCode::Protocol, "not the websocket protocol"),
+            Error::ConnectionClosed | Error::AlreadyClosed => Self::Closed,
+            _ => Self::Broken,
+        }
+    }
+}
+
+/// Closes in an orderly way. What the program still sends is read, as a connection that is closed on
+/// unread bytes is reset, and a reset may overtake the code.
+async fn say_farewell<T: AsyncRead + AsyncWrite + Unpin>(
+    mut socket: WebSocketStream<T>,
+    end: End,
+) -> Result<(), Error> {
+    match end {
+        End::Broken => return Ok(()),
+        End::Closed => socket.flush().await?,
+        End::Close(code, reason) => {
+            socket.close(Some(CloseFrame { code, reason: reason.into() })).await?;
+        }
+    }
+    let stream = socket.get_mut();
+    stream.shutdown().await?;
+    let mut discarded = [0; 4096];
+    while stream.read(&mut discarded).await? > 0 {}
+    Ok(())
+}

@@ -1,0 +1,44 @@
+//! What the websocket API asks of the client.
+
+use std::future::Future;
+
+use mixsocks_common::address::Address;
+use mixsocks_common::message::fragment::MessageId;
+use mixsocks_common::message::{MessageEvent, ReceivedId, SendError, SenderTag};
+
+/// Sends and receives messages for local programs.
+pub trait MessageService: Clone + Send + Sync + 'static {
+    /// The address at which messages for these programs arrive.
+    fn address(&self) -> Address;
+
+    /// Takes in a message for `recipient`, with `reply_surbs` SURBs for replies; may wait until there is
+    /// room for it.
+    ///
+    /// # Errors
+    /// [`SendError`] if it is not taken in: nothing is sent, and no event follows.
+    fn send(
+        &self,
+        recipient: Address,
+        message: Vec<u8>,
+        reply_surbs: usize,
+    ) -> impl Future<Output = Result<MessageId, SendError>> + Send;
+
+    /// Takes in a reply to whoever gave SURBs under `sender_tag`; may wait until there is room for it.
+    ///
+    /// # Errors
+    /// [`SendError`] if it is not taken in: nothing is sent, and no event follows.
+    fn reply(
+        &self,
+        sender_tag: SenderTag,
+        message: Vec<u8>,
+    ) -> impl Future<Output = Result<MessageId, SendError>> + Send;
+
+    /// Waits for what happens next; `None` when the client has stopped.
+    ///
+    /// One future is awaited at a time, and nothing is lost when it is dropped. While none is awaited,
+    /// events wait in the service.
+    fn next_event(&self) -> impl Future<Output = Option<MessageEvent>> + Send;
+
+    /// A program has the message: it may be forgotten everywhere.
+    fn taken(&self, received: ReceivedId);
+}
