@@ -108,7 +108,9 @@ pub(super) async fn serve<S: MessageService, T: AsyncRead + AsyncWrite + Send + 
     let (speaks_text, is_unfinished) = (AtomicBool::new(false), AtomicBool::new(false));
     let connection =
         Connection { shared, number, speaks_text: &speaks_text, is_unfinished: &is_unfinished };
+    // In this order, so that no message is written to a program that is known to have left.
     let end = tokio::select! {
+        biased;
         end = connection.read(&mut stream, answers) => end,
         end = connection.write(&mut sink, &mut to_write) => end,
         _ = stop.changed() => End::Close(CloseCode::Away, "the client stops"),

@@ -132,7 +132,10 @@ impl RequestError {
             SendError::Empty | SendError::TooLong(_) | SendError::TooManySurbs(_) => {
                 ErrorCode::Malformed
             }
-            SendError::Full | SendError::UnknownSender => ErrorCode::Other,
+            SendError::Full
+            | SendError::UnknownSender
+            | SendError::NoRoute
+            | SendError::Stopped => ErrorCode::Other,
         };
         Self::new(code, error).with_id(id)
     }

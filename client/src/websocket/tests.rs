@@ -105,6 +105,14 @@ fn status(result: Result<Program, Error>) -> u16 {
     }
 }
 
+/// Leaves, and waits until the port knows.
+async fn leave(mut program: Program) {
+    within(program.close(None)).await.unwrap();
+    while let Some(Ok(message)) = within(program.next()).await {
+        assert!(message.is_close());
+    }
+}
+
 async fn closing_code(program: &mut Program) -> CloseCode {
     match next(program).await {
         Message::Close(Some(frame)) => frame.code,
@@ -230,10 +238,10 @@ async fn the_first_program_gets_messages_until_it_leaves() {
         assert!(next_text(&mut first).await.contains("one"));
         port.control.taken(number).await;
     }
-    within(first.close(None)).await.unwrap();
+    leave(first).await;
     port.control.arrive(4, b"two", Sender::Unknown);
     assert!(next_text(&mut second).await.contains("two"));
-    drop(second);
+    leave(second).await;
     port.control.arrive(5, b"three", Sender::Unknown);
     assert!(next_text(&mut third).await.contains("three"));
 }
@@ -364,7 +372,7 @@ async fn too_many_programs_are_turned_away_until_one_leaves() {
     let first = port.connect_text().await;
     let mut second = port.connect_text().await;
     assert!(port.try_connect("/", None).await.is_err());
-    drop(first);
+    leave(first).await;
     // The second becomes the first, which shows that that one has left.
     port.control.arrive(1, b"m", Sender::Unknown);
     assert!(next_text(&mut second).await.contains("received"));
