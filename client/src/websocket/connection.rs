@@ -14,7 +14,7 @@ use futures_util::{SinkExt, StreamExt};
 use mixsocks_common::message::{MessageEvent, ReceivedId, Sender, SenderTag};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc::{self, OwnedPermit};
-use tokio::sync::{Mutex, OwnedMutexGuard, watch};
+use tokio::sync::{Mutex, Notify, OwnedMutexGuard, watch};
 use tokio::time::timeout;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
@@ -33,6 +33,9 @@ pub(super) const MAX_ANSWERS: usize = 1024;
 
 /// How long a connection that has to end takes to do so in an orderly way.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long messages wait for a program's first request, which shows whether it speaks text.
+const FIRST_REQUEST_WAIT: Duration = Duration::from_secs(1);
 
 /// Something that is to be written.
 #[derive(Debug)]
@@ -106,8 +109,14 @@ pub(super) async fn serve<S: MessageService, T: AsyncRead + AsyncWrite + Send + 
     let (mut sink, mut stream) = socket.split();
     let (answers, mut to_write) = mpsc::channel(MAX_ANSWERS);
     let (speaks_text, is_unfinished) = (AtomicBool::new(false), AtomicBool::new(false));
-    let connection =
-        Connection { shared, number, speaks_text: &speaks_text, is_unfinished: &is_unfinished };
+    let spoke = Notify::new();
+    let connection = Connection {
+        shared,
+        number,
+        spoke: &spoke,
+        speaks_text: &speaks_text,
+        is_unfinished: &is_unfinished,
+    };
     // In this order, so that no message is written to a program that is known to have left.
     let end = tokio::select! {
         biased;
@@ -129,6 +138,8 @@ pub(super) async fn serve<S: MessageService, T: AsyncRead + AsyncWrite + Send + 
 struct Connection<'a, S> {
     shared: &'a Shared<S>,
     number: ConnectionNumber,
+    /// The program has made a request.
+    spoke: &'a Notify,
     /// Whether the last request was text: messages that come are given in the same form.
     speaks_text: &'a AtomicBool,
     /// Whether a message that came is written in part.
@@ -155,6 +166,7 @@ impl<S: MessageService> Connection<'_, S> {
                 Some(Err(error)) => return End::of(&error),
             };
             self.speaks_text.store(form == Form::Text, Ordering::Relaxed);
+            self.spoke.notify_one();
             let answer = |answer: &Answer<'_>, place: OwnedPermit<Writing>| {
                 place.send(Writing::Message(answer.to_message(form)));
             };
@@ -223,7 +235,7 @@ impl<S: MessageService> Connection<'_, S> {
         to_write: &mut mpsc::Receiver<Writing>,
     ) -> End {
         // It keeps its place among those who wait.
-        let mut turn = pin!(self.shared.arrivals.clone().lock_owned());
+        let mut turn = pin!(self.turn());
         let mut arrivals = None;
         loop {
             let written = tokio::select! {
@@ -243,6 +255,14 @@ impl<S: MessageService> Connection<'_, S> {
                 return End::of(&error);
             }
         }
+    }
+
+    /// Waits until it is this program that gets the messages.
+    async fn turn(&self) -> OwnedMutexGuard<Arrivals> {
+        let arrivals = self.shared.arrivals.clone().lock_owned().await;
+        // Some programs never make a request.
+        let _ = timeout(FIRST_REQUEST_WAIT, self.spoke.notified()).await;
+        arrivals
     }
 
     async fn next_arrival(&self, arrivals: Option<&mut OwnedMutexGuard<Arrivals>>) -> bool {

@@ -118,7 +118,9 @@ pub(super) struct RequestError {
 impl RequestError {
     fn new(code: ErrorCode, text: impl fmt::Display) -> Self {
         let mut text = text.to_string();
-        text.truncate(text.floor_char_boundary(MAX_ERROR_BYTES));
+        let is_end = |at: &usize| text.is_char_boundary(*at);
+        let end = (0..=text.len().min(MAX_ERROR_BYTES)).rev().find(is_end).unwrap_or(0);
+        text.truncate(end);
         Self { code, text, id: None }
     }
 

@@ -6,6 +6,8 @@ use mixsocks_common::address::Address;
 use mixsocks_common::message::fragment::MessageId;
 use mixsocks_common::message::{MessageEvent, ReceivedId, SendError, SenderTag};
 
+use crate::messages::Messenger;
+
 /// Sends and receives messages for local programs.
 pub trait MessageService: Clone + Send + Sync + 'static {
     /// The address at which messages for these programs arrive.
@@ -41,4 +43,31 @@ pub trait MessageService: Clone + Send + Sync + 'static {
 
     /// A program has the message: it may be forgotten everywhere.
     fn taken(&self, received: ReceivedId);
+}
+
+impl MessageService for Messenger {
+    fn address(&self) -> Address {
+        Messenger::address(self)
+    }
+
+    async fn send(
+        &self,
+        recipient: Address,
+        message: Vec<u8>,
+        reply_surbs: usize,
+    ) -> Result<MessageId, SendError> {
+        Messenger::send(self, recipient, &message, reply_surbs).await
+    }
+
+    async fn reply(&self, sender_tag: SenderTag, message: Vec<u8>) -> Result<MessageId, SendError> {
+        Messenger::reply(self, sender_tag, &message).await
+    }
+
+    async fn next_event(&self) -> Option<MessageEvent> {
+        Messenger::next_event(self).await
+    }
+
+    fn taken(&self, received: ReceivedId) {
+        Messenger::taken(self, received);
+    }
 }

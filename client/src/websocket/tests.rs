@@ -165,6 +165,15 @@ async fn messages_come_in_binary_until_a_program_speaks_text() {
 }
 
 #[tokio::test]
+async fn a_message_that_waits_for_a_program_comes_in_the_form_of_its_first_request() {
+    let port = Port::start().await;
+    port.control.arrive(1, b"early", Sender::Unknown);
+    let mut program = port.connect().await;
+    assert!(ask(&mut program, r#"{"type":"selfAddress"}"#).await.contains("address"));
+    assert!(next_text(&mut program).await.contains("early"));
+}
+
+#[tokio::test]
 async fn wrong_requests_are_answered_and_the_connection_stays_open() {
     let port = Port::start().await;
     let mut program = port.connect().await;
