@@ -262,7 +262,7 @@ mod tests {
     fn tags_are_read_back() {
         let dir = tempfile::tempdir().unwrap();
         let (mut log, prefixes) = open(dir.path()).unwrap();
-        assert_eq!(prefixes, []);
+        assert!(prefixes.is_empty());
         // More than is read at a time.
         let many: Vec<u64> = (0..3 * READ_PREFIXES as u64 + 5).collect();
         log.append(&many).unwrap();
@@ -319,7 +319,7 @@ mod tests {
             let path = path(dir.path(), KEY_EPOCH);
             fs::write(&path, &header(KEY_EPOCH)[..len]).unwrap();
             let (mut log, prefixes) = open(dir.path()).unwrap();
-            assert_eq!(prefixes, []);
+            assert!(prefixes.is_empty());
             log.append(&[5]).unwrap();
             assert_eq!(open(dir.path()).unwrap().1, [5]);
         }
