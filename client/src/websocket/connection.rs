@@ -166,7 +166,6 @@ impl<S: MessageService> Connection<'_, S> {
                 Some(Err(error)) => return End::of(&error),
             };
             self.speaks_text.store(form == Form::Text, Ordering::Relaxed);
-            self.spoke.notify_one();
             let answer = |answer: &Answer<'_>, place: OwnedPermit<Writing>| {
                 place.send(Writing::Message(answer.to_message(form)));
             };
@@ -175,6 +174,7 @@ impl<S: MessageService> Connection<'_, S> {
                 Ok(None) => {}
                 Err(error) => answer(&Answer::Error(&error), place),
             }
+            self.spoke.notify_one();
         }
     }
 
@@ -238,7 +238,9 @@ impl<S: MessageService> Connection<'_, S> {
         let mut turn = pin!(self.turn());
         let mut arrivals = None;
         loop {
+            // In this order, so that the first answer comes before messages that waited.
             let written = tokio::select! {
+                biased;
                 Some(writing) = to_write.recv() => write_one(sink, writing).await,
                 guard = &mut turn, if arrivals.is_none() => {
                     arrivals = Some(guard);
