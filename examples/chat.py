@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Two people chat through the mixnet. Needs `pip install websockets` and a running client:
+"""Two people chat through the mixnet. Needs `pip install websockets` and a running client (the option is to
+come; until then a program opens the port with `WebsocketListener`):
 
     mixsocks client run --websocket 127.0.0.1:1977
     python3 examples/chat.py                    # shows your address, waits for the other one
