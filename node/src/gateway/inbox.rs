@@ -1,5 +1,6 @@
 //! The deliveries of one connection: which are next, and which may be confirmed.
 
+use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -59,7 +60,10 @@ pub(super) struct Inbox {
     cursor: Option<u64>,
     /// There may be more behind the cursor.
     has_more: bool,
+    /// One at a time: however often the client asks, no reads pile up.
     reading: Option<Reading>,
+    /// What is being read was asked for before the client wanted to begin again.
+    is_outdated: bool,
     /// The store has failed: nothing is read until then.
     retry_at: Option<Instant>,
     /// Was read, and is sent next; the last is the first.
@@ -81,6 +85,7 @@ impl Inbox {
             cursor: None,
             has_more: false,
             reading: None,
+            is_outdated: false,
             retry_at: None,
             ready: Vec::new(),
         }
@@ -108,7 +113,7 @@ impl Inbox {
         if self.wishes.start.swap(false, Ordering::Relaxed) {
             self.cursor = Some(0);
             self.has_more = true;
-            self.reading = None;
+            self.is_outdated = self.reading.is_some();
             self.ready.clear();
         }
         let is_waiting = self.retry_at.is_some_and(|at| Instant::now() < at);
@@ -127,7 +132,9 @@ impl Inbox {
         if let Some(reading) = &mut self.reading {
             let read = reading.await.expect("the store does not panic");
             self.reading = None;
-            self.handle_read(read);
+            if !mem::take(&mut self.is_outdated) {
+                self.handle_read(read);
+            }
         } else if let Some(at) = self.retry_at {
             sleep_until(at).await;
         } else {
@@ -172,6 +179,7 @@ mod tests {
     struct TestStore {
         boxes: AtomicU64,
         fails: AtomicBool,
+        reads: AtomicU64,
     }
 
     impl Store for TestStore {
@@ -185,6 +193,7 @@ mod tests {
             after: u64,
             max: usize,
         ) -> Result<Vec<KeptBox>, StoreError> {
+            self.reads.fetch_add(1, Ordering::Relaxed);
             if self.fails.load(Ordering::Relaxed) {
                 return Err(StoreError::Closed("test".into()));
             }
@@ -241,6 +250,18 @@ mod tests {
         assert_eq!(sent(&mut inbox).await, [101, 102, 103]);
         wishes.receive();
         assert_eq!(sent(&mut inbox).await, (1..=103).collect::<Vec<_>>());
+    }
+
+    #[tokio::test]
+    async fn however_often_a_client_asks_one_read_is_under_way() {
+        let (store, wishes, mut inbox) = inbox(30);
+        for _ in 0..100 {
+            wishes.receive();
+            inbox.poll();
+        }
+        // What was asked for last is read from the beginning, after what was under way.
+        assert_eq!(sent(&mut inbox).await, (1..=30).collect::<Vec<_>>());
+        assert!(store.reads.load(Ordering::Relaxed) <= 4);
     }
 
     #[test]
