@@ -12,6 +12,7 @@ use mixsocks_sphinx::Packet;
 use rand::RngExt;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
+use super::store::ClientId;
 use crate::counters::{Counters, DropReason};
 use crate::sources::{Source, SourcePlace, SourcePlaces};
 
@@ -214,6 +215,17 @@ impl Clients {
                 !(state.delivery.is_gone(now) && state.delivery.is_empty())
             })
         });
+    }
+
+    /// Who is connected now.
+    pub(super) fn connected(&self) -> Vec<ClientId> {
+        let is_connected =
+            |client: &Client| self.with(client, |state| state.source_place.is_some());
+        self.table
+            .iter()
+            .filter(|entry| is_connected(entry.value()))
+            .map(|entry| *entry.key())
+            .collect()
     }
 
     /// Does something with a client's state, and keeps the books.
@@ -440,6 +452,16 @@ mod tests {
         assert!(matches!(attached.handle_frame(1, false), Ok(Err(_))));
         clients.deliver(client.as_bytes(), packet(), Instant::now()).unwrap();
         assert_eq!(transmitted(&attached), 1);
+    }
+
+    #[test]
+    fn who_was_cut_off_is_not_connected_though_packets_are_held() {
+        let (clients, _) = clients(2, 10);
+        let [away, here] = [identity(), identity()];
+        drop(attach(&clients, away, None).unwrap());
+        let _attached = attach(&clients, here, None).unwrap();
+        assert_eq!(clients.deliver(away.as_bytes(), packet(), Instant::now()), Ok(()));
+        assert_eq!(clients.connected(), [*here.as_bytes()]);
     }
 
     #[test]

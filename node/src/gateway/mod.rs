@@ -70,6 +70,8 @@ const INBOUND_QUEUE_PACKETS: usize = 1024;
 const PEEL_BATCH_PACKETS: usize = 32;
 /// How often expired packets and absent clients are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// How often it is taken down who is connected; what is kept of it is the day.
+const CONNECTED_INTERVAL: Duration = Duration::from_secs(6 * 60 * 60);
 /// How long clients have to take their farewell.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -236,6 +238,7 @@ impl Gateway {
         };
         tasks.spawn(upkeep.run());
         tasks.spawn(sweep(clients.clone()));
+        tasks.spawn(note_connected(clients.clone(), messages.clone()));
         let answers = Answers { uplink: uplink.clone(), clients: clients.clone(), payload_bytes };
         let mut writer = JoinSet::new();
         writer.spawn(group_commit.run(writer_stopped, move |batch| answers.handle(batch)));
@@ -351,5 +354,15 @@ async fn sweep(clients: Arc<Clients>) {
     loop {
         ticks.tick().await;
         clients.handle_timeout(Instant::now().into_std());
+    }
+}
+
+/// Who is connected is not silent, however long ago the login was.
+async fn note_connected(clients: Arc<Clients>, messages: Arc<Messages>) {
+    let mut ticks = interval(CONNECTED_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        clients.connected().into_iter().for_each(|client| messages.changes.note_login(client));
     }
 }
