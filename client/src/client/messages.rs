@@ -9,8 +9,8 @@ use mixsocks_common::message::fragment::MessageId;
 use mixsocks_common::message::packet::{AckStatus, MessageContents, MessageSizes, ReplyContents};
 use mixsocks_common::message::sealed_box::seal_boxes;
 use mixsocks_common::message::{
-    AckSurbs, MadeSurb, MessageEvent, MessageOptions, Messages, Purpose, ReceivedId, SendError,
-    SenderTag, Transmit,
+    AckSurbs, FailReason, MadeSurb, MessageEvent, MessageOptions, Messages, Purpose, Received,
+    ReceivedId, SendError, SenderTag, Transmit,
 };
 use mixsocks_common::topology::{LAYERS, Topology, UnixTime, delay_quantile};
 use mixsocks_sphinx::{HopAddress, Identifier, Packet, RecoverError, ReplyRecovery, Surb};
@@ -49,9 +49,11 @@ pub(super) struct Recovery {
 /// The messages of a client. Its locks are taken behind that of the sessions, and for moments.
 pub(super) struct Mail {
     core: Mutex<Core>,
-    events: tokio::sync::Mutex<Events>,
-    /// There may be an event.
-    has_events: Notify,
+    arrivals: tokio::sync::Mutex<Arrivals>,
+    /// There may be an outcome.
+    has_outcomes: Notify,
+    /// There may be a message that came.
+    has_received: Notify,
     /// There may be room for another message.
     has_room: Notify,
     wake_confirmer: Notify,
@@ -66,9 +68,9 @@ struct Core {
     oldest_key_epoch: u64,
 }
 
-struct Events {
-    /// The event that is handed out next, once it is written down.
-    next: Option<MessageEvent>,
+struct Arrivals {
+    /// The message that is handed out next, once it is written down.
+    next: Option<Received>,
     log: Option<ReceivedLog>,
     /// The user was told that the log cannot be written.
     told: bool,
@@ -107,8 +109,9 @@ impl Mail {
         let messages = Messages::new(Instant::now(), options);
         Ok(Self {
             core: Mutex::new(Core { messages, unfetched: 0, oldest_key_epoch: 0 }),
-            events: tokio::sync::Mutex::new(Events { next: None, log, told: false }),
-            has_events: Notify::new(),
+            arrivals: tokio::sync::Mutex::new(Arrivals { next: None, log, told: false }),
+            has_outcomes: Notify::new(),
+            has_received: Notify::new(),
             has_room: Notify::new(),
             wake_confirmer: Notify::new(),
             wake_refiller: Notify::new(),
@@ -121,7 +124,8 @@ impl Mail {
 
     /// Wakes whoever may have something to do after the core was given something.
     fn wake(&self) {
-        self.has_events.notify_one();
+        self.has_outcomes.notify_one();
+        self.has_received.notify_one();
         self.has_room.notify_waiters();
         self.wake_confirmer.notify_one();
         self.wake_refiller.notify_one();
@@ -142,6 +146,10 @@ impl Shared {
         message: &[u8],
         reply_surbs: usize,
     ) -> Result<MessageId, SendError> {
+        // A gateway that merely cannot be reached now may come back.
+        if self.endpoint.topology().gateway(&recipient.gateway).is_none() {
+            return Err(SendError::UnknownGateway);
+        }
         loop {
             self.wait_for_room(|core| core.messages.check_send(message.len(), reply_surbs)).await?;
             let surbs = self.make_reply_surbs(reply_surbs).await.ok_or(SendError::NoRoute)?;
@@ -223,24 +231,55 @@ impl Shared {
         Some(surbs)
     }
 
-    /// Waits for the next event; one that is not handed out because nobody waits any more is kept.
+    /// Waits for the next event.
     pub(crate) async fn next_message_event(&self) -> Option<MessageEvent> {
+        let outcome = tokio::select! {
+            biased;
+            outcome = self.next_outcome() => outcome,
+            received = self.next_received() => return received.map(MessageEvent::from),
+        };
+        match outcome {
+            Some((id, Ok(()))) => Some(MessageEvent::Delivered(id)),
+            Some((id, Err(reason))) => Some(MessageEvent::Failed(id, reason)),
+            // What came before the client stopped is still handed out.
+            None => self.next_received().await.map(MessageEvent::from),
+        }
+    }
+
+    /// Waits for what becomes of a message.
+    pub(crate) async fn next_outcome(&self) -> Option<(MessageId, Result<(), FailReason>)> {
         let mail = self.mail.as_ref()?;
-        let mut events = mail.events.lock().await;
         loop {
-            if events.next.is_none() {
-                events.next = mail.lock().messages.poll_event();
+            let outcome = {
+                let mut core = mail.lock();
+                let outcome = core.messages.poll_outcome();
+                core.unfetched = core.unfetched.saturating_sub(usize::from(outcome.is_some()));
+                outcome
+            };
+            if outcome.is_some() {
+                mail.has_room.notify_waiters();
+                return outcome;
             }
-            match &events.next {
-                Some(event) => {
-                    let id = match event {
-                        MessageEvent::Received { received, .. } => received.to_remember(),
-                        _ => None,
-                    };
-                    if events.write_down(id) {
-                        let event = events.next.take()?;
-                        self.event_fetched(mail, &event);
-                        return Some(event);
+            if self.lock().closed {
+                return None;
+            }
+            mail.has_outcomes.notified().await;
+        }
+    }
+
+    /// Waits for a message; one that is not handed out because nobody waits any more is kept.
+    pub(crate) async fn next_received(&self) -> Option<Received> {
+        let mail = self.mail.as_ref()?;
+        let mut arrivals = mail.arrivals.lock().await;
+        loop {
+            if arrivals.next.is_none() {
+                arrivals.next = mail.lock().messages.poll_received();
+            }
+            match &arrivals.next {
+                Some(next) => {
+                    let id = next.received.to_remember();
+                    if arrivals.write_down(id) {
+                        return arrivals.next.take();
                     }
                     if self.lock().closed {
                         return None;
@@ -248,17 +287,8 @@ impl Shared {
                     sleep(LOG_RETRY).await;
                 }
                 None if self.lock().closed => return None,
-                None => mail.has_events.notified().await,
+                None => mail.has_received.notified().await,
             }
-        }
-    }
-
-    fn event_fetched(&self, mail: &Mail, event: &MessageEvent) {
-        if !matches!(event, MessageEvent::Received { .. }) {
-            let mut core = mail.lock();
-            core.unfetched = core.unfetched.saturating_sub(1);
-            drop(core);
-            mail.has_room.notify_waiters();
         }
     }
 
@@ -277,7 +307,7 @@ impl Shared {
     }
 }
 
-impl Events {
+impl Arrivals {
     /// Writes down that a message is received, if it has to be. Whether it is.
     fn write_down(&mut self, id: Option<MessageId>) -> bool {
         let (Some(id), Some(log)) = (id, &mut self.log) else { return true };

@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use mixsocks_common::address::Address;
 use mixsocks_common::message::fragment::MessageId;
-use mixsocks_common::message::{GIVE_UP_AFTER, MessageEvent, ReceivedId, SendError, SenderTag};
+use mixsocks_common::message::{
+    FailReason, GIVE_UP_AFTER, MessageEvent, Received, ReceivedId, SendError, SenderTag,
+};
 
 pub use received_log::{MAX_LOGGED, ReceivedLog, ReceivedLogError};
 
@@ -44,13 +46,14 @@ impl Default for MessengerOptions {
 /// Sends and receives messages. Clones are the same one; it stops with [`Messenger::shutdown`], or when
 /// the last clone is dropped and the client that it stands on.
 ///
-/// Whoever sends has to fetch events: when [`MAX_UNFETCHED`] messages have not been heard of,
+/// Whoever sends has to fetch events or outcomes: when [`MAX_UNFETCHED`] messages have not been heard of,
 /// [`Messenger::send`] and [`Messenger::reply`] wait.
 #[derive(Debug, Clone)]
 pub struct Messenger(Client);
 
 impl Messenger {
-    /// Connects to the gateway, registering if need be. No provider is needed.
+    /// Connects to the gateway, registering if need be. No provider is needed. Unless the configuration
+    /// says that messages are received, what comes stays at the gateway.
     ///
     /// # Errors
     /// [`ClientError`] says what is wrong.
@@ -58,7 +61,6 @@ impl Messenger {
         config: EndpointConfig,
         options: MessengerOptions,
     ) -> Result<Self, ClientError> {
-        let config = EndpointConfig { receives_messages: true, ..config };
         Client::start(config, Vec::new(), None, Some(options)).await.map(Self)
     }
 
@@ -102,6 +104,17 @@ impl Messenger {
     /// [`Messenger::taken`]; what is not fetched fills the client's share at its gateway.
     pub async fn next_event(&self) -> Option<MessageEvent> {
         self.0.shared().next_message_event().await
+    }
+
+    /// Waits for what becomes of a message that was sent, as [`Messenger::next_event`] does; messages that
+    /// came wait.
+    pub async fn next_outcome(&self) -> Option<(MessageId, Result<(), FailReason>)> {
+        self.0.shared().next_outcome().await
+    }
+
+    /// Waits for a message, as [`Messenger::next_event`] does; what became of those that were sent waits.
+    pub async fn next_received(&self) -> Option<Received> {
+        self.0.shared().next_received().await
     }
 
     /// The application has the message: it may be forgotten everywhere.

@@ -8,8 +8,11 @@
 //! | 1 | received | 0, or 1 and sender_tag (16 bytes); length, message |
 //! | 2 | own address | address (96 bytes) |
 //! | 3 | queue of a connection | connection id u64, packets u64 |
+//! | 128 | delivered | id u64 |
+//! | 129 | failed | id u64, reason u8, length, text |
+//! | 130 | error of a request with an id | id u64, code u8, length, text |
 //!
-//! What became of a message is always told as text: only text requests can ask for it.
+//! What became of a message is told in the form of its request.
 
 use mixsocks_common::address::Address;
 use mixsocks_common::message::{FailReason, SenderTag};
@@ -22,6 +25,9 @@ const ERROR: u8 = 0;
 const RECEIVED: u8 = 1;
 const SELF_ADDRESS: u8 = 2;
 const QUEUE_LENGTH: u8 = 3;
+const DELIVERED: u8 = 128;
+const FAILED: u8 = 129;
+const ERROR_WITH_ID: u8 = 130;
 
 /// The form of requests and answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,12 +109,14 @@ impl Answer<'_> {
 
     fn to_bytes(&self) -> Vec<u8> {
         match self {
-            Self::Error(error) => [
-                &[ERROR, error.code as u8],
-                &length(error.text.as_bytes())[..],
-                error.text.as_bytes(),
-            ]
-            .concat(),
+            Self::Error(error) => {
+                let (code, text) = ([error.code as u8], error.text.as_bytes());
+                let head = match &error.id {
+                    Some(RequestId::Binary(id)) => tag_and_id(ERROR_WITH_ID, *id),
+                    _ => vec![ERROR],
+                };
+                [&head[..], &code, &length(text), text].concat()
+            }
             Self::Received { message, sender_tag: None } => {
                 [&[RECEIVED, 0], &length(message)[..], message].concat()
             }
@@ -125,6 +133,9 @@ impl Answer<'_> {
 
 /// The websocket message that tells what became of the message of a request.
 pub(super) fn outcome_message(id: &RequestId, outcome: Outcome) -> Message {
+    if let RequestId::Binary(id) = id {
+        return Message::Binary(outcome_bytes(*id, outcome).into());
+    }
     match outcome {
         Ok(()) => text(&AnswerText::Delivered { id }),
         Err(reason) => text(&AnswerText::Failed {
@@ -132,6 +143,28 @@ pub(super) fn outcome_message(id: &RequestId, outcome: Outcome) -> Message {
             reason: reason_name(reason),
             message: reason.to_string(),
         }),
+    }
+}
+
+fn outcome_bytes(id: u64, outcome: Outcome) -> Vec<u8> {
+    let Err(reason) = outcome else { return tag_and_id(DELIVERED, id) };
+    let text = reason.to_string();
+    let text = text.as_bytes();
+    [&tag_and_id(FAILED, id)[..], &[reason_number(reason)], &length(text), text].concat()
+}
+
+fn tag_and_id(tag: u8, id: u64) -> Vec<u8> {
+    [&[tag][..], &id.to_be_bytes()].concat()
+}
+
+fn reason_number(reason: FailReason) -> u8 {
+    match reason {
+        FailReason::NotConfirmed => 1,
+        FailReason::ShareFull => 2,
+        FailReason::StoreUnavailable => 3,
+        FailReason::UnknownClient => 4,
+        FailReason::NoRoute => 5,
+        FailReason::NoSurbs => 6,
     }
 }
 
@@ -216,7 +249,21 @@ mod tests {
     }
 
     #[test]
-    fn outcomes_are_text() {
+    fn outcomes_and_errors_with_a_binary_id_have_known_bytes() {
+        const ID: RequestId = RequestId::Binary(258);
+        let told = |outcome| outcome_message(&ID, outcome).into_data().to_vec();
+        let id = [0, 0, 0, 0, 0, 0, 1, 2];
+        assert_eq!(told(Ok(())), [&[128][..], &id].concat());
+        let text = b"there are no SURBs to reply with";
+        let expected = [&[129][..], &id, &[6, 0, 0, 0, 0, 0, 0, 0, 32], text].concat();
+        assert_eq!(told(Err(FailReason::NoSurbs)), expected);
+        let error = RequestError { code: ErrorCode::Other, text: "no".into(), id: Some(ID) };
+        let expected = [&[130][..], &id, &[255, 0, 0, 0, 0, 0, 0, 0, 2], b"no"].concat();
+        assert_eq!(bytes(&Answer::Error(&error)), expected);
+    }
+
+    #[test]
+    fn outcomes_of_text_requests_are_text() {
         let id = RequestId::Text("a".into());
         let told = |outcome| outcome_message(&id, outcome).into_text().unwrap().to_string();
         assert_eq!(told(Ok(())), r#"{"type":"delivered","id":"a"}"#);

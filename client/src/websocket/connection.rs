@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
-use mixsocks_common::message::{MessageEvent, ReceivedId, Sender, SenderTag};
+use mixsocks_common::message::{Received, Sender};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc::{self, OwnedPermit};
 use tokio::sync::{Mutex, Notify, OwnedMutexGuard, watch};
@@ -45,6 +45,14 @@ pub(super) enum Writing {
     Flush,
 }
 
+/// Who is connected.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Program {
+    pub(super) number: ConnectionNumber,
+    /// Whether it takes messages that come.
+    pub(super) receives: bool,
+}
+
 /// What all connections share.
 pub(super) struct Shared<S> {
     service: S,
@@ -55,13 +63,7 @@ pub(super) struct Shared<S> {
 
 /// A message that came and was not written yet.
 #[derive(Default)]
-struct Arrivals(Option<Arrived>);
-
-struct Arrived {
-    received: ReceivedId,
-    message: Vec<u8>,
-    sender_tag: Option<SenderTag>,
-}
+struct Arrivals(Option<Received>);
 
 /// Why a connection ends.
 enum End {
@@ -78,31 +80,27 @@ impl<S: MessageService> Shared<S> {
         Self { service, tracker: Tracker::default(), arrivals: Arc::default() }
     }
 
-    /// Passes news on until a message has come; `false` when the service has stopped. Nothing is lost
-    /// when it is dropped.
-    async fn next_arrival(&self, arrivals: &mut Arrivals) -> bool {
-        while arrivals.0.is_none() {
-            match self.service.next_event().await {
-                Some(MessageEvent::Received { received, message, sender }) => {
-                    let sender_tag = match sender {
-                        Sender::Anonymous(tag) => Some(tag),
-                        Sender::Unknown | Sender::Replier(_) => None,
-                    };
-                    arrivals.0 = Some(Arrived { received, message, sender_tag });
-                }
-                Some(MessageEvent::Delivered(id)) => self.tracker.finished(id, Ok(())),
-                Some(MessageEvent::Failed(id, reason)) => self.tracker.finished(id, Err(reason)),
-                None => return false,
-            }
+    /// Tells programs what becomes of their messages, until the service stops.
+    pub(super) async fn tell_outcomes(&self) {
+        while let Some((id, outcome)) = self.service.next_outcome().await {
+            self.tracker.finished(id, outcome);
         }
-        true
+    }
+
+    /// Waits until a message has come; `false` when the service has stopped. Nothing is lost when it is
+    /// dropped.
+    async fn next_arrival(&self, arrivals: &mut Arrivals) -> bool {
+        if arrivals.0.is_none() {
+            arrivals.0 = self.service.next_received().await;
+        }
+        arrivals.0.is_some()
     }
 }
 
 /// Serves a program until it leaves, breaks the websocket protocol, or `stop` loses its other end.
 pub(super) async fn serve<S: MessageService, T: AsyncRead + AsyncWrite + Send + Unpin>(
     shared: &Shared<S>,
-    number: ConnectionNumber,
+    Program { number, receives }: Program,
     socket: WebSocketStream<T>,
     mut stop: watch::Receiver<()>,
 ) {
@@ -113,6 +111,7 @@ pub(super) async fn serve<S: MessageService, T: AsyncRead + AsyncWrite + Send + 
     let connection = Connection {
         shared,
         number,
+        receives,
         spoke: &spoke,
         speaks_text: &speaks_text,
         is_unfinished: &is_unfinished,
@@ -138,6 +137,7 @@ pub(super) async fn serve<S: MessageService, T: AsyncRead + AsyncWrite + Send + 
 struct Connection<'a, S> {
     shared: &'a Shared<S>,
     number: ConnectionNumber,
+    receives: bool,
     /// The program has made a request.
     spoke: &'a Notify,
     /// Whether the last request was text: messages that come are given in the same form.
@@ -242,7 +242,7 @@ impl<S: MessageService> Connection<'_, S> {
             let written = tokio::select! {
                 biased;
                 Some(writing) = to_write.recv() => write_one(sink, writing).await,
-                guard = &mut turn, if arrivals.is_none() => {
+                guard = &mut turn, if self.receives && arrivals.is_none() => {
                     arrivals = Some(guard);
                     Ok(())
                 }
@@ -282,10 +282,14 @@ impl<S: MessageService> Connection<'_, S> {
         arrivals: Option<&mut OwnedMutexGuard<Arrivals>>,
     ) -> Result<(), Error> {
         let Some(arrivals) = arrivals else { return Ok(()) };
-        let Some(Arrived { received, message, sender_tag }) = &arrivals.0 else { return Ok(()) };
+        let Some(Received { received, message, sender }) = &arrivals.0 else { return Ok(()) };
+        let sender_tag = match sender {
+            Sender::Anonymous(tag) => Some(*tag),
+            Sender::Unknown | Sender::Replier(_) => None,
+        };
         let is_text = self.speaks_text.load(Ordering::Relaxed);
         let form = if is_text { Form::Text } else { Form::Binary };
-        let answer = Answer::Received { message, sender_tag: *sender_tag };
+        let answer = Answer::Received { message, sender_tag };
         self.is_unfinished.store(true, Ordering::Relaxed);
         sink.send(answer.to_message(form)).await?;
         self.is_unfinished.store(false, Ordering::Relaxed);

@@ -171,11 +171,18 @@ fn shown_token(request: &Request) -> Option<&str> {
         let (scheme, token) = value.split_once(' ')?;
         scheme.eq_ignore_ascii_case("bearer").then_some(token)
     });
-    let in_query = || {
-        let mut fields = request.uri().query()?.split('&');
-        fields.find_map(|field| field.strip_prefix("token="))
-    };
-    bearer.or_else(in_query)
+    bearer.or_else(|| in_query(request, "token"))
+}
+
+/// Whether a program takes the messages that come: unless its URL says `receive=no`.
+pub(super) fn receives(request: &Request) -> bool {
+    in_query(request, "receive") != Some("no")
+}
+
+/// The first field of this name in `?name=value&…`.
+fn in_query<'a>(request: &'a Request, name: &str) -> Option<&'a str> {
+    let fields = request.uri().query()?.split('&').filter_map(|field| field.split_once('='));
+    fields.into_iter().find_map(|(of, value)| (of == name).then_some(value))
 }
 
 #[cfg(test)]

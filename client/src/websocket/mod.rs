@@ -18,7 +18,7 @@ mod testing;
 mod tests;
 mod tracker;
 
-use std::future::Future;
+use std::future::{Future, pending};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -36,7 +36,7 @@ use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::{WebSocketStream, accept_hdr_async_with_config};
 use tracing::{debug, error, warn};
 
-use self::connection::Shared;
+use self::connection::{Program, Shared};
 use self::gate::Gate;
 pub use self::gate::{TOKEN_LENGTHS, Token, TokenError};
 pub use self::request::{MAX_ERROR_BYTES, MAX_ID_BYTES};
@@ -131,8 +131,25 @@ impl WebsocketListener {
         service: S,
         shutdown: impl Future<Output = ()> + Send,
     ) {
+        let shared = Arc::new(Shared::new(service));
+        let tell_outcomes = async {
+            shared.tell_outcomes().await;
+            // The connections end by themselves when the service has stopped.
+            pending::<()>().await;
+        };
+        tokio::select! {
+            () = self.accept(&shared, shutdown) => {}
+            () = tell_outcomes => {}
+        }
+    }
+
+    async fn accept<S: MessageService>(
+        self,
+        shared: &Arc<Shared<S>>,
+        shutdown: impl Future<Output = ()> + Send,
+    ) {
         let Self { listener, gate, max_connections } = self;
-        let (shared, gate) = (Arc::new(Shared::new(service)), Arc::new(gate));
+        let gate = Arc::new(gate);
         let (stop, stopped) = watch::channel(());
         let mut shutdown = pin!(shutdown);
         let mut connections = JoinSet::new();
@@ -157,8 +174,10 @@ impl WebsocketListener {
                     let (shared, gate) = (shared.clone(), gate.clone());
                     let (number, stopped) = (ConnectionNumber(number), stopped.clone());
                     connections.spawn(async move {
-                        if let Some(socket) = Box::pin(shake_hands(stream, gate)).await {
-                            Box::pin(connection::serve(&shared, number, socket, stopped)).await;
+                        if let Some((socket, receives)) = Box::pin(shake_hands(stream, gate)).await
+                        {
+                            let program = Program { number, receives };
+                            Box::pin(connection::serve(&shared, program, socket, stopped)).await;
                         }
                     });
                 }
@@ -185,11 +204,17 @@ impl WebsocketListener {
     }
 }
 
-/// From the first byte to a websocket; `None` if it does not come to that.
-async fn shake_hands(stream: TcpStream, gate: Arc<Gate>) -> Option<WebSocketStream<TcpStream>> {
+/// From the first byte to a websocket, and whether the program takes messages that come; `None` if it does
+/// not come to that.
+async fn shake_hands(
+    stream: TcpStream,
+    gate: Arc<Gate>,
+) -> Option<(WebSocketStream<TcpStream>, bool)> {
     prepare(&stream);
+    let mut receives = true;
     #[expect(clippy::result_large_err, reason = "the websocket library wants it so")]
-    let check = move |request: &Request, response: Response| -> Result<Response, ErrorResponse> {
+    let check = |request: &Request, response: Response| -> Result<Response, ErrorResponse> {
+        receives = gate::receives(request);
         gate.check(request).map(|()| response).map_err(|refused| {
             debug!("a program may not use the websocket port: {refused}");
             refused.response()
@@ -197,7 +222,7 @@ async fn shake_hands(stream: TcpStream, gate: Arc<Gate>) -> Option<WebSocketStre
     };
     let handshake = accept_hdr_async_with_config(stream, check, Some(config()));
     match timeout(HANDSHAKE_TIMEOUT, handshake).await {
-        Ok(Ok(socket)) => Some(socket),
+        Ok(Ok(socket)) => Some((socket, receives)),
         Ok(Err(error)) => {
             debug!(%error, "a program did not get a websocket");
             None

@@ -11,6 +11,7 @@
 //! | 3 | own address | none; further bytes are ignored |
 //! | 4 | connection closed | connection id |
 //! | 5 | queue of a connection | connection id |
+//! | 128 | with an id | id u64, and one of the requests 0 to 2 with its tag |
 //!
 //! A text request is a JSON object with a `type`; see `docs/websocket-api.md`.
 
@@ -35,6 +36,8 @@ const REPLY: u8 = 2;
 const SELF_ADDRESS: u8 = 3;
 const CLOSED_CONNECTION: u8 = 4;
 const QUEUE_LENGTH: u8 = 5;
+/// Far from the tags of the existing client, which may get more.
+const WITH_ID: u8 = 128;
 
 /// What a program asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,6 +84,9 @@ pub(super) enum RequestId {
     Natural(u64),
     Integer(i64),
     Text(String),
+    /// Of a binary request, whose answers are binary too.
+    #[serde(skip)]
+    Binary(u64),
 }
 
 /// The code of an error.
@@ -136,6 +142,7 @@ impl RequestError {
             }
             SendError::Full
             | SendError::UnknownSender
+            | SendError::UnknownGateway
             | SendError::NoRoute
             | SendError::Stopped => ErrorCode::Other,
         };
@@ -196,7 +203,30 @@ impl Request {
             SELF_ADDRESS => Ok(Self::SelfAddress),
             CLOSED_CONNECTION => rest.only_connection_id().map(|_| Self::ClosedConnection),
             QUEUE_LENGTH => rest.only_connection_id().map(Self::QueueLength),
+            WITH_ID => {
+                let id = u64::from_be_bytes(rest.take()?);
+                Self::with_id(id, rest.0)
+            }
             tag => Err(RequestError::new(ErrorCode::Unknown, format!("no request has tag {tag}"))),
+        }
+    }
+}
+
+impl Request {
+    /// The request in `bytes`, which must be one for a message, with this id.
+    fn with_id(id: u64, bytes: &[u8]) -> Result<Self, RequestError> {
+        let id = Some(RequestId::Binary(id));
+        let request = match bytes.first() {
+            Some(&(SEND | SEND_ANONYMOUS | REPLY)) => Self::from_binary(bytes),
+            _ => {
+                let text = "only requests to send a message have an id";
+                Err(RequestError::new(ErrorCode::Malformed, text))
+            }
+        };
+        match request {
+            Ok(Self::Send(outgoing)) => Ok(Self::Send(Outgoing { id, ..outgoing })),
+            Ok(other) => Ok(other),
+            Err(error) => Err(error.with_id(id)),
         }
     }
 }
@@ -327,6 +357,10 @@ mod tests {
         assert_eq!(Request::from_binary(&[3, 0]), Ok(Request::SelfAddress));
         let closed = [4, 0, 0, 0, 0, 0, 0, 0, 5];
         assert_eq!(Request::from_binary(&closed), Ok(Request::ClosedConnection));
+        let with_id = [&[128, 0, 0, 0, 0, 0, 0, 1, 2][..], &send].concat();
+        let Ok(Request::Send(sent)) = Request::from_binary(&with_id) else { panic!() };
+        assert_eq!(sent.id, Some(RequestId::Binary(258)));
+        assert_eq!(Request::Send(Outgoing { id: None, ..sent }), outgoing(to(0), b"hi", Some(9)));
         let queue = [5, 0, 0, 0, 0, 0, 0, 1, 5];
         assert_eq!(Request::from_binary(&queue), Ok(Request::QueueLength(261)));
     }
@@ -334,7 +368,7 @@ mod tests {
     #[test]
     fn wrong_binary_requests_have_their_codes() {
         assert_eq!(code(&[]), ErrorCode::Empty);
-        for tag in 6..=u8::MAX {
+        for tag in (6..=u8::MAX).filter(|tag| *tag != WITH_ID) {
             assert_eq!(code(&[tag, 1, 2]), ErrorCode::Unknown);
         }
         let recipient = address().to_bytes();

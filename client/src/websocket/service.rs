@@ -4,7 +4,7 @@ use std::future::Future;
 
 use mixsocks_common::address::Address;
 use mixsocks_common::message::fragment::MessageId;
-use mixsocks_common::message::{MessageEvent, ReceivedId, SendError, SenderTag};
+use mixsocks_common::message::{FailReason, Received, ReceivedId, SendError, SenderTag};
 
 use crate::messages::Messenger;
 
@@ -35,11 +35,17 @@ pub trait MessageService: Clone + Send + Sync + 'static {
         message: Vec<u8>,
     ) -> impl Future<Output = Result<MessageId, SendError>> + Send;
 
-    /// Waits for what happens next; `None` when the client has stopped.
+    /// Waits for what becomes of a message that was taken in; `None` when the client has stopped. Nothing
+    /// is lost when the future is dropped.
+    fn next_outcome(
+        &self,
+    ) -> impl Future<Output = Option<(MessageId, Result<(), FailReason>)>> + Send;
+
+    /// Waits for a message that comes; `None` when the client has stopped.
     ///
     /// One future is awaited at a time, and nothing is lost when it is dropped. While none is awaited,
-    /// events wait in the service.
-    fn next_event(&self) -> impl Future<Output = Option<MessageEvent>> + Send;
+    /// messages wait in the service.
+    fn next_received(&self) -> impl Future<Output = Option<Received>> + Send;
 
     /// A program has the message: it may be forgotten everywhere.
     fn taken(&self, received: ReceivedId);
@@ -63,8 +69,12 @@ impl MessageService for Messenger {
         Messenger::reply(self, sender_tag, &message).await
     }
 
-    async fn next_event(&self) -> Option<MessageEvent> {
-        Messenger::next_event(self).await
+    async fn next_outcome(&self) -> Option<(MessageId, Result<(), FailReason>)> {
+        Messenger::next_outcome(self).await
+    }
+
+    async fn next_received(&self) -> Option<Received> {
+        Messenger::next_received(self).await
     }
 
     fn taken(&self, received: ReceivedId) {

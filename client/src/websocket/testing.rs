@@ -8,7 +8,8 @@ use mixsocks_common::keys::IdentityKey;
 use mixsocks_common::message::fragment::{Fragment, MessageId};
 use mixsocks_common::message::packet::MessageSizes;
 use mixsocks_common::message::{
-    Body, MessageEvent, MessageOptions, Messages, ReceivedId, SendError, Sender, SenderTag,
+    Body, FailReason, MessageEvent, MessageOptions, Messages, Received, ReceivedId, SendError,
+    Sender, SenderTag,
 };
 use mixsocks_sphinx::SecretKey;
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
@@ -54,6 +55,9 @@ pub(super) fn message_id(number: u64) -> MessageId {
     MessageId(id)
 }
 
+/// What became of a message.
+type Outcome = (MessageId, Result<(), FailReason>);
+
 /// What a program has sent.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Sent {
@@ -69,7 +73,8 @@ struct Inner {
     sent: UnboundedSender<Sent>,
     number: Mutex<u64>,
     refusal: Mutex<Option<SendError>>,
-    events: tokio::sync::Mutex<UnboundedReceiver<MessageEvent>>,
+    outcomes: tokio::sync::Mutex<UnboundedReceiver<Outcome>>,
+    arrivals: tokio::sync::Mutex<UnboundedReceiver<Received>>,
     taken: UnboundedSender<ReceivedId>,
     handed_over: UnboundedSender<()>,
 }
@@ -77,34 +82,43 @@ struct Inner {
 /// The service as a test sees it.
 pub(super) struct Control {
     pub(super) sent: UnboundedReceiver<Sent>,
-    pub(super) events: UnboundedSender<MessageEvent>,
+    outcomes: UnboundedSender<Outcome>,
+    arrivals: UnboundedSender<Received>,
     taken: UnboundedReceiver<ReceivedId>,
-    /// An event was taken by the API.
+    /// A message that came was taken by the API.
     pub(super) handed_over: UnboundedReceiver<()>,
     inner: Arc<Inner>,
 }
 
 pub(super) fn memory() -> (Memory, Control) {
     let (sent_in, sent) = mpsc::unbounded_channel();
-    let (events, events_out) = mpsc::unbounded_channel();
+    let (outcomes, outcomes_out) = mpsc::unbounded_channel();
+    let (arrivals, arrivals_out) = mpsc::unbounded_channel();
     let (taken_in, taken) = mpsc::unbounded_channel();
     let (handed_in, handed_over) = mpsc::unbounded_channel();
     let inner = Arc::new(Inner {
         sent: sent_in,
         number: Mutex::default(),
         refusal: Mutex::default(),
-        events: tokio::sync::Mutex::new(events_out),
+        outcomes: tokio::sync::Mutex::new(outcomes_out),
+        arrivals: tokio::sync::Mutex::new(arrivals_out),
         taken: taken_in,
         handed_over: handed_in,
     });
-    (Memory(inner.clone()), Control { sent, events, taken, handed_over, inner })
+    let control = Control { sent, outcomes, arrivals, taken, handed_over, inner: inner.clone() };
+    (Memory(inner), control)
 }
 
 impl Control {
     /// Message `number` comes.
     pub(super) fn arrive(&self, number: u64, message: &[u8], sender: Sender) {
         let (received, message) = (received_id(number), message.to_vec());
-        self.events.send(MessageEvent::Received { received, message, sender }).unwrap();
+        self.arrivals.send(Received { received, message, sender }).unwrap();
+    }
+
+    /// Message `number`, which was sent, is delivered or has failed.
+    pub(super) fn finish(&self, number: u64, outcome: Result<(), FailReason>) {
+        self.outcomes.send((message_id(number), outcome)).unwrap();
     }
 
     /// Waits until message `number` is taken.
@@ -155,11 +169,15 @@ impl MessageService for Memory {
         self.take_in(Sent::Reply { sender_tag, message })
     }
 
-    async fn next_event(&self) -> Option<MessageEvent> {
-        let event = self.0.events.lock().await.recv().await;
+    async fn next_outcome(&self) -> Option<Outcome> {
+        self.0.outcomes.lock().await.recv().await
+    }
+
+    async fn next_received(&self) -> Option<Received> {
+        let received = self.0.arrivals.lock().await.recv().await;
         // A test may not look.
         let _ = self.0.handed_over.send(());
-        event
+        received
     }
 
     fn taken(&self, received: ReceivedId) {

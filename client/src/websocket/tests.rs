@@ -1,9 +1,7 @@
 //! The port as programs see it, over loopback, with a service in memory.
 
 use futures_util::{SinkExt, StreamExt};
-use mixsocks_common::message::{
-    FailReason, MAX_MESSAGE_BYTES, MessageEvent, SendError, Sender, SenderTag,
-};
+use mixsocks_common::message::{FailReason, MAX_MESSAGE_BYTES, SendError, Sender, SenderTag};
 use tokio::io::AsyncReadExt;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -11,7 +9,7 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-use super::testing::{Control, Sent, address, memory, message_id};
+use super::testing::{Control, Sent, address, memory};
 use super::*;
 use crate::testing::within;
 
@@ -208,14 +206,61 @@ async fn who_asks_is_told_what_became_of_a_message() {
     say(&mut other, send_text("")).await;
     say(&mut other, send_text(r#","id":8"#)).await;
     assert!(ask(&mut other, r#"{"type":"selfAddress"}"#).await.contains("address"));
-    let failed = MessageEvent::Failed(message_id(2), FailReason::UnknownClient);
-    for event in [1, 0].map(|number| MessageEvent::Delivered(message_id(number))) {
-        port.control.events.send(event).unwrap();
-    }
-    port.control.events.send(failed).unwrap();
+    port.control.finish(1, Ok(()));
+    port.control.finish(0, Ok(()));
+    port.control.finish(2, Err(FailReason::UnknownClient));
     assert_eq!(next_text(&mut program).await, r#"{"type":"delivered","id":"a"}"#);
     let told = next_text(&mut other).await;
     assert!(told.starts_with(r#"{"type":"failed","id":8,"reason":"unknownClient""#), "{told}");
+}
+
+#[tokio::test]
+async fn who_asks_in_binary_is_told_in_binary() {
+    let port = Port::start().await;
+    let mut program = port.connect().await;
+    let id = [0, 0, 0, 0, 0, 0, 1, 2];
+    let send = |message: &[u8]| {
+        let length = u8::try_from(message.len()).unwrap();
+        let head = [&[128][..], &id, &[0], &address().to_bytes(), &[0; 15], &[length]].concat();
+        [&head, message].concat()
+    };
+    say(&mut program, send(b"hi")).await;
+    say(&mut program, send(b"hi")).await;
+    say(&mut program, vec![3]).await;
+    assert_eq!(next_binary(&mut program).await[0], 2);
+    port.control.finish(0, Ok(()));
+    assert_eq!(next_binary(&mut program).await, [&[128][..], &id].concat());
+    port.control.finish(1, Err(FailReason::UnknownClient));
+    let told = next_binary(&mut program).await;
+    assert_eq!(told[..10], [&[129][..], &id, &[4]].concat());
+    port.control.refuse(Some(SendError::NoRoute));
+    say(&mut program, send(b"hi")).await;
+    let told = next_binary(&mut program).await;
+    assert_eq!(told[..10], [&[130][..], &id, &[255]].concat());
+    // Only messages have something to tell.
+    say(&mut program, [&[128][..], &id, &[3]].concat()).await;
+    let told = next_binary(&mut program).await;
+    assert_eq!(told[..10], [&[130][..], &id, &[4]].concat());
+}
+
+#[tokio::test]
+async fn who_only_sends_gets_no_messages_and_hears_of_its_own() {
+    let mut port = Port::start().await;
+    let mut sender = port.try_connect("/?receive=no", None).await.unwrap();
+    assert!(ask(&mut sender, r#"{"type":"selfAddress"}"#).await.contains("address"));
+    let mut receiver = port.connect_text().await;
+    port.control.arrive(1, b"for the other", Sender::Unknown);
+    assert!(next_text(&mut receiver).await.contains("for the other"));
+    port.control.taken(1).await;
+    leave(receiver).await;
+    port.control.arrive(2, b"for nobody yet", Sender::Unknown);
+    say(&mut sender, send_text(r#","id":1"#)).await;
+    assert!(within(port.control.sent.recv()).await.is_some());
+    port.control.finish(0, Ok(()));
+    assert_eq!(next_text(&mut sender).await, r#"{"type":"delivered","id":1}"#);
+    assert!(port.control.nothing_was_taken());
+    let mut late = port.connect_text().await;
+    assert!(next_text(&mut late).await.contains("for nobody yet"));
 }
 
 #[tokio::test]
@@ -224,12 +269,11 @@ async fn a_connection_id_asks_for_the_length_of_its_queue() {
     let mut program = port.connect().await;
     let answer = ask(&mut program, &send_text(r#","connectionId":6"#)).await;
     assert_eq!(answer, r#"{"type":"laneQueueLength","lane":6,"queue_length":1}"#);
-    let answer = ask(&mut program, &send_text(r#","connectionId":6"#)).await;
+    let answer = ask(&mut program, &send_text(r#","connectionId":6,"id":1"#)).await;
     assert_eq!(answer, r#"{"type":"laneQueueLength","lane":6,"queue_length":2}"#);
-    port.control.events.send(MessageEvent::Delivered(message_id(0))).unwrap();
-    port.control.events.send(MessageEvent::Delivered(message_id(1))).unwrap();
-    port.control.arrive(1, b"after both", Sender::Unknown);
-    assert!(next_text(&mut program).await.contains("after both"));
+    port.control.finish(0, Ok(()));
+    port.control.finish(1, Ok(()));
+    assert_eq!(next_text(&mut program).await, r#"{"type":"delivered","id":1}"#);
     let id = [0, 0, 0, 0, 0, 0, 0, 6];
     say(&mut program, [&[4][..], &id].concat()).await;
     say(&mut program, [&[5][..], &id].concat()).await;
@@ -341,7 +385,7 @@ async fn no_more_is_read_when_too_many_answers_are_owed() {
     for _ in 0..connection::MAX_ANSWERS - 1 {
         assert!(within(port.control.sent.recv()).await.is_some());
     }
-    port.control.events.send(MessageEvent::Delivered(message_id(0))).unwrap();
+    port.control.finish(0, Ok(()));
     assert_eq!(next_text(&mut program).await, r#"{"type":"delivered","id":0}"#);
     assert!(within(port.control.sent.recv()).await.is_some());
     assert!(port.control.sent.try_recv().is_err());

@@ -110,6 +110,30 @@ pub enum MessageEvent {
     Failed(MessageId, FailReason),
 }
 
+/// A message that came. [`Messages::taken`] is to be called when the application has it.
+#[derive(PartialEq, Eq)]
+pub struct Received {
+    /// Names it.
+    pub received: ReceivedId,
+    /// The message.
+    pub message: Vec<u8>,
+    /// Where it is from.
+    pub sender: Sender,
+}
+
+/// Shows nothing of the message.
+impl std::fmt::Debug for Received {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Received({} bytes, {:?})", self.message.len(), self.sender)
+    }
+}
+
+impl From<Received> for MessageEvent {
+    fn from(Received { received, message, sender }: Received) -> Self {
+        Self::Received { received, message, sender }
+    }
+}
+
 /// Shows nothing of a message.
 impl std::fmt::Debug for MessageEvent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -191,7 +215,7 @@ pub struct Messages<R> {
     owed_acks: VecDeque<Surb>,
     /// Refills on their way: the application knows nothing of them.
     refills: BTreeMap<MessageId, Address>,
-    events: VecDeque<MessageEvent>,
+    received: VecDeque<Received>,
     dropped: Dropped,
 }
 
@@ -209,7 +233,7 @@ impl<R> Messages<R> {
             replies: Awaited::new(MAX_AWAITED_REPLIES),
             owed_acks: VecDeque::new(),
             refills: BTreeMap::new(),
-            events: VecDeque::new(),
+            received: VecDeque::new(),
             dropped: Dropped::default(),
         }
     }
@@ -315,17 +339,31 @@ impl<R> Messages<R> {
         Ok(())
     }
 
-    /// What the application is to be told.
+    /// What the application is to be told, outcomes first.
     pub fn poll_event(&mut self) -> Option<MessageEvent> {
-        while let Some((id, outcome)) = self.outbox.poll_outcome() {
+        let outcome = self.poll_outcome().map(|(id, outcome)| match outcome {
+            Ok(()) => MessageEvent::Delivered(id),
+            Err(reason) => MessageEvent::Failed(id, reason),
+        });
+        outcome.or_else(|| self.poll_received().map(MessageEvent::from))
+    }
+
+    /// What became of a message that was sent. Those that came wait.
+    pub fn poll_outcome(&mut self) -> Option<(MessageId, Result<(), FailReason>)> {
+        loop {
+            let (id, outcome) = self.outbox.poll_outcome()?;
             if self.refills.remove(&id).is_none() {
-                self.events.push_back(match outcome {
-                    Outcome::Delivered => MessageEvent::Delivered(id),
-                    Outcome::Failed(reason) => MessageEvent::Failed(id, reason),
+                return Some(match outcome {
+                    Outcome::Delivered => (id, Ok(())),
+                    Outcome::Failed(reason) => (id, Err(reason)),
                 });
             }
         }
-        self.events.pop_front()
+    }
+
+    /// A message that came. What became of those that were sent waits.
+    pub fn poll_received(&mut self) -> Option<Received> {
+        self.received.pop_front()
     }
 
     /// The application has the message: its deliveries are confirmed.
@@ -604,7 +642,7 @@ impl<R> Messages<R> {
             }
         };
         let (message, received) = (message.to_vec(), ReceivedId(key));
-        self.events.push_back(MessageEvent::Received { received, message, sender });
+        self.received.push_back(Received { received, message, sender });
     }
 
     // --- Time.

@@ -29,7 +29,7 @@ pub use body::{Body, BodyError, ReplySurbs, SENDER_TAG_LEN, SenderTag};
 pub use conversations::{MAX_CONVERSATIONS, REFILL_ALLOWANCE, REFILL_FACTOR};
 pub use core::{
     Counts, Dropped, GIVE_UP_AFTER, MAX_AWAITED_ACKS, MAX_AWAITED_REPLIES, MAX_OWED_ACKS,
-    MessageEvent, MessageOptions, Messages, Purpose, ReceivedId, Refill, Transmit,
+    MessageEvent, MessageOptions, Messages, Purpose, Received, ReceivedId, Refill, Transmit,
 };
 pub use inbox::{
     DROPPED_AGE, INCOMPLETE_AGE, MAX_CONFIRMATIONS, MAX_HELD_BYTES, MAX_INCOMPLETE_REPLIES, Sender,
@@ -67,6 +67,11 @@ pub enum SendError {
     /// So much waits that it has to wait until something is delivered or has failed.
     #[error("too many messages wait to be sent")]
     Full,
+    /// No gateway of the network has the identity in the recipient's address.
+    #[error(
+        "the recipient's gateway is not in this network: the address is wrong, or of another network"
+    )]
+    UnknownGateway,
     /// There is no route to the client itself, so that it can give no SURBs away.
     #[error("replies could not come: there is no route to this client")]
     NoRoute,
