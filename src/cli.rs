@@ -147,11 +147,14 @@ impl Cli {
         }
         if let (Command::Bench(args), Some((_, matches))) = (&mut cli.command, matches.subcommand())
             && args.socks.is_some()
-            && args.traffic.mean_delay.is_some()
         {
             // --socks is never a variable's here: that one is for up and client.
-            stronger(matches, "socks", "mean_delay")?;
-            args.traffic.mean_delay = None;
+            if args.traffic.mean_delay.take().is_some() {
+                stronger(matches, "socks", "mean_delay")?;
+            }
+            if args.traffic.payload_bytes.take().is_some() {
+                stronger(matches, "socks", "payload_bytes")?;
+            }
         }
         Ok(cli)
     }
@@ -353,6 +356,12 @@ pub(crate) struct TrafficArgs {
         long, value_name = "DURATION", env = "MIXSOCKS_MEAN_DELAY", value_parser = parse_mean_delay
     )]
     pub(crate) mean_delay: Option<Duration>,
+    /// Bytes of a packet's payload: 1024 to 32768 (4096 unless said otherwise).
+    #[arg(
+        long, value_name = "N", env = "MIXSOCKS_PAYLOAD_BYTES",
+        value_parser = clap::value_parser!(u32).range(1024..=32768)
+    )]
+    pub(crate) payload_bytes: Option<u32>,
     #[command(flatten)]
     pub(crate) timing: TimingArgs,
 }

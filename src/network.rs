@@ -27,7 +27,8 @@ use crate::{logging, topology_file};
 
 /// What a network without other wishes uses.
 pub(crate) const DEFAULT_MEAN_DELAY: Duration = Duration::from_millis(15);
-const PAYLOAD_BYTES: usize = 2048;
+/// Chosen by measuring: `docs/performance.md`, "Size of packets".
+pub(crate) const DEFAULT_PAYLOAD_BYTES: u32 = 4096;
 /// Longer than anybody leaves it running without a restart, which writes a new topology.
 const VALIDITY_SECONDS: u64 = 30 * 24 * 60 * 60;
 /// Clocks of this machine's programs may be set back a little.
@@ -40,6 +41,7 @@ const GATEWAYS: usize = 2;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct NetworkOptions {
     pub(crate) mean_delay: Option<Duration>,
+    pub(crate) payload_bytes: Option<u32>,
     pub(crate) allow_private: bool,
     pub(crate) dns: Option<SocketAddr>,
 }
@@ -85,7 +87,7 @@ impl Network {
             policy: policy(options.allow_private).to_owned(),
             requires_token: false,
         };
-        publish(dir, &authority, options.mean_delay, nodes, advert)?;
+        publish(dir, &authority, options, nodes, advert)?;
         let authorities = topology_file::only(authority.identity())?;
         // From here on everybody knows what the file says, and nothing else.
         let file = dir.path().join(topology_file::FILE);
@@ -149,15 +151,15 @@ pub(crate) fn policy(allow_private: bool) -> &'static str {
 fn publish(
     dir: &DataDir,
     authority: &IdentityKey,
-    mean_delay: Option<Duration>,
+    options: NetworkOptions,
     nodes: Vec<Node>,
     provider: topology::Provider,
 ) -> Result<()> {
     let latest = topology_file::latest(dir, &topology_file::only(authority.identity())?)?;
     let epoch = latest.map_or(1, |topology| topology.epoch + 1);
     let parameters = Parameters {
-        payload_bytes: PAYLOAD_BYTES,
-        mean_delay: mean_delay.unwrap_or(DEFAULT_MEAN_DELAY),
+        payload_bytes: options.payload_bytes.unwrap_or(DEFAULT_PAYLOAD_BYTES) as usize,
+        mean_delay: options.mean_delay.unwrap_or(DEFAULT_MEAN_DELAY),
         max_delay: MAX_DELAY,
         epochs: Epochs::STATIC,
     };

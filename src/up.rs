@@ -37,6 +37,7 @@ pub(crate) async fn run(args: UpArgs, quiet: bool) -> Result<()> {
 async fn start(dir: &DataDir, args: &UpArgs) -> Result<(Network, Client)> {
     let options = NetworkOptions {
         mean_delay: args.traffic.mean_delay,
+        payload_bytes: args.traffic.payload_bytes,
         allow_private: args.exit.allow_private,
         dns: args.exit.dns,
     };

@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::child::{self, Memory, Process, START_TIME, command};
 use crate::cli::TrafficArgs;
-use crate::network::DEFAULT_MEAN_DELAY;
+use crate::network::{DEFAULT_MEAN_DELAY, DEFAULT_PAYLOAD_BYTES};
 
 /// A measured process, whoever has started it.
 #[derive(Clone, Debug)]
@@ -72,6 +72,9 @@ impl Up {
         }
         if let Some(mean_delay) = traffic.mean_delay {
             command.arg("--mean-delay").arg(words(mean_delay));
+        }
+        if let Some(payload_bytes) = traffic.payload_bytes {
+            command.arg("--payload-bytes").arg(payload_bytes.to_string());
         }
         let mut process = Process::start(&mut command)?;
         let proxy = process.wait_for("socks5h://").await.context("the network does not start")?;
@@ -156,8 +159,10 @@ impl Town {
         command.args(["directory", "init", "--private-addresses"]);
         command.args(["--invite", &format!("mix={mixes},gateway={GATEWAYS},provider=1")]);
         command.args(["--listen", &listen.to_string()]);
-        command
-            .args(["--mean-delay", &words(self.traffic.mean_delay.unwrap_or(DEFAULT_MEAN_DELAY))]);
+        let TrafficArgs { mean_delay, payload_bytes, .. } = self.traffic;
+        command.args(["--mean-delay", &words(mean_delay.unwrap_or(DEFAULT_MEAN_DELAY))]);
+        let payload_bytes = payload_bytes.unwrap_or(DEFAULT_PAYLOAD_BYTES);
+        command.args(["--payload-bytes", &payload_bytes.to_string()]);
         command.arg("--data-dir").arg(self.folder(DIRECTORY));
         let made = command.output().await.context("cannot start an authority")?;
         ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr).trim());

@@ -15,6 +15,7 @@ use mixsocks_directory::Url;
 use mixsocks_node::gateway::store::{Limits, MAX_EXPIRY};
 
 use super::{FileArgs, parse_mean_delay, parse_socket_address};
+use crate::network::DEFAULT_PAYLOAD_BYTES;
 
 /// An epoch lasts between these: a second is for tests; of more than a week nobody waits for a change.
 const EPOCH_SECONDS: std::ops::RangeInclusive<u64> = 1..=7 * 24 * 3600;
@@ -126,7 +127,8 @@ pub(crate) struct DirectoryArgs {
     pub(crate) minimum: Members,
     /// Bytes of a packet's payload: 1024 to 32768.
     #[arg(
-        long, value_name = "N", env = "MIXSOCKS_PAYLOAD_BYTES", default_value_t = 2048,
+        long, value_name = "N", env = "MIXSOCKS_PAYLOAD_BYTES",
+        default_value_t = DEFAULT_PAYLOAD_BYTES,
         value_parser = clap::value_parser!(u32).range(1024..=32768)
     )]
     pub(crate) payload_bytes: u32,
