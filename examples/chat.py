@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Two people chat through the mixnet. Needs `pip install websockets` and a running client (the option is to
-come; until then a program opens the port with `WebsocketListener`):
+"""Two people chat through the mixnet. Needs `pip install websockets` (or Debian's python3-websockets), and a
+client for each:
 
-    mixsocks client run --websocket 127.0.0.1:1977
+    mixsocks up --websocket 127.0.0.1:1977
     python3 examples/chat.py                    # shows your address, waits for the other one
     python3 examples/chat.py ADDRESS            # writes to ADDRESS, which can answer without knowing yours
 
-With another port or a token: --url ws://127.0.0.1:1978/?token=...
+On a network of many machines `mixsocks client run --websocket 127.0.0.1:1977` takes the place of `up`. With
+another port or a token: --url ws://127.0.0.1:1978/?token=...
 """
 
 import argparse
@@ -19,30 +20,48 @@ import websockets
 REPLY_SURBS = 20
 
 
-async def show_what_comes(socket, chat):
-    async for text in socket:
-        event = json.loads(text)
-        if event["type"] == "selfAddress":
-            print("you are", event["address"], flush=True)
-        elif event["type"] == "received":
-            chat["senderTag"] = event["senderTag"] or chat["senderTag"]
-            print("<", event["message"])
-        elif event["type"] in ("failed", "error"):
-            print("!", event["message"], file=sys.stderr)
+class Chat:
+    def __init__(self, recipient):
+        self.recipient = recipient
+        self.sender_tag = None
+        self.sent = 0
+        self.under_way = set()
+        self.all_told = asyncio.Event()
+        self.all_told.set()
 
+    async def show_what_comes(self, socket):
+        async for text in socket:
+            event = json.loads(text)
+            if event["type"] == "selfAddress":
+                print("you are", event["address"], flush=True)
+            elif event["type"] == "received":
+                self.sender_tag = event["senderTag"] or self.sender_tag
+                # Strangers write it: a terminal must not obey it.
+                print("<", "".join(c if c.isprintable() else "?" for c in event["message"]), flush=True)
+            elif event["type"] in ("failed", "error"):
+                print("!", event["message"], file=sys.stderr)
+            self.under_way.discard(event.get("id"))
+            if not self.under_way:
+                self.all_told.set()
 
-async def send_what_is_typed(socket, chat):
-    number = 0
-    while line := await asyncio.to_thread(sys.stdin.readline):
-        number += 1
-        request = {"message": line.rstrip("\n") or " ", "id": number}
-        if chat["recipient"]:
-            request |= {"type": "sendAnonymous", "recipient": chat["recipient"], "replySurbs": REPLY_SURBS}
-        elif chat["senderTag"]:
-            request |= {"type": "reply", "senderTag": chat["senderTag"]}
+    async def send_what_is_typed(self, socket):
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            if line := line.rstrip("\n"):
+                await self.send(socket, line)
+        await self.all_told.wait()
+
+    async def send(self, socket, line):
+        request = {"message": line, "id": self.sent}
+        if self.recipient:
+            request |= {"type": "sendAnonymous", "recipient": self.recipient, "replySurbs": REPLY_SURBS}
+        elif self.sender_tag:
+            request |= {"type": "reply", "senderTag": self.sender_tag}
         else:
             print("! nobody has written yet", file=sys.stderr)
-            continue
+            return
+        self.under_way.add(self.sent)
+        self.all_told.clear()
+        self.sent += 1
         await socket.send(json.dumps(request))
 
 
@@ -51,11 +70,11 @@ async def main():
     parser.add_argument("recipient", nargs="?")
     parser.add_argument("--url", default="ws://127.0.0.1:1977/")
     options = parser.parse_args()
-    chat = {"recipient": options.recipient, "senderTag": None}
+    chat = Chat(options.recipient)
     async with websockets.connect(options.url, max_size=None) as socket:
         await socket.send('{"type":"selfAddress"}')
-        coming = asyncio.create_task(show_what_comes(socket, chat))
-        typing = asyncio.create_task(send_what_is_typed(socket, chat))
+        coming = asyncio.create_task(chat.show_what_comes(socket))
+        typing = asyncio.create_task(chat.send_what_is_typed(socket))
         await asyncio.wait({coming, typing}, return_when=asyncio.FIRST_COMPLETED)
         coming.cancel()
 

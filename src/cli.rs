@@ -1,6 +1,7 @@
 //! The command line: every option, also as a `MIXSOCKS_…` variable, parsed once into what it means.
 
 mod bench;
+mod messages;
 mod roles;
 
 use std::ffi::OsString;
@@ -20,6 +21,9 @@ use mixsocks_directory::Url;
 
 pub(crate) use self::bench::{
     BenchArgs, BenchCommand, BenchMixArgs, BenchSoakArgs, BenchSphinxArgs, Row,
+};
+pub(crate) use self::messages::{
+    AddressArgs, ByArgs, ReceiveArgs, SendArgs, TokenText, WebsocketArgs,
 };
 pub(crate) use self::roles::{
     Allowed, DirectoryArgs, DirectoryCommand, DirectoryInitArgs, ExitArgs, InviteArgs, MemberArgs,
@@ -85,7 +89,7 @@ struct Matched<'a> {
 }
 
 /// Commands with settings, and the role whose file each reads.
-const WITH_SETTINGS: [(&str, &[&str]); 11] = [
+const WITH_SETTINGS: [(&str, &[&str]); 14] = [
     ("up", &["up"]),
     ("client", &["client", "run"]),
     ("client", &["client", "init"]),
@@ -97,6 +101,9 @@ const WITH_SETTINGS: [(&str, &[&str]); 11] = [
     ("provider", &["provider", "init"]),
     ("client", &["providers"]),
     ("client", &["network", "status"]),
+    ("client", &["send"]),
+    ("client", &["receive"]),
+    ("client", &["address"]),
 ];
 
 fn matched(matches: &ArgMatches) -> Option<Matched<'_>> {
@@ -232,6 +239,12 @@ pub(crate) enum Command {
     /// A provider: it connects to the internet for others.
     #[command(subcommand)]
     Provider(ProviderCommand),
+    /// Send a message.
+    Send(SendArgs),
+    /// Print the messages that have come.
+    Receive(ReceiveArgs),
+    /// Print the address at which messages reach you.
+    Address(AddressArgs),
     /// List the providers that a network advertises.
     Providers(ShowArgs),
     /// Look at a network.
@@ -385,6 +398,8 @@ pub(crate) struct UpArgs {
     #[command(flatten)]
     pub(crate) listen: ListenArgs,
     #[command(flatten)]
+    pub(crate) websocket: WebsocketArgs,
+    #[command(flatten)]
     pub(crate) traffic: TrafficArgs,
     /// Where keys and registrations are kept, so that addresses stay the same (else in the
     /// data directory of the platform).
@@ -413,6 +428,8 @@ pub(crate) struct ClientArgs {
     pub(crate) access_token_file: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) listen: ListenArgs,
+    #[command(flatten)]
+    pub(crate) websocket: WebsocketArgs,
     #[command(flatten)]
     pub(crate) timing: TimingArgs,
     #[command(flatten)]

@@ -1,5 +1,6 @@
 //! `mixsocks client`: a proxy to a network of many machines.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -13,7 +14,7 @@ use rand::seq::{IteratorRandom, SliceRandom};
 use tokio::sync::watch;
 
 use crate::access_tokens;
-use crate::cli::{ClientArgs, ProviderChoice};
+use crate::cli::{ClientArgs, NetworkArgs, ProviderChoice};
 use crate::config;
 use crate::data_dir::DataDir;
 use crate::membership::{self, Source};
@@ -22,7 +23,7 @@ use crate::proxy::{self, Way};
 use crate::service::{Report, Service};
 use crate::signals::Signals;
 use crate::topology_file;
-use crate::up::{proxy_line, weakness};
+use crate::up::weakness;
 
 /// Of providers that chance has chosen, the one that is used, and one for when it is silent.
 const PROVIDERS_BY_CHANCE: usize = 2;
@@ -34,15 +35,14 @@ const GATEWAY_FILE: &str = "client/gateway";
 pub(crate) async fn run(args: ClientArgs, quiet: bool) -> Result<()> {
     let mut signals = Signals::new()?;
     let service = Service::start("client", args.run.metrics).await?;
-    let listener = proxy::bind(&args.listen)?;
-    let address = listener.local_addr()?;
-    let Started { client, providers, topology, _following } = tokio::select! {
+    let ports = proxy::bind(&args.listen, &args.websocket).await?;
+    let Started { client, providers, topology, _following, _dir } = tokio::select! {
         started = Box::pin(start(&args)) => started?,
         () = signals.next() => return Ok(()),
     };
-    let proxy = proxy_line(address);
+    let (address, lines) = (ports.proxy()?, ports.lines()?);
     if quiet {
-        crate::say(&proxy);
+        crate::say(&lines);
     } else {
         let client = client.address();
         let weakness = weakness(args.timing.profile);
@@ -52,7 +52,7 @@ pub(crate) async fn run(args: ClientArgs, quiet: bool) -> Result<()> {
         crate::say(&format!(
             "{providers}\
              client    {client}\n\
-             {proxy}\n\
+             {lines}\n\
              \n\
              {weakness}\n\
              \n\
@@ -62,7 +62,7 @@ pub(crate) async fn run(args: ClientArgs, quiet: bool) -> Result<()> {
     }
     service.watch(source(client.link(), topology));
     service.ready();
-    proxy::serve(listener, client, &mut signals, std::future::ready(())).await;
+    proxy::serve(ports, client, &mut signals, std::future::ready(())).await;
     service.stopping();
     Ok(())
 }
@@ -87,6 +87,8 @@ struct Started {
     providers: Vec<Address>,
     topology: watch::Receiver<Arc<Topology>>,
     _following: Option<Following>,
+    /// Locked as long as the client uses it.
+    _dir: Arc<DataDir>,
 }
 
 /// Writes the configuration file and the keys.
@@ -110,24 +112,10 @@ async fn start(args: &ClientArgs) -> Result<Started> {
         args.access_token_file.as_deref().map(access_tokens::read_secret).transpose()?;
     let choose =
         |topology: &Topology| choose_providers(topology, &args.provider, access_token.is_some());
-    let (source, authorities) = membership::source(&args.network)?;
-    let (dir, topology, following) = match source {
-        Source::File(path) => {
-            let file = topology_file::read(path, &authorities)?;
-            // What the user has chosen wrongly is told before anything is stored.
-            choose(&file.topology)?;
-            let dir = open(args)?;
-            topology_file::accept(&dir, path, &file, &authorities)?;
-            (dir, watch::channel(Arc::new(file.topology)).1, None)
-        }
-        Source::Directory(urls) => {
-            let dir = open(args)?;
-            let (topology, following) = membership::documents(&dir, urls, &authorities).await?;
-            (dir, topology, Some(following))
-        }
-    };
+    let (network, mut providers) =
+        join(&args.network, args.run.data_dir.as_deref(), choose).await?;
+    let Joined { dir, topology, following } = network;
     let newest = topology.borrow().clone();
-    let mut providers = choose(&newest)?;
     let gateway = gateway(&dir, &newest, &mut providers, args.provider.is_empty())?;
     if args.provider.is_empty() {
         // Each provider that a client turns to learns where it goes.
@@ -135,12 +123,48 @@ async fn start(args: &ClientArgs) -> Result<Started> {
     }
     let way =
         Way { topology: topology.clone(), gateway, providers: providers.clone(), access_token };
-    let client = proxy::connect(&dir, way).await?;
-    Ok(Started { client, providers, topology, _following: following })
+    let messages = args.websocket.websocket.is_some();
+    let client = proxy::connect(&dir, way, messages).await?;
+    Ok(Started { client, providers, topology, _following: following, _dir: dir })
 }
 
-fn open(args: &ClientArgs) -> Result<Arc<DataDir>> {
-    let dir = Arc::new(DataDir::open_for("client", args.run.data_dir.as_deref())?);
+/// A network as a client sees it, and the directory with what the client keeps.
+pub(crate) struct Joined {
+    pub(crate) dir: Arc<DataDir>,
+    pub(crate) topology: watch::Receiver<Arc<Topology>>,
+    /// Keeps the topology up to date.
+    pub(crate) following: Option<Following>,
+}
+
+/// Learns a network's topology, of which `choose` takes what it wants.
+pub(crate) async fn join<T>(
+    network: &NetworkArgs,
+    data_dir: Option<&Path>,
+    choose: impl Fn(&Topology) -> Result<T>,
+) -> Result<(Joined, T)> {
+    let (source, authorities) = membership::source(network)?;
+    match source {
+        Source::File(path) => {
+            let file = topology_file::read(path, &authorities)?;
+            // What the user has chosen wrongly is told before anything is stored.
+            let chosen = choose(&file.topology)?;
+            let dir = open(data_dir)?;
+            topology_file::accept(&dir, path, &file, &authorities)?;
+            let topology = watch::channel(Arc::new(file.topology)).1;
+            Ok((Joined { dir, topology, following: None }, chosen))
+        }
+        Source::Directory(urls) => {
+            let dir = open(data_dir)?;
+            let (topology, following) = membership::documents(&dir, urls, &authorities).await?;
+            let newest = topology.borrow().clone();
+            let chosen = choose(&newest)?;
+            Ok((Joined { dir, topology, following: Some(following) }, chosen))
+        }
+    }
+}
+
+fn open(data_dir: Option<&Path>) -> Result<Arc<DataDir>> {
+    let dir = Arc::new(DataDir::open_for("client", data_dir)?);
     dir.require_space()?;
     Ok(dir)
 }
@@ -258,6 +282,33 @@ fn gateway(
     Ok(chosen)
 }
 
+/// The gateway of a client that sends and receives messages only: the one that was chosen earlier, or else
+/// a random one. If there is a choice, no provider is at it, so that the client may open streams later.
+pub(crate) fn gateway_of_messages(dir: &DataDir, topology: &Topology) -> Result<Identity> {
+    if let Some(chosen) = read_gateway(dir)?.filter(|chosen| topology.gateway(chosen).is_some()) {
+        return Ok(chosen);
+    }
+    let has_provider = |gateway: &Identity| {
+        topology.providers().iter().any(|provider| provider.address.gateway == *gateway)
+    };
+    let all = || topology.gateways().map(|node| node.identity);
+    let mut rng = rand::rng();
+    let free = all().filter(|gateway| !has_provider(gateway)).choose(&mut rng);
+    let chosen = free.or_else(|| all().choose(&mut rng)).context("this network has no gateway")?;
+    dir.write(GATEWAY_FILE, format!("{chosen}\n").as_bytes())?;
+    Ok(chosen)
+}
+
+/// The gateway that was chosen earlier.
+pub(crate) fn read_gateway(dir: &DataDir) -> Result<Option<Identity>> {
+    let Some(text) = dir.read_text(GATEWAY_FILE)? else { return Ok(None) };
+    let chosen = text.trim().parse().with_context(|| {
+        let path = dir.path().join(GATEWAY_FILE);
+        format!("the file {} is damaged; delete it to choose a new gateway", path.display())
+    })?;
+    Ok(Some(chosen))
+}
+
 /// The gateway that was chosen earlier, if it can still be used.
 fn chosen_gateway(
     dir: &DataDir,
@@ -265,11 +316,7 @@ fn chosen_gateway(
     providers: &[Address],
     by_chance: bool,
 ) -> Result<Option<Identity>> {
-    let Some(text) = dir.read_text(GATEWAY_FILE)? else { return Ok(None) };
-    let chosen: Identity = text.trim().parse().with_context(|| {
-        let path = dir.path().join(GATEWAY_FILE);
-        format!("the file {} is damaged; delete it to choose a new gateway", path.display())
-    })?;
+    let Some(chosen) = read_gateway(dir)? else { return Ok(None) };
     let is_elsewhere = |provider: &Address| provider.gateway != chosen;
     let fits = match by_chance {
         true => providers.iter().any(is_elsewhere),

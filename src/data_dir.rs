@@ -34,6 +34,15 @@ const NEEDED_BYTES: usize = 1024 * 1024;
 /// Longest file with a secret: 32 bytes take 44 characters.
 const MAX_SECRET_FILE_BYTES: u64 = 256;
 
+/// Another process uses a data directory.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "another mixsocks process uses the data directory {}; stop it, or choose another directory with \
+     --data-dir",
+    .0.display()
+)]
+pub(crate) struct InUse(PathBuf);
+
 /// A data directory that this process alone uses, until the value is dropped.
 #[derive(Debug)]
 pub(crate) struct DataDir {
@@ -74,11 +83,7 @@ impl DataDir {
             .map_err(|error| explain(&error, &lock_path))?;
         match lock.try_lock() {
             Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
-            Err(TryLockError::WouldBlock) => bail!(
-                "another mixsocks process uses the data directory {}; stop it, or choose another \
-                 directory with --data-dir",
-                path.display()
-            ),
+            Err(TryLockError::WouldBlock) => Err(InUse(path.to_owned()).into()),
             Err(TryLockError::Error(error)) => Err(explain(&error, &lock_path)),
         }
     }

@@ -15,6 +15,7 @@ mod impairment;
 mod invitations;
 mod logging;
 mod membership;
+mod messages;
 mod nearest;
 mod network;
 mod node;
@@ -92,6 +93,9 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Command::Provider(command) => {
                 Box::pin(provider::run(command, &cli.config, quiet)).await
             }
+            Command::Send(args) => Box::pin(messages::send(args, quiet)).await,
+            Command::Receive(args) => Box::pin(messages::receive(args)).await,
+            Command::Address(args) => Box::pin(messages::address(args)).await,
             Command::Providers(args) => show::providers(&args).await,
             Command::Network(NetworkCommand::Status(args)) => show::status(&args).await,
             Command::Config(ConfigCommand::Check { file }) => {

@@ -1,6 +1,5 @@
 //! `mixsocks up`: a whole network on this machine, and a proxy to it.
 
-use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::Result;
@@ -10,15 +9,14 @@ use crate::cli::{Profile, UpArgs};
 use crate::data_dir::DataDir;
 use crate::network::{Network, NetworkOptions};
 use crate::open_files;
-use crate::proxy::{self, Way};
+use crate::proxy::{self, Ports, Way};
 use crate::signals::Signals;
 
 /// Runs until Ctrl-C or SIGTERM.
 pub(crate) async fn run(args: UpArgs, quiet: bool) -> Result<()> {
     open_files::raise_limit();
     let mut signals = Signals::new()?;
-    let listener = proxy::bind(&args.listen)?;
-    let address = listener.local_addr()?;
+    let ports = proxy::bind(&args.listen, &args.websocket).await?;
     let dir = DataDir::open_for("up", args.data_dir.as_deref())?;
     dir.require_space()?;
     let (network, client) = tokio::select! {
@@ -26,11 +24,12 @@ pub(crate) async fn run(args: UpArgs, quiet: bool) -> Result<()> {
         () = signals.next() => return Ok(()),
     };
     if quiet {
-        crate::say(&proxy_line(address));
+        crate::say(&ports.lines()?);
     } else {
-        crate::say(&greeting(&network, &client, dir.path(), address, args.traffic.timing.profile));
+        let profile = args.traffic.timing.profile;
+        crate::say(&greeting(&network, &client, dir.path(), &ports, profile)?);
     }
-    proxy::serve(listener, client, &mut signals, network.shutdown()).await;
+    proxy::serve(ports, client, &mut signals, network.shutdown()).await;
     Ok(())
 }
 
@@ -48,35 +47,30 @@ async fn start(dir: &DataDir, args: &UpArgs) -> Result<(Network, Client)> {
         providers: vec![network.provider_address()],
         access_token: None,
     };
-    let client = proxy::connect(dir, way).await?;
+    let client = proxy::connect(dir, way, args.websocket.websocket.is_some()).await?;
     Ok((network, client))
-}
-
-/// The line that says where the proxy listens; programs that start this one read it.
-pub(crate) fn proxy_line(address: SocketAddr) -> String {
-    format!("proxy     socks5h://{address}")
 }
 
 fn greeting(
     network: &Network,
     client: &Client,
     data_dir: &Path,
-    address: SocketAddr,
+    ports: &Ports,
     profile: Profile,
-) -> String {
+) -> Result<String> {
     let mean_delay = humantime::format_duration(network.topology().borrow().parameters.mean_delay);
     let provider = network.provider_address();
     let client = client.address();
     let data_dir = data_dir.display();
-    let proxy = proxy_line(address);
-    format!(
+    let (address, lines) = (ports.proxy()?, ports.lines()?);
+    Ok(format!(
         "A mixnet runs on this machine: 3 mixes, 2 gateways, a provider and a client.\n\
          \n\
          provider  {provider}\n\
          client    {client}\n\
          data      {data_dir}\n\
          mixing    {mean_delay} in each mix on average, profile {profile}\n\
-         {proxy}\n\
+         {lines}\n\
          \n\
          {}\n\
          All nodes are on this machine, so this shows how it works, but hides you from nobody.\n\
@@ -88,7 +82,7 @@ fn greeting(
         } else {
             weakness(profile)
         }
-    )
+    ))
 }
 
 /// What a profile does not hide.

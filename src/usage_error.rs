@@ -167,7 +167,7 @@ mod tests {
             (&["pu"], "did you mean \"up\"?"),
             (
                 &["frobnicate"],
-                "there are up, client, directory, node, provider, providers, network,",
+                "there are up, client, directory, node, provider, send, receive, address, providers,",
             ),
             (&["client", "rnu"], "did you mean \"run\"?"),
             (&["client", "--sokcs", "x"], "as in `mixsocks client run --socks …`"),

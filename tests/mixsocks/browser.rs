@@ -4,6 +4,7 @@ use std::process::Command;
 
 use crate::process::{Process, shared_network, skip};
 use crate::servers::{PAGE_PARTS, http};
+use crate::web_driver::CHROMIUM_OPTIONS;
 
 #[test]
 fn chromium_shows_a_page_whose_name_only_the_provider_can_resolve() {
@@ -17,9 +18,7 @@ fn chromium_shows_a_page_whose_name_only_the_provider_can_resolve() {
         .arg("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
         .arg("--webrtc-ip-handling-policy=disable_non_proxied_udp")
         .arg(format!("--user-data-dir={}", profile.path().display()))
-        // No window, no sandbox (which root cannot have), and nothing that a browser does unasked.
-        .args(["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"])
-        .args(["--disable-background-networking", "--disable-component-update", "--disable-sync"])
+        .args(CHROMIUM_OPTIONS)
         .arg("--dump-dom")
         .arg(format!("http://{name}:{}/page", server.port()));
     let browser = match Process::try_start(&mut chromium) {

@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::{Duration, Instant};
 
@@ -60,8 +60,18 @@ impl Process {
     }
 
     pub(crate) fn try_start(command: &mut Command) -> std::io::Result<Self> {
-        let mut child =
-            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        Self::spawn(command.stdin(Stdio::null()))
+    }
+
+    /// A child that is typed to.
+    pub(crate) fn try_start_typing(command: &mut Command) -> std::io::Result<(Self, ChildStdin)> {
+        let mut process = Self::spawn(command.stdin(Stdio::piped()))?;
+        let stdin = process.child.stdin.take().unwrap();
+        Ok((process, stdin))
+    }
+
+    fn spawn(command: &mut Command) -> std::io::Result<Self> {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         let stdout = Text::collect(child.stdout.take().unwrap());
         let stderr = Text::collect(child.stderr.take().unwrap());
         Ok(Self { child, stdout, stderr })

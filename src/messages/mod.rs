@@ -1,0 +1,200 @@
+//! `mixsocks send`, `receive` and `address`: messages from the terminal.
+//!
+//! Each works through the websocket of a client that runs ([`program`]), or as a client itself ([`own`]).
+
+mod own;
+mod program;
+mod show;
+
+use std::fs::File;
+use std::io::{self, IsTerminal as _, Read as _, Write as _};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use mixsocks_common::address::Address;
+use mixsocks_common::message::{MAX_MESSAGE_BYTES, ReceivedId, SenderTag};
+use tokio::time::timeout;
+
+use self::own::Own;
+use self::program::Program;
+use crate::cli::{AddressArgs, ByArgs, ReceiveArgs, SendArgs};
+use crate::data_dir::DataDir;
+use crate::proxy;
+use crate::signals::Signals;
+
+/// What came.
+struct Incoming {
+    message: Vec<u8>,
+    /// Of a sender who can be answered.
+    sender_tag: Option<SenderTag>,
+    /// What has to be confirmed; nothing when that was done already.
+    received: Option<ReceivedId>,
+}
+
+/// The client that sends and receives.
+enum By {
+    Own(Own),
+    Program(Box<Program>),
+}
+
+impl By {
+    /// The running client if one listens, and else this process.
+    async fn connect(args: &ByArgs, receives: bool) -> Result<Self> {
+        let Some(address) = args.websocket else {
+            return Own::connect(args, receives).await.map(Self::Own);
+        };
+        let token = args.token.websocket_token.as_ref();
+        match Program::connect(address, token, receives).await {
+            Ok(program) => Ok(Self::Program(Box::new(program))),
+            Err(program::ConnectError::Refused) if knows_network(args) => {
+                Own::connect(args, receives).await.map(Self::Own)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn address(&self) -> Address {
+        match self {
+            Self::Own(own) => own.address(),
+            Self::Program(program) => program.address(),
+        }
+    }
+
+    /// Sends a message, and waits until it is delivered.
+    async fn send(&mut self, recipient: Address, message: Vec<u8>) -> Result<()> {
+        match self {
+            Self::Own(own) => own.send(recipient, message).await,
+            Self::Program(program) => program.send(recipient, &message).await,
+        }
+    }
+
+    /// Waits for a message. Nothing is lost when the future is dropped.
+    async fn receive(&mut self) -> Result<Incoming> {
+        match self {
+            Self::Own(own) => own.receive().await,
+            Self::Program(program) => program.receive().await,
+        }
+    }
+
+    /// The message was printed.
+    fn taken(&self, received: Option<ReceivedId>) {
+        if let (Self::Own(own), Some(received)) = (self, received) {
+            own.taken(received);
+        }
+    }
+
+    async fn shutdown(self) {
+        match self {
+            Self::Own(own) => own.shutdown().await,
+            Self::Program(program) => program.close().await,
+        }
+    }
+}
+
+fn knows_network(args: &ByArgs) -> bool {
+    args.network.topology.is_some() || !args.network.directory.is_empty()
+}
+
+/// Sends a message.
+pub(crate) async fn send(args: SendArgs, quiet: bool) -> Result<()> {
+    let message = read_message(&args.message)?;
+    let mut by = By::connect(&args.by, false).await?;
+    let sent = by.send(args.recipient, message).await;
+    by.shutdown().await;
+    sent?;
+    if !quiet {
+        crate::say("delivered: its gateway keeps it for the recipient");
+    }
+    Ok(())
+}
+
+fn read_message(path: &Path) -> Result<Vec<u8>> {
+    let is_stdin = path == Path::new("-");
+    let name = if is_stdin { "the standard input".into() } else { path.display().to_string() };
+    let mut message = Vec::new();
+    let limit = u64::try_from(MAX_MESSAGE_BYTES).unwrap_or(u64::MAX) + 1;
+    let read = if is_stdin {
+        io::stdin().lock().take(limit).read_to_end(&mut message)
+    } else {
+        File::open(path).and_then(|file| file.take(limit).read_to_end(&mut message))
+    };
+    read.map_err(|error| anyhow!("cannot read {name}: {error}"))?;
+    ensure!(!message.is_empty(), "{name} is empty, and an empty message cannot be sent");
+    ensure!(
+        message.len() <= MAX_MESSAGE_BYTES,
+        "{name} is longer than 16 MiB, the longest message; send it in parts, as `split` makes them"
+    );
+    Ok(message)
+}
+
+/// Prints what comes.
+pub(crate) async fn receive(args: ReceiveArgs) -> Result<()> {
+    let mut signals = Signals::new()?;
+    let mut by = tokio::select! {
+        by = Box::pin(By::connect(&args.by, true)) => by?,
+        () = signals.next() => return Ok(()),
+    };
+    let wait = if args.follow { Duration::MAX } else { args.wait };
+    let received = loop {
+        let incoming = tokio::select! {
+            incoming = timeout(wait, by.receive()) => incoming,
+            () = signals.next() => break Ok(()),
+        };
+        match incoming {
+            Ok(Ok(incoming)) => match print(&args, &incoming) {
+                Ok(()) => by.taken(incoming.received),
+                Err(error) => break Err(error).context("cannot print a message"),
+            },
+            Ok(Err(error)) => break Err(error),
+            Err(_) => break Ok(()),
+        }
+    };
+    by.shutdown().await;
+    received
+}
+
+fn print(args: &ReceiveArgs, incoming: &Incoming) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    if args.json {
+        writeln!(stdout, "{}", show::json(incoming))?;
+    } else if args.raw {
+        stdout.write_all(&incoming.message)?;
+    } else if stdout.is_terminal() {
+        writeln!(stdout, "{}", show::for_terminal(&incoming.message))?;
+    } else {
+        stdout.write_all(&incoming.message)?;
+        if !incoming.message.ends_with(b"\n") {
+            stdout.write_all(b"\n")?;
+        }
+    }
+    stdout.flush()
+}
+
+/// Prints the address of the client.
+pub(crate) async fn address(args: AddressArgs) -> Result<()> {
+    let address = match (args.by.websocket, own_address(&args.by)?) {
+        (None, Some(address)) => address,
+        _ => {
+            let by = By::connect(&args.by, false).await?;
+            let address = by.address();
+            by.shutdown().await;
+            address
+        }
+    };
+    crate::say(&address.to_string());
+    if args.qr {
+        crate::say(&show::qr_code(&address)?);
+    }
+    Ok(())
+}
+
+/// The address of the client whose data directory it is, if it has registered with a gateway. Another
+/// process may use the directory.
+fn own_address(args: &ByArgs) -> Result<Option<Address>> {
+    let path = match &args.data_dir {
+        Some(path) => path.clone(),
+        None => DataDir::default_path("client")?,
+    };
+    proxy::address_in(&path)
+}
