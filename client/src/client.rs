@@ -372,9 +372,10 @@ impl Client {
             state.core.close();
         }
         self.shared.wake_senders.notify_one();
-        // Most providers have heard of it by then; they forget silent sessions by themselves.
+        // Most providers have heard of it by then; they forget silent sessions by themselves. Repliers
+        // would wait for acknowledgements.
         let _ = timeout(FAREWELL_LIMIT, async {
-            while self.shared.lock().core.sessions().len() > 0 {
+            while self.shared.lock().core.sessions().len() > 0 || self.shared.owes_acks() {
                 sleep(FAREWELL_POLL).await;
             }
         })

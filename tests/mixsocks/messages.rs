@@ -216,6 +216,18 @@ async fn anonymous_senders_get_replies_also_more_than_they_gave_surbs_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reply_is_acknowledged_by_who_leaves_as_soon_as_it_has_come() {
+    let network = Network::start();
+    let (asker, answerer) = (network.person(0).connect().await, network.person(1).connect().await);
+    asker.send(answerer.address(), b"question", 10).await.unwrap();
+    let (_, Sender::Anonymous(tag)) = take(&answerer).await else { panic!() };
+    let reply = answerer.reply(tag, b"answer").await.unwrap();
+    assert_eq!(take(&asker).await.0, b"answer");
+    soon(asker.shutdown()).await;
+    assert_eq!(outcome(&answerer, reply).await, Ok(()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_is_away_gets_messages_later_and_each_at_most_once() {
     let network = Network::start();
     let (sender, person) = (network.person(0).connect().await, network.person(1));

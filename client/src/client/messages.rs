@@ -533,6 +533,11 @@ impl Shared {
         }
     }
 
+    /// Whether replies came that are not acknowledged yet.
+    pub(super) fn owes_acks(&self) -> bool {
+        self.mail.as_ref().is_some_and(|mail| mail.lock().messages.owes_acks())
+    }
+
     /// Gives the link the confirmations that it has room for, before it takes leave.
     pub(super) fn confirm_the_last(&self) {
         let Some(mail) = &self.mail else { return };
