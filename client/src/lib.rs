@@ -15,6 +15,7 @@ pub mod gateway;
 mod headers;
 pub mod health;
 pub mod messages;
+pub mod relay;
 mod renewal;
 #[cfg(feature = "socks")]
 pub mod socks;

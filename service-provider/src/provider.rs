@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mixsocks_client::drops::DropReason;
 use mixsocks_client::gateway::GatewayLinkError;
+use mixsocks_client::relay::relay;
 use mixsocks_client::stream::{StreamHost, StreamKey, Waiting};
 use mixsocks_client::{Arrivals, Endpoint, EndpointConfig, MixStream, Reserved, worker_count};
 use mixsocks_common::address::Address;
@@ -21,7 +22,6 @@ use mixsocks_common::topology::Topology;
 use mixsocks_sphinx::{
     HopAddress, Identifier, Packet, Payload, SecretKey, Surb, open_payloads, use_surbs,
 };
-use tokio::io::copy_bidirectional_with_sizes;
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinSet;
@@ -42,9 +42,6 @@ const DRAIN_POLL: Duration = Duration::from_millis(20);
 
 /// Replies that a task seals at a time: as many as share vectors.
 const REPLIES_PER_TURN: usize = 8;
-
-/// What a relay copies at a time, each way. A thousand streams that wait keep 16 MiB.
-const RELAY_BYTES: usize = 8 * 1024;
 
 /// What a provider needs.
 #[derive(Debug)]
@@ -293,14 +290,8 @@ impl Shared {
             Ok(connection) => {
                 let mut connection = Guarded { connection, ended: false };
                 self.answer(key, OpenOutcome::Connected);
-                let result = copy_bidirectional_with_sizes(
-                    &mut stream,
-                    &mut connection.connection,
-                    RELAY_BYTES,
-                    RELAY_BYTES,
-                )
-                .await;
-                connection.ended = result.is_ok();
+                let relayed = relay(&mut stream, &mut connection.connection).await;
+                connection.ended = relayed.is_ok();
             }
             Err(error) => {
                 tracing::debug!("{target}: {error}");

@@ -3,15 +3,12 @@
 use std::io;
 use std::ops::{Deref, DerefMut};
 
-use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tracing::debug;
 
 use super::rewind::Rewind;
-
-/// Buffer of each direction; a stream that nobody reads stops its sender after this. A thousand streams
-/// that wait keep 16 MiB.
-const RELAY_BYTES: usize = 8 * 1024;
+use crate::relay;
 
 /// The connection of a local program.
 pub(super) trait Local: AsyncRead + AsyncWrite + Send + Unpin + 'static {
@@ -37,10 +34,8 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let mut local = Guarded { local, ended: false };
-    let copied =
-        copy_bidirectional_with_sizes(&mut *local, &mut stream, RELAY_BYTES, RELAY_BYTES).await;
-    match copied {
-        Ok(_) => local.ended = true,
+    match relay::relay(&mut *local, &mut stream).await {
+        Ok(()) => local.ended = true,
         Err(error) => debug!(kind = ?io::Error::kind(&error), "a stream was reset"),
     }
 }
