@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+use mixsocks_common::address::Address;
 use mixsocks_common::keys::EncryptionKey;
+use mixsocks_common::message::packet::BOX_OVERHEAD;
+use mixsocks_common::message::sealed_box::{open_boxes, seal_boxes};
 use mixsocks_common::topology::{Node, Parameters, Topology, UnixTime};
 use mixsocks_sphinx::{
     HEADER_LEN, HopAddress, Identifier, OpenedPacket, Packet, Payload, Peeled, ReplayTag,
@@ -17,7 +20,7 @@ use rand::rngs::StdRng;
 /// What a node finds in a packet.
 pub(crate) enum Arrival<C: Codec> {
     Forward { next_hop: HopAddress, delay: Duration, packet: Packet },
-    Final { identifier: Identifier, payload: C::Payload },
+    Final { destination: HopAddress, identifier: Identifier, payload: C::Payload },
 }
 
 /// The cryptography of a simulated network.
@@ -39,6 +42,9 @@ pub(crate) trait Codec: Sized {
     /// The contents of a packet that is no reply.
     fn contents(&self, payload: Self::Payload) -> Option<Vec<u8>>;
     fn recover(&self, recovery: Self::Recovery, payload: Self::Payload) -> Option<Vec<u8>>;
+    /// Seals a fragment of a message for whoever has the key.
+    fn seal(&self, rng: &mut StdRng, to: EncryptionKey, fragment: &[u8]) -> Vec<u8>;
+    fn unseal(&self, keys: &BoxKeys, sealed: &[u8]) -> Option<Vec<u8>>;
 }
 
 pub(crate) type KeyEpochs = RangeInclusive<u64>;
@@ -52,9 +58,17 @@ pub(crate) enum Opening<T> {
     Unreadable,
 }
 
+/// The keys of whoever opens boxes.
+pub(crate) struct BoxKeys {
+    pub(crate) secret: SecretKey,
+    pub(crate) public: EncryptionKey,
+}
+
 /// A route, and what its sender knows of the keys on it.
 pub(crate) struct SealedRoute<'a> {
     pub(crate) route: &'a Route,
+    /// To whom it leads: the destination.
+    pub(crate) recipient: &'a Address,
     pub(crate) topology: &'a Topology,
     pub(crate) now: UnixTime,
 }
@@ -157,7 +171,9 @@ impl Codec for Real {
             Peeled::Forward { next_hop, delay, packet } => {
                 Arrival::Forward { next_hop, delay, packet }
             }
-            Peeled::Final { identifier, payload, .. } => Arrival::Final { identifier, payload },
+            Peeled::Final { destination, identifier, payload } => {
+                Arrival::Final { destination, identifier, payload }
+            }
         })
     }
 
@@ -167,6 +183,14 @@ impl Codec for Real {
 
     fn recover(&self, recovery: ReplyRecovery, payload: Payload) -> Option<Vec<u8>> {
         recover_replies(vec![(recovery, payload)]).remove(0).ok()
+    }
+
+    fn seal(&self, rng: &mut StdRng, to: EncryptionKey, fragment: &[u8]) -> Vec<u8> {
+        seal_boxes(rng, &[(to, fragment)]).remove(0)
+    }
+
+    fn unseal(&self, keys: &BoxKeys, sealed: &[u8]) -> Option<Vec<u8>> {
+        open_boxes(&keys.secret, &[sealed]).remove(0).ok()
     }
 }
 
@@ -179,7 +203,8 @@ impl Codec for Real {
 /// | 40 | 1, 1 | hops passed, hops |
 /// | 42 | 16 | identifier |
 /// | 58 | 5 × 40 | of each hop: address, mark of its key (3 bytes), delay in nanoseconds (5 bytes) |
-/// | 258 | 8 | sum of what is above, without the hops passed |
+/// | 258 | 32 | destination |
+/// | 290 | 8 | sum of what is above, without the hops passed |
 ///
 /// A payload is a length, a sum and the contents.
 pub(crate) struct Plain {
@@ -191,7 +216,8 @@ const PASSED: usize = 40;
 const HOPS: usize = 41;
 const IDENTIFIER: usize = 42;
 const ROUTE: usize = 58;
-const SUM: usize = 258;
+const DESTINATION: usize = 258;
+const SUM: usize = 290;
 const PAYLOAD_HEAD: usize = 12;
 
 impl Plain {
@@ -202,12 +228,14 @@ impl Plain {
         header[RANDOM..PASSED].copy_from_slice(&rng.random::<u64>().to_be_bytes());
         header[HOPS] = u8::try_from(route.hops().len()).expect("five at most");
         header[IDENTIFIER..ROUTE].copy_from_slice(&route.identifier());
-        for (slot, (address, delay)) in header[ROUTE..SUM].chunks_mut(40).zip(route.hops()) {
+        for (slot, (address, delay)) in header[ROUTE..DESTINATION].chunks_mut(40).zip(route.hops())
+        {
             slot[..32].copy_from_slice(&address);
             let nanos = u64::try_from(delay.as_nanos()).expect("delays are short");
             slot[32..].copy_from_slice(&nanos.to_be_bytes());
             slot[32..35].copy_from_slice(&sealed.key_mark(&address));
         }
+        header[DESTINATION..SUM].copy_from_slice(sealed.recipient.identity.as_bytes());
         let sum = Self::header_sum(&header);
         header[SUM..SUM + 8].copy_from_slice(&sum.to_be_bytes());
         header
@@ -280,7 +308,9 @@ impl Codec for Plain {
         let passed = usize::from(bytes[PASSED]);
         if passed + 1 == usize::from(bytes[HOPS]) {
             let identifier = *bytes[IDENTIFIER..ROUTE].first_chunk()?;
-            return Some(Arrival::Final { identifier, payload: bytes.split_off(HEADER_LEN) });
+            let destination = *bytes[DESTINATION..SUM].first_chunk()?;
+            let payload = bytes.split_off(HEADER_LEN);
+            return Some(Arrival::Final { destination, identifier, payload });
         }
         let slot = ROUTE + 40 * passed;
         let delay = u64::from_be_bytes(*bytes[slot + 32..].first_chunk()?) & (u64::MAX >> 24);
@@ -300,6 +330,19 @@ impl Codec for Plain {
 
     fn recover(&self, (): (), payload: Vec<u8>) -> Option<Vec<u8>> {
         self.contents(payload)
+    }
+
+    /// Whom it is for, a sum, the fragment.
+    fn seal(&self, _: &mut StdRng, to: EncryptionKey, fragment: &[u8]) -> Vec<u8> {
+        let sum = sum(fragment).to_be_bytes();
+        [to.as_bytes(), &sum[..], &[0; BOX_OVERHEAD - 40], fragment].concat()
+    }
+
+    fn unseal(&self, keys: &BoxKeys, sealed: &[u8]) -> Option<Vec<u8>> {
+        let (head, fragment) = sealed.split_at_checked(BOX_OVERHEAD)?;
+        let is_mine = head.starts_with(keys.public.as_bytes());
+        let is_whole = head[32..40] == sum(fragment).to_be_bytes();
+        (is_mine && is_whole).then(|| fragment.to_vec())
     }
 }
 

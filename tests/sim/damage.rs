@@ -292,7 +292,7 @@ impl<C: Codec> World<C> {
         if let Ok(route) =
             random_route(topology, &recipient, now, mean, identifier, &choice, &mut self.rng)
         {
-            let sealed = SealedRoute { route: &route, topology, now };
+            let sealed = SealedRoute { route: &route, recipient: &recipient, topology, now };
             let packet = self.codec.build(&mut self.rng, &sealed, &contents);
             self.send(NodeRef::Gateway(0), &route.first_hop(), packet);
         }

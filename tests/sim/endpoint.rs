@@ -341,7 +341,7 @@ impl<C: Codec> Endpoint<C> {
         if self.tags.insert(&tag, now) != Admission::Fresh {
             return Ok(());
         }
-        if let Some(Arrival::Final { identifier, payload }) = codec.finish(opened) {
+        if let Some(Arrival::Final { identifier, payload, .. }) = codec.finish(opened) {
             let wall_ms = self.wall_ms(wall_ms);
             self.handle_payload(codec, now, wall_ms, identifier, payload);
         }
@@ -449,7 +449,7 @@ impl<C: Codec> Endpoint<C> {
                 let rng = &mut self.rng;
                 let route = random_route(topology, to, wall, mean, identifier, &choice, rng)
                     .expect("there are routes");
-                let sealed = SealedRoute { route: &route, topology, now: wall };
+                let sealed = SealedRoute { route: &route, recipient: to, topology, now: wall };
                 let (surb, recovery) = codec.build_surb(&mut self.rng, &sealed);
                 let way = Way::of(&route);
                 self.surbs_awaited.insert(identifier);

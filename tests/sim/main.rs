@@ -13,6 +13,7 @@ mod documents;
 mod endpoint;
 mod faults;
 mod hostile;
+mod messages;
 mod model;
 mod network;
 mod outages;

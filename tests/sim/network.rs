@@ -20,7 +20,7 @@ use crate::codec::{Arrival, Codec, KeyEpochs, NodeKey, Opening};
 use crate::documents::Document;
 use crate::faults::Memory;
 
-const REPLAY_TAGS: usize = 1 << 20;
+pub(crate) const REPLAY_TAGS: usize = 1 << 20;
 
 /// A frame between an endpoint and its gateway.
 pub(crate) struct Frame<P> {
@@ -122,7 +122,7 @@ impl Mix {
 /// A packet was made for a key that does not count, or for a node that is not there any more.
 pub(crate) struct Outdated;
 
-fn peel<C: Codec>(
+pub(crate) fn peel<C: Codec>(
     codec: &C,
     key: &NodeKey,
     count: &KeyEpochs,

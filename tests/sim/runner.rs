@@ -1,5 +1,6 @@
 //! Runs seeds side by side, and says how to replay the one that failed.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -129,6 +130,11 @@ fn a_seed_decides_everything() {
 
 #[test]
 fn every_seed_ends_well() {
+    run_seeds(run_any);
+}
+
+/// Runs seeds side by side, all that are asked for.
+pub(crate) fn run_seeds(run_any: impl Fn(u64) -> Result<(), String> + Sync) {
     let (first, count) = match number_from("MIXSOCKS_SIM_SEED") {
         Some(seed) => (seed, 1),
         None => (first_seed(), number_from("MIXSOCKS_SIM_SEEDS").unwrap_or(DEFAULT_SEEDS)),
@@ -147,7 +153,7 @@ fn every_seed_ends_well() {
                         if seed >= first + count || failures.len() >= 3 {
                             return failures;
                         }
-                        let result = std::panic::catch_unwind(|| run_any(seed));
+                        let result = catch_unwind(AssertUnwindSafe(|| run_any(seed)));
                         let result = result.unwrap_or_else(|_| Err("it panicked".to_owned()));
                         failures.extend(result.err().map(|error| (seed, error)));
                     }

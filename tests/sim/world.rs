@@ -538,7 +538,7 @@ impl<C: Codec> World<C> {
                             }
                         }
                     }
-                    let sealed = SealedRoute { route: &route, topology, now: wall };
+                    let sealed = SealedRoute { route: &route, recipient: to, topology, now: wall };
                     Some((route.first_hop(), codec.build(rng, &sealed, &out)))
                 }
                 crate::endpoint::Contents::Reply(surb, contents) => codec.use_surb(surb, &contents),

@@ -1,0 +1,158 @@
+//! What gateways and mixes do when something comes to them, and how packets get from one to the next.
+
+use std::time::Duration;
+
+use mixsocks_common::keys::Identity;
+use mixsocks_sphinx::{HopAddress, Packet};
+use rand::RngExt;
+
+use super::client::sizes;
+use super::gateway::Up;
+use super::world::{CLIENTS, Event, GATEWAYS, Node, SPACING, World};
+use crate::codec::Codec;
+use crate::world::WIRE;
+
+/// Share of the packets that are held up where they enter the mixnet, of those that come twice to the next
+/// node, and for how long at most.
+const HELD_UP: f64 = 0.01;
+const TWICE: f64 = 0.01;
+const HELD_UP_FOR: Duration = Duration::from_secs(3);
+
+impl<C: Codec> World<C> {
+    pub(super) fn handle_up(
+        &mut self,
+        client: usize,
+        connection: u64,
+        received: u64,
+        frames: Vec<Up>,
+    ) -> Result<(), String> {
+        let (name, number) = (self.clients[client].name(), self.clients[client].gateway);
+        let gateway = &mut self.gateways[number];
+        for (mix, packet) in gateway.handle_frames(&name, connection, received, frames)? {
+            self.enter(&mix, packet);
+        }
+        self.plan_writing(client);
+        self.begin_commit(number);
+        Ok(())
+    }
+
+    pub(super) fn plan_writing(&mut self, client: usize) {
+        let at = &self.clients[client];
+        if let Some(connection) = self.gateways[at.gateway].plan_writing(&at.name()) {
+            self.after(Duration::ZERO, Event::Write { client, connection });
+        }
+    }
+
+    pub(super) fn write(&mut self, client: usize, connection: u64) {
+        let at = &self.clients[client];
+        let name = at.name();
+        let gateway = &mut self.gateways[at.gateway];
+        let frames = gateway.write(&name, connection);
+        if frames.is_empty() {
+            return;
+        }
+        let took = SPACING * u32::try_from(frames.len()).expect("a few");
+        if gateway.plan_writing(&name).is_some() {
+            self.after(took, Event::Write { client, connection });
+        }
+        self.after(took + WIRE, Event::Down { client, connection, frames });
+    }
+
+    fn begin_commit(&mut self, number: usize) {
+        let gateway = &mut self.gateways[number];
+        if gateway.commit.begin() {
+            let life = gateway.life;
+            let most = if self.rng.random_bool(0.95) { 10.0 } else { 300.0 };
+            let took = Duration::from_secs_f64(most * self.rng.random::<f64>() / 1e3);
+            self.after(took, Event::Committed { gateway: number, life });
+        }
+    }
+
+    pub(super) fn committed(&mut self, number: usize, life: u64) {
+        let wall = self.wall();
+        let gateway = &mut self.gateways[number];
+        if gateway.life != life {
+            return;
+        }
+        let (acks, wakes) = gateway.finish_commit(wall);
+        for (surb, contents) in acks {
+            if let Some((mix, packet)) = self.codec.use_surb(surb, &contents) {
+                self.enter(&mix, packet);
+            }
+        }
+        for client in wakes {
+            self.plan_writing(client);
+        }
+        self.begin_commit(number);
+    }
+
+    pub(super) fn kill_gateway(&mut self, number: usize) -> Result<(), String> {
+        if self.gateways[number].is_down {
+            return Ok(());
+        }
+        self.note(format!("gateway {number} is killed"));
+        let (wall, has_tags) = (self.wall(), self.rng.random_bool(0.8));
+        self.gateways[number].kill(&mut self.rng, has_tags, wall);
+        for client in (0..CLIENTS).filter(|client| client % GATEWAYS == number) {
+            self.cut(client, true);
+            self.settle_client(client)?;
+        }
+        Ok(())
+    }
+
+    // --- Packets.
+
+    /// A packet enters the mixnet at a mix of the first layer, if it gets there.
+    fn enter(&mut self, mix: &HopAddress, packet: Packet) {
+        if self.rng.random_bool(self.loss) {
+            return;
+        }
+        let Some(node) = self.nodes.get(mix).copied() else { return };
+        let held_up = match self.rng.random_bool(HELD_UP) {
+            true => HELD_UP_FOR.mul_f64(self.rng.random()),
+            false => Duration::ZERO,
+        };
+        self.after(WIRE + held_up, Event::Arrive(node, packet));
+    }
+
+    /// A packet goes from mix to mix, or to a gateway.
+    fn forward(&mut self, to: &Identity, packet: Packet) {
+        let Some(node) = self.nodes.get(to.as_bytes()).copied() else { return };
+        if self.rng.random_bool(TWICE) {
+            let later = HELD_UP_FOR.mul_f64(self.rng.random());
+            self.after(WIRE + later, Event::Arrive(node, packet.clone()));
+        }
+        self.after(WIRE, Event::Arrive(node, packet));
+    }
+
+    pub(super) fn arrive(&mut self, node: Node, packet: Packet) {
+        let now = self.now;
+        match node {
+            Node::Mix(number) => {
+                // Keys never change here, and a full mix drops.
+                let all = 0..=u64::MAX;
+                let _ = self.mixes[number].handle_packet(&self.codec, now, &all, packet);
+                self.settle_mix(number);
+            }
+            Node::Gateway(number) => {
+                let sizes = sizes(&self.document);
+                let gateway = &mut self.gateways[number];
+                if let Some(client) = gateway.handle_packet(&self.codec, sizes, now, packet) {
+                    self.plan_writing(client);
+                }
+                self.begin_commit(number);
+            }
+        }
+    }
+
+    pub(super) fn settle_mix(&mut self, number: usize) {
+        while let Some((to, packet)) = self.mixes[number].poll_transmit(self.now) {
+            self.forward(&to, packet);
+        }
+        let Some(next) = self.mixes[number].poll_timeout() else { return };
+        if self.mix_timers[number].is_none_or(|planned| next < planned) {
+            self.mix_timers[number] = Some(next);
+            self.after(next.saturating_duration_since(self.now), Event::MixTimer(number));
+        }
+    }
+}
