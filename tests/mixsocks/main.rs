@@ -12,6 +12,7 @@ mod bench;
 mod browser;
 mod faults;
 mod killed;
+mod killed_gateways;
 mod lab;
 mod life;
 mod machines;

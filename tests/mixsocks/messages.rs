@@ -50,13 +50,7 @@ impl Network {
 
     /// Somebody at a gateway.
     fn person(&self, gateway: usize) -> Person {
-        Person {
-            topology: self.topology.clone(),
-            identity: Arc::new(IdentityKey::generate(&mut rand::rng())),
-            encryption: SecretKey::generate(&mut rand::rng()).to_bytes().to_vec(),
-            gateway: self.gateway(gateway),
-            folder: tempfile::tempdir().unwrap(),
-        }
+        Person::new(&self.topology, self.gateway(gateway))
     }
 }
 
@@ -67,16 +61,20 @@ fn start(folder: &Path) -> Process {
 }
 
 fn read_topology(folder: &Path) -> Arc<Topology> {
-    let read = |file| std::fs::read(folder.join(file)).unwrap();
-    let authority = String::from_utf8(read("authority.pub")).unwrap();
+    let authority = std::fs::read_to_string(folder.join("authority.pub")).unwrap();
+    topology(&folder.join("topology"), &authority)
+}
+
+/// The document in a file that one authority has signed.
+pub(crate) fn topology(file: &Path, authority: &str) -> Arc<Topology> {
     let authority: Identity = authority.trim().parse().unwrap();
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
     let authorities = Authorities::new([authority], 1).unwrap();
-    Arc::new(verify(&read("topology"), &authorities, UnixTime(now)).unwrap())
+    Arc::new(verify(&std::fs::read(file).unwrap(), &authorities, UnixTime(now)).unwrap())
 }
 
 /// Somebody who connects, and comes back.
-struct Person {
+pub(crate) struct Person {
     topology: watch::Receiver<Arc<Topology>>,
     identity: Arc<IdentityKey>,
     encryption: Vec<u8>,
@@ -85,11 +83,22 @@ struct Person {
 }
 
 impl Person {
+    /// Somebody new.
+    pub(crate) fn new(topology: &watch::Receiver<Arc<Topology>>, gateway: Identity) -> Self {
+        Self {
+            topology: topology.clone(),
+            identity: Arc::new(IdentityKey::generate(&mut rand::rng())),
+            encryption: SecretKey::generate(&mut rand::rng()).to_bytes().to_vec(),
+            gateway,
+            folder: tempfile::tempdir().unwrap(),
+        }
+    }
+
     fn encryption(&self) -> SecretKey {
         SecretKey::from_bytes(self.encryption[..].try_into().unwrap())
     }
 
-    fn address(&self) -> Address {
+    pub(crate) fn address(&self) -> Address {
         Address {
             identity: self.identity.identity(),
             encryption: self.encryption().public_key().into(),
@@ -102,7 +111,7 @@ impl Person {
         MessengerOptions { received_log, ..MessengerOptions::default() }
     }
 
-    async fn connect(&self) -> Messenger {
+    pub(crate) async fn connect(&self) -> Messenger {
         self.connect_with(self.options()).await
     }
 
@@ -121,7 +130,7 @@ impl Person {
 }
 
 /// Fails when an event does not come.
-async fn soon<T>(event: impl Future<Output = T>) -> T {
+pub(crate) async fn soon<T>(event: impl Future<Output = T>) -> T {
     timeout(DEADLINE, event).await.expect("it happens in the end")
 }
 
