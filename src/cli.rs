@@ -20,7 +20,7 @@ use mixsocks_common::keys::Identity;
 use mixsocks_directory::Url;
 
 pub(crate) use self::bench::{
-    BenchArgs, BenchCommand, BenchMixArgs, BenchSoakArgs, BenchSphinxArgs, Row,
+    BenchArgs, BenchCommand, BenchMessagesArgs, BenchMixArgs, BenchSoakArgs, BenchSphinxArgs, Row,
 };
 pub(crate) use self::messages::{
     AddressArgs, ByArgs, ReceiveArgs, SendArgs, TokenText, WebsocketArgs,

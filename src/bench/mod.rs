@@ -3,16 +3,16 @@
 //! The network is a child process, or one for each role, so that its CPU time and memory are its own
 //! and not those of the measuring side. Every byte that arrives is compared with what was sent.
 //!
-//! `mixsocks bench sphinx` measures packets alone, `mixsocks bench mix` a mix with its links, and
-//! `mixsocks bench soak` whether a network stays whole under traffic and faults.
+//! `mixsocks bench sphinx` measures packets alone, `mixsocks bench mix` a mix with its links, `mixsocks
+//! bench messages` messages through a gateway, and `mixsocks bench soak` whether a network stays whole under traffic and faults.
 
 mod child;
+mod messages;
 mod mix;
 mod network;
 mod origin;
 mod report;
 mod soak;
-
 mod sphinx;
 mod transfer;
 
@@ -65,7 +65,7 @@ pub(crate) async fn run(args: BenchArgs) -> Result<()> {
     match args.command {
         Some(BenchCommand::Sphinx(args)) => return sphinx::run(&args),
         Some(BenchCommand::Mix(args)) => return mix::run(&args).await,
-
+        Some(BenchCommand::Messages(args)) => return messages::run(&args).await,
         Some(BenchCommand::Soak(args)) => return soak::run(&args).await,
         Some(BenchCommand::MixProcess) => return mix::run_process().await,
         None => {}

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -56,7 +56,7 @@ pub(super) struct Up {
     process: Process,
     proxy: SocketAddr,
     /// The last field, so that the process goes first.
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl Up {
@@ -78,12 +78,17 @@ impl Up {
         }
         let mut process = Process::start(&mut command)?;
         let proxy = process.wait_for("socks5h://").await.context("the network does not start")?;
-        Ok(Self { process, proxy: proxy.parse()?, _dir: dir })
+        Ok(Self { process, proxy: proxy.parse()?, dir })
     }
 
     /// Where its proxy listens.
     pub(super) fn proxy(&self) -> SocketAddr {
         self.proxy
+    }
+
+    /// Where its keys, its topology and the stores of its gateways are.
+    pub(super) fn data_dir(&self) -> &Path {
+        self.dir.path()
     }
 
     /// Its only process.

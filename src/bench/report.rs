@@ -220,7 +220,7 @@ fn median_and_slowest(runs: &mut [Duration]) -> [f64; 2] {
 }
 
 /// Index of a percentile among `count` sorted values: the least that so many percent do not exceed.
-fn rank(count: usize, percent: usize) -> usize {
+pub(super) fn rank(count: usize, percent: usize) -> usize {
     (count * percent).div_ceil(100).saturating_sub(1)
 }
 

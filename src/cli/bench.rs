@@ -85,6 +85,8 @@ pub(crate) enum BenchCommand {
     Sphinx(BenchSphinxArgs),
     /// Measure packets through a mix and its links, beside a mix with the crate sphinx-packet.
     Mix(BenchMixArgs),
+    /// Measure messages through one gateway of a network that is started for the measurement.
+    Messages(BenchMessagesArgs),
     /// Put a network of processes under mixed traffic and random faults, and see whether it stays
     /// whole.
     Soak(BenchSoakArgs),
@@ -99,6 +101,22 @@ pub(crate) struct BenchMixArgs {
     /// Packets of each measurement; there are three of each mix.
     #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = parse_packets)]
     pub(crate) packets: usize,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Options of `mixsocks bench messages`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchMessagesArgs {
+    /// How long messages are sent, few first and then as many as can be.
+    #[arg(
+        long, value_name = "N", default_value_t = 10,
+        value_parser = clap::value_parser!(u64).range(1..=MAX_SECONDS)
+    )]
+    pub(crate) seconds: u64,
+    #[command(flatten)]
+    pub(crate) traffic: TrafficArgs,
     /// Print one JSON object instead of a table.
     #[arg(long)]
     pub(crate) json: bool,
@@ -186,6 +204,9 @@ mod tests {
             panic!("no subcommand");
         };
         assert_eq!((args.packets, args.json), (100, false));
+        let messages = parse(&["messages", "--seconds", "3"]).unwrap().command;
+        let Some(BenchCommand::Messages(args)) = messages else { panic!("no subcommand") };
+        assert_eq!((args.seconds, args.json), (3, false));
         for wrong in ["0", "99", "100001", "many"] {
             assert!(parse(&["mix", "--packets", wrong]).is_err(), "{wrong}");
         }

@@ -52,6 +52,25 @@ fn bench_measures_the_rows_that_are_asked_for() {
     }
 }
 
+#[test]
+fn bench_measures_messages_through_a_gateway() {
+    let mut command = mixsocks();
+    command.args(["bench", "messages", "--json", "--seconds", "1", "--mean-delay", "1ms"]);
+    let ended = run(&mut command);
+    assert!(ended.status.success(), "{ended:?}");
+    let report = json(&ended.stdout);
+    assert_eq!(
+        (number(&report, "/message_bytes"), number(&report, "/mean_delay_ms")),
+        (1024.0, 1.0)
+    );
+    // A box is longer than its message.
+    assert!(number(&report, "/kept/disk_bytes_per_message") > 1024.0, "{report}");
+    let [p50_ms, p99_ms] = ["/calm/p50_ms", "/calm/p99_ms"].map(|time| number(&report, time));
+    assert!(p50_ms > 0.0 && p99_ms >= p50_ms, "{report}");
+    assert!(number(&report, "/calm/messages") > 0.0);
+    assert!(number(&report, "/crowded/messages_per_second") > 0.0);
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn bench_measures_each_role_as_a_process() {
