@@ -1,6 +1,6 @@
 //! A connection from its first byte to WELCOME.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
@@ -151,6 +151,10 @@ impl Doorkeeper {
         self.codec
     }
 
+    pub(super) fn limit(&self) -> MutexGuard<'_, RegistrationLimit> {
+        self.limit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Takes a connection up to WELCOME.
     pub(super) async fn let_in(
         &self,
@@ -249,7 +253,7 @@ impl Doorkeeper {
         source: Source,
     ) -> Result<(GatewayHandshake, GatewayMessage), ConnectionError> {
         let now = Instant::now().into_std();
-        let taken = self.limit.lock().unwrap_or_else(PoisonError::into_inner).take(source, now);
+        let taken = self.limit().take(source, now);
         if let Err(wait) = taken {
             let retry_after_s = u16::try_from(wait.as_secs() + 1).unwrap_or(u16::MAX);
             return Err(ConnectionError::Refused(Refusal::RateLimited { retry_after_s }));
@@ -275,6 +279,14 @@ impl Doorkeeper {
         let login = authenticating.check(stored.as_ref()).map_err(ConnectionError::Refused)?;
         self.messages.changes.note_login(*login.identity.as_bytes());
         Ok(login)
+    }
+}
+
+/// Shows no client.
+#[cfg(test)]
+impl std::fmt::Debug for Doorkeeper {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Doorkeeper").finish_non_exhaustive()
     }
 }
 
