@@ -23,6 +23,8 @@ mod private_provider;
 mod process;
 mod rotation;
 mod servers;
+#[path = "../../node/src/gateway/store/small_disk.rs"]
+mod small_disk;
 mod socks;
 mod terminal;
 mod tools;

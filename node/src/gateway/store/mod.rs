@@ -15,6 +15,8 @@ mod group_commit;
 mod redb_store;
 mod registrations;
 mod shares;
+#[cfg(all(test, unix))]
+mod small_disk;
 mod statistics;
 #[cfg(test)]
 mod tests;
