@@ -13,6 +13,7 @@
 //! Packets of streams never come here. Nothing is logged or counted that tells a client from another.
 
 mod batch;
+mod failing;
 mod group_commit;
 mod redb_store;
 mod registrations;
