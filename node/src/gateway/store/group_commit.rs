@@ -220,7 +220,7 @@ impl<S: Store + ?Sized, W> GroupCommit<S, W> {
 
     /// Applies changes as far as it may be tried now.
     async fn try_all(&mut self, mut changes: Vec<Change>) -> (Vec<Change>, Vec<Option<Outcome>>) {
-        if changes.iter().any(needs_room) && self.may_try_boxes() {
+        if changes.iter().any(Change::needs_room) && self.may_try_boxes() {
             let result;
             (changes, result) = self.apply_to_store(changes).await;
             match &result {
@@ -235,12 +235,12 @@ impl<S: Store + ?Sized, W> GroupCommit<S, W> {
             }
         }
         // What needs no room may work all the same, and confirmations make some.
-        let rest: Vec<_> = changes.iter().filter(|change| !needs_room(change)).cloned().collect();
+        let rest: Vec<_> = changes.iter().filter(|change| !change.needs_room()).cloned().collect();
         let (_, outcomes) = self.commit(rest).await;
         let mut outcomes = outcomes.unwrap_or_default().into_iter();
         let outcomes = changes
             .iter()
-            .map(|change| if needs_room(change) { None } else { outcomes.next() })
+            .map(|change| if change.needs_room() { None } else { outcomes.next() })
             .collect();
         (changes, outcomes)
     }
@@ -353,10 +353,6 @@ impl<S: Store + ?Sized, W> GroupCommit<S, W> {
     }
 }
 
-fn needs_room(change: &Change) -> bool {
-    matches!(change, Change::Keep { .. })
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -420,7 +416,7 @@ mod tests {
         fn apply(&self, changes: &[Change], _: UnixTime) -> Result<Vec<Outcome>, StoreError> {
             self.go.lock().unwrap().recv().unwrap();
             self.batches.lock().unwrap().push(changes.len());
-            let needs_room = changes.iter().any(|change| matches!(change, Change::Keep { .. }));
+            let needs_room = changes.iter().any(Change::needs_room);
             let is_full = needs_room && self.is_full.load(Ordering::Relaxed);
             if is_full || self.is_broken.load(Ordering::Relaxed) {
                 return Err(StoreError::Closed("full".into()));

@@ -7,6 +7,7 @@
 //! - [`RedbStore`]: the store of a single gateway, one file.
 //! - [`GroupCommit`]: collects what waits and has it applied in one go.
 //! - `batch`: what one transaction does; `store_time`: by which time, as clocks may be wrong.
+//! - `reserve`: room on the disk for what makes room.
 //! - `shares`: how much a client may keep, and the numbers of its deliveries.
 //! - `registrations`: whose registration goes when the table is full.
 //!
@@ -17,6 +18,7 @@ mod failing;
 mod group_commit;
 mod redb_store;
 mod registrations;
+mod reserve;
 mod shares;
 #[cfg(all(test, unix))]
 mod small_disk;
@@ -108,6 +110,13 @@ pub enum Change {
         /// Who.
         client: ClientId,
     },
+}
+
+impl Change {
+    /// Whether it takes room on the disk; the others make some, or take next to none.
+    pub fn needs_room(&self) -> bool {
+        matches!(self, Self::Keep { .. })
+    }
 }
 
 /// Shows no client.

@@ -14,6 +14,7 @@ use tracing::warn;
 
 use super::batch::{Batch, DELIVERIES, Finished, MARKS, SHARES, read_time};
 use super::registrations::CLIENTS;
+use super::reserve::Reserve;
 use super::shares::hour_of;
 use super::store_time::{StoreTime, longest_step};
 use super::{Change, ClientId, Day, Expired, Limits, Outcome, Store, StoreError, Usage};
@@ -36,6 +37,7 @@ const REOPEN_INTERVAL: Duration = Duration::from_secs(1);
 pub struct RedbStore {
     path: PathBuf,
     limits: Limits,
+    reserve: Reserve,
     /// `None` when it failed and could not be opened again yet.
     database: RwLock<Option<Database>>,
     /// Held while a batch is applied.
@@ -68,7 +70,8 @@ impl RedbStore {
         }
         let (database, usage) = open(&path)?;
         let (database, usage) = (RwLock::new(Some(database)), Mutex::new(usage));
-        Ok(Self { path, limits, database, writer: Mutex::default(), usage })
+        let reserve = Reserve::of(data_dir);
+        Ok(Self { path, limits, reserve, database, writer: Mutex::default(), usage })
     }
 
     /// Does something with the open file.
@@ -95,6 +98,7 @@ impl RedbStore {
         }
         let result = self.with(|database| work(database, &mut writer));
         if result.is_err() {
+            self.reserve.give_up();
             writer.made_room_on = None;
             // The next one tries again; what matters is why this one failed.
             let _ = self.reopen(&mut writer);
@@ -192,6 +196,9 @@ impl RedbStore {
 
 impl Store for RedbStore {
     fn apply(&self, changes: &[Change], now: UnixTime) -> Result<Vec<Outcome>, StoreError> {
+        if changes.iter().any(Change::needs_room) {
+            self.reserve.make().map_err(|error| failed(self.reserve.path(), error.into()))?;
+        }
         self.with_writer(|database, writer| {
             self.try_change(database, writer, now, |batch| {
                 changes.iter().map(|change| batch.apply(change)).collect()
