@@ -205,7 +205,7 @@ impl Doorkeeper {
         let exporter = session
             .export_keying_material([0u8; EXPORTER_LEN], EXPORTER_LABEL, None)
             .map_err(LinkError::Tls)?;
-        let config = websocket::config(self.codec.frame_bytes());
+        let config = websocket::gateway_config(self.codec.frame_bytes());
         let socket = tokio_tungstenite::accept_async_with_config(stream, Some(config)).await?;
         Ok((socket, Binding::Session(exporter)))
     }
@@ -338,7 +338,7 @@ mod tests {
     async fn a_peer_that_does_not_read_stops_the_writer_below_the_bound() {
         for frame_bytes in [1024 + 396, 32 * 1024 + 396] {
             let (stream, _peer) = tokio::io::duplex(1000);
-            let config = websocket::config(frame_bytes);
+            let config = websocket::gateway_config(frame_bytes);
             let mut socket =
                 WebSocketStream::from_raw_socket(stream, Role::Server, Some(config)).await;
             let frame = || Message::Binary(vec![0; frame_bytes].into());
