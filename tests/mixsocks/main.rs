@@ -10,6 +10,7 @@ mod authorities;
 mod bad_input;
 mod bench;
 mod browser;
+mod crowd;
 mod faults;
 mod killed;
 mod lab;
