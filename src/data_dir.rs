@@ -6,7 +6,7 @@
 //! authority.pub             up: its public key, for `mixsocks client --authority`
 //! topology                  up: the signed file, new at each start; client: the latest one used
 //! mix-1 … mix-3/            up: identity.key; sphinx-<key epoch>.key and replay-<key epoch>.log
-//! gateway-1, gateway-2/     up: the same, and store.redb: registrations and kept messages
+//! gateway-1, gateway-2/     up: the same, and store.redb: registrations and kept messages, store.reserve
 //! provider/                 up: identity.key, encryption.key, token
 //! tokens/<name>             provider: hashes of the access tokens that it has given out
 //! client/                   identity.key, encryption.key, token, gateway (the one that was chosen)

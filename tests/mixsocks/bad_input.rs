@@ -14,6 +14,7 @@ use mixsocks_sphinx::SecretKey;
 use tempfile::TempDir;
 
 use crate::process::{mixsocks, run, skip, up};
+use crate::small_disk::SmallDisk;
 
 /// Runs to the end, which must come soon and be an error of one line with these words.
 fn fails(command: &mut Command, code: i32, words: &[&str]) {
@@ -339,35 +340,14 @@ fn open_to_all(file: &Path) -> bool {
     file.ancestors().filter(|path| !path.as_os_str().is_empty()).all(passable)
 }
 
-/// A file system of a given size; unmounted when dropped.
-struct SmallDisk(TempDir);
-
-impl SmallDisk {
-    /// `None` when this user may not mount.
-    fn mount(kib: u32) -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
-        let size = format!("size={kib}k");
-        let mut command = Command::new("mount");
-        command.args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(folder.path());
-        let mounted = command.output().is_ok_and(|output| output.status.success());
-        mounted.then(|| Self(folder))
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.0.path()).status();
-    }
-}
-
 #[test]
 fn a_full_data_directory() {
     const DISK_KIB: u32 = 8 * 1024;
     let Some(disk) = SmallDisk::mount(DISK_KIB) else {
         return skip("mounting a small disk is not permitted here");
     };
-    let data_dir = disk.0.path().join("data");
-    let filler = disk.0.path().join("filler");
+    let data_dir = disk.path().join("data");
+    let filler = disk.path().join("filler");
     let fill = |kib: usize| {
         // The last bytes may find no room, which is what is wanted.
         let _ = std::fs::write(&filler, vec![1; kib * 1024]);

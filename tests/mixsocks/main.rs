@@ -10,6 +10,7 @@ mod authorities;
 mod bad_input;
 mod bench;
 mod browser;
+mod crowd;
 mod faults;
 mod killed;
 mod killed_gateways;
@@ -24,6 +25,8 @@ mod private_provider;
 mod process;
 mod rotation;
 mod servers;
+#[path = "../../node/src/gateway/store/small_disk.rs"]
+mod small_disk;
 mod socks;
 mod terminal;
 mod tools;

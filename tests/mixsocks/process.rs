@@ -98,6 +98,14 @@ impl Process {
         }
     }
 
+    /// How much memory it has.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn resident_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.split_whitespace().next().unwrap().parse().unwrap()
+    }
+
     /// What it has written to stderr so far.
     pub(crate) fn stderr_so_far(&self) -> String {
         self.stderr.so_far()

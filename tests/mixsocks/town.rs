@@ -62,7 +62,8 @@ const FIRST_MEMBER: u8 = 11;
 /// What a node says when it has read how its packets are to fare.
 const IMPAIRED: &str = "under test, packets fare";
 const LINK_PORT: u16 = 9001;
-const CLIENT_PORT: u16 = 9002;
+/// Where each gateway takes its clients.
+pub(crate) const CLIENT_PORT: u16 = 9002;
 const DIRECTORY_PORT: u16 = 9000;
 const PROXY_PORT: u16 = 1080;
 /// Where each serves its metrics.
@@ -143,14 +144,28 @@ impl Town {
 
     /// Starts all, and returns when all do their work.
     pub(crate) fn start_all(&mut self) {
+        self.start_members();
+        self.start(CLIENT);
+        self.wait_for(CLIENT, "socks5h://");
+        self.wait_members();
+    }
+
+    /// Starts all but the client, and returns when all do their work.
+    pub(crate) fn start_without_client(&mut self) {
+        self.start_members();
+        self.wait_members();
+    }
+
+    fn start_members(&mut self) {
         for number in 0..self.plan.authorities {
             self.start(&authority(number));
         }
         for name in self.plan.members() {
             self.start(&name);
         }
-        self.start(CLIENT);
-        self.wait_for(CLIENT, "socks5h://");
+    }
+
+    fn wait_members(&self) {
         for name in self.plan.members() {
             self.wait_healthy(&name);
         }
@@ -193,6 +208,12 @@ impl Town {
     /// Waits until one of them writes `word` to stdout.
     pub(crate) fn wait_for(&self, name: &str, word: &str) -> String {
         self.running[name].wait_for(word)
+    }
+
+    /// How much memory one of them has.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn resident_kib(&self, name: &str) -> u64 {
+        self.running[name].resident_kib()
     }
 
     /// What one of them has written to stderr so far.

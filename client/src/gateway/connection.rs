@@ -64,7 +64,7 @@ impl Dialler {
         let exporter = session
             .export_keying_material([0u8; EXPORTER_LEN], EXPORTER_LABEL, None)
             .map_err(|error| self.link_error(error.into()))?;
-        let config = websocket::config(self.codec.frame_bytes());
+        let config = websocket::client_config(self.codec.frame_bytes());
         let (socket, _) =
             tokio_tungstenite::client_async_with_config(URL, stream, Some(config)).await?;
         Ok((Connection { socket, codec: self.codec }, Binding::Session(exporter)))

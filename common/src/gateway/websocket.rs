@@ -7,16 +7,29 @@ use tungstenite::{Error, Message};
 use crate::link::{FrameCodec, FrameError};
 
 /// What a TLS record carries at most.
-const READ_BUFFER_BYTES: usize = 16 * 1024;
+const CLIENT_READ_BYTES: usize = 16 * 1024;
+/// More than what the websocket puts before a frame.
+const HEADER_BYTES: usize = 16;
 /// Bytes that are gathered before they are written.
 pub const WRITE_BUFFER_BYTES: usize = 128 * 1024;
+
+/// That of a client, which reads as much at a time as there is.
+pub fn client_config(frame_bytes: usize) -> WebSocketConfig {
+    config(frame_bytes, CLIENT_READ_BYTES)
+}
+
+/// That of a gateway, which reads a frame at a time: a connection has as much memory for it also while
+/// nothing comes, and a gateway has thousands of them.
+pub fn gateway_config(frame_bytes: usize) -> WebSocketConfig {
+    config(frame_bytes, frame_bytes + HEADER_BYTES)
+}
 
 /// What a websocket may hold. Whoever writes waits beyond [`WRITE_BUFFER_BYTES`], so that no more
 /// than one frame and a farewell come on top, each with its websocket header: two frames have room
 /// for both.
-pub fn config(frame_bytes: usize) -> WebSocketConfig {
+fn config(frame_bytes: usize, read_bytes: usize) -> WebSocketConfig {
     WebSocketConfig::default()
-        .read_buffer_size(READ_BUFFER_BYTES)
+        .read_buffer_size(read_bytes)
         .write_buffer_size(WRITE_BUFFER_BYTES)
         .max_write_buffer_size(WRITE_BUFFER_BYTES + 2 * frame_bytes)
         .max_message_size(Some(frame_bytes))
@@ -87,7 +100,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_bounded_and_leaves_room_for_one_frame_more() {
-        let config = config(2444);
+        let config = gateway_config(2444);
         assert_eq!(config.max_write_buffer_size, WRITE_BUFFER_BYTES + 2 * 2444);
         assert_eq!(config.write_buffer_size, WRITE_BUFFER_BYTES);
     }

@@ -36,13 +36,13 @@ pub(super) struct Acceptor {
 
 impl Acceptor {
     pub(super) fn new(
-        doorkeeper: Doorkeeper,
+        doorkeeper: Arc<Doorkeeper>,
         uplink: Arc<Uplink>,
         messages: Arc<Messages>,
         stopped: watch::Receiver<bool>,
     ) -> Self {
         Self {
-            doorkeeper: Arc::new(doorkeeper),
+            doorkeeper,
             uplink,
             messages,
             stopped,

@@ -1,8 +1,9 @@
 //! The deliveries of one connection: which are next, and which may be confirmed.
 
+use std::collections::BTreeSet;
 use std::mem;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use mixsocks_common::gateway::message::KeptBox;
@@ -18,13 +19,19 @@ const READ_BYTES: usize = 32 * 1024;
 /// How long a connection waits before it reads again from a store that has failed.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
+/// Numbers that are remembered for a connection: as many as a client has deliveries, 1 MB. Beyond, the
+/// oldest go: they come again after the next RECEIVE, and can be confirmed then.
+const MAX_UNCONFIRMED: usize = 65_536;
+
 /// What both halves of a connection know of its deliveries.
 #[derive(Debug, Default)]
 pub(super) struct Wishes {
     /// RECEIVE has come: begin with the oldest.
     start: AtomicBool,
-    /// Deliveries that were sent and not yet confirmed by so many numbers.
-    unconfirmed: AtomicU64,
+    /// Deliveries that were sent over this connection and not yet confirmed. Those that a client
+    /// confirms from an older connection are not among them, unless they were sent again. Locked for
+    /// a few of them, never across an await.
+    unconfirmed: Mutex<BTreeSet<u64>>,
 }
 
 impl Wishes {
@@ -33,18 +40,25 @@ impl Wishes {
         self.start.store(true, Ordering::Relaxed);
     }
 
-    /// Takes as many of the numbers as deliveries were sent over this connection and not confirmed:
-    /// beyond that nobody can have anything to confirm, and looking for it would cost the disk.
+    /// Leaves of the numbers those that were sent over this connection and not confirmed: others need
+    /// nothing done, and looking for them would cost the disk.
     pub(super) fn confirm(&self, mut numbers: Vec<u64>) -> Vec<u64> {
-        let all = numbers.len() as u64;
-        let before = self
-            .unconfirmed
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
-                Some(left.saturating_sub(all))
-            })
-            .unwrap_or_default();
-        numbers.truncate(usize::try_from(before).unwrap_or(usize::MAX));
+        let mut unconfirmed = self.unconfirmed();
+        numbers.retain(|number| unconfirmed.remove(number));
         numbers
+    }
+
+    /// A delivery is sent.
+    fn handle_sent(&self, number: u64) {
+        let mut unconfirmed = self.unconfirmed();
+        unconfirmed.insert(number);
+        if unconfirmed.len() > MAX_UNCONFIRMED {
+            unconfirmed.pop_first();
+        }
+    }
+
+    fn unconfirmed(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        self.unconfirmed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -99,7 +113,7 @@ impl Inbox {
     /// The next delivery to send.
     pub(super) fn next(&mut self) -> Option<KeptBox> {
         let kept = self.ready.pop()?;
-        self.wishes.unconfirmed.fetch_add(1, Ordering::Relaxed);
+        self.wishes.handle_sent(kept.number);
         Some(kept)
     }
 
@@ -163,6 +177,7 @@ impl Inbox {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU64;
     use std::time::Duration;
 
     use futures_util::FutureExt;
@@ -177,6 +192,8 @@ mod tests {
     /// So many deliveries, unless it fails.
     #[derive(Debug, Default)]
     struct TestStore {
+        /// The number of the oldest.
+        first: AtomicU64,
         boxes: AtomicU64,
         fails: AtomicBool,
         reads: AtomicU64,
@@ -197,7 +214,8 @@ mod tests {
             if self.fails.load(Ordering::Relaxed) {
                 return Err(StoreError::Closed("test".into()));
             }
-            let numbers = after + 1..=self.boxes.load(Ordering::Relaxed);
+            let first = self.first.load(Ordering::Relaxed).max(after + 1);
+            let numbers = first..=self.boxes.load(Ordering::Relaxed);
             let kept = |number| KeptBox { number, sealed: vec![0; BOX_BYTES] };
             Ok(numbers.take(max).map(kept).collect())
         }
@@ -271,14 +289,38 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn no_more_can_be_confirmed_than_was_sent() {
+    async fn only_what_was_sent_can_be_confirmed_and_once() {
         let (_, wishes, mut inbox) = inbox(5);
         assert!(wishes.confirm(vec![1, 2]).is_empty());
         wishes.receive();
         sent(&mut inbox).await;
-        assert_eq!(wishes.confirm(vec![1, 2, 9]), [1, 2, 9]);
-        assert_eq!(wishes.confirm(vec![3, 4, 5]), [3, 4]);
-        assert!(wishes.confirm(vec![5]).is_empty());
+        assert_eq!(wishes.confirm(vec![1, 2, 9]), [1, 2]);
+        assert_eq!(wishes.confirm(vec![2, 3, 4, 4]), [3, 4]);
+        // Asking again sends what is left once more, and nothing can be confirmed twice for it.
+        wishes.receive();
+        sent(&mut inbox).await;
+        assert_eq!(wishes.confirm(vec![5, 5]), [5]);
+    }
+
+    /// A client that confirms over a new connection what the old one has brought, and the gateway had
+    /// let go of already.
+    #[tokio::test]
+    async fn confirmations_of_an_older_connection_leave_those_of_the_new_one_alone() {
+        let (store, wishes, mut inbox) = inbox(60);
+        store.first.store(31, Ordering::Relaxed);
+        wishes.receive();
+        assert_eq!(sent(&mut inbox).await, (31..=60).collect::<Vec<_>>());
+        assert!(wishes.confirm((1..=30).collect()).is_empty());
+        assert_eq!(wishes.confirm((31..=60).collect()), (31..=60).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn the_numbers_of_a_connection_are_bounded() {
+        let wishes = Wishes::default();
+        let last = MAX_UNCONFIRMED as u64 + 2;
+        (1..=last).for_each(|number| wishes.handle_sent(number));
+        assert!(wishes.confirm(vec![1, 2]).is_empty());
+        assert_eq!(wishes.confirm(vec![3, last]), [3, last]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -10,7 +10,7 @@ use crate::sources::Source;
 
 /// Registrations that a source may make at once; then one per [`SOURCE_INTERVAL`]. Many people may
 /// share an address.
-const SOURCE_BURST: u32 = 64;
+pub(super) const SOURCE_BURST: u32 = 64;
 const SOURCE_INTERVAL: Duration = Duration::from_secs(10);
 /// As many sources may register from one IPv6 site as if they were four: a house or a small company.
 const SITE_BURST: u32 = 4 * SOURCE_BURST;

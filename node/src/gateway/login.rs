@@ -1,6 +1,6 @@
 //! A connection from its first byte to WELCOME.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
@@ -151,6 +151,10 @@ impl Doorkeeper {
         self.codec
     }
 
+    pub(super) fn limit(&self) -> MutexGuard<'_, RegistrationLimit> {
+        self.limit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Takes a connection up to WELCOME.
     pub(super) async fn let_in(
         &self,
@@ -201,7 +205,7 @@ impl Doorkeeper {
         let exporter = session
             .export_keying_material([0u8; EXPORTER_LEN], EXPORTER_LABEL, None)
             .map_err(LinkError::Tls)?;
-        let config = websocket::config(self.codec.frame_bytes());
+        let config = websocket::gateway_config(self.codec.frame_bytes());
         let socket = tokio_tungstenite::accept_async_with_config(stream, Some(config)).await?;
         Ok((socket, Binding::Session(exporter)))
     }
@@ -249,7 +253,7 @@ impl Doorkeeper {
         source: Source,
     ) -> Result<(GatewayHandshake, GatewayMessage), ConnectionError> {
         let now = Instant::now().into_std();
-        let taken = self.limit.lock().unwrap_or_else(PoisonError::into_inner).take(source, now);
+        let taken = self.limit().take(source, now);
         if let Err(wait) = taken {
             let retry_after_s = u16::try_from(wait.as_secs() + 1).unwrap_or(u16::MAX);
             return Err(ConnectionError::Refused(Refusal::RateLimited { retry_after_s }));
@@ -275,6 +279,14 @@ impl Doorkeeper {
         let login = authenticating.check(stored.as_ref()).map_err(ConnectionError::Refused)?;
         self.messages.changes.note_login(*login.identity.as_bytes());
         Ok(login)
+    }
+}
+
+/// Shows no client.
+#[cfg(test)]
+impl std::fmt::Debug for Doorkeeper {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Doorkeeper").finish_non_exhaustive()
     }
 }
 
@@ -326,7 +338,7 @@ mod tests {
     async fn a_peer_that_does_not_read_stops_the_writer_below_the_bound() {
         for frame_bytes in [1024 + 396, 32 * 1024 + 396] {
             let (stream, _peer) = tokio::io::duplex(1000);
-            let config = websocket::config(frame_bytes);
+            let config = websocket::gateway_config(frame_bytes);
             let mut socket =
                 WebSocketStream::from_raw_socket(stream, Role::Server, Some(config)).await;
             let frame = || Message::Binary(vec![0; frame_bytes].into());

@@ -135,9 +135,11 @@ pub struct Gateway {
     writer: JoinSet<()>,
     store: Arc<dyn Store>,
     statistics: Arc<Statistics>,
-    /// So that tests need not open as many connections as there are places.
+    /// So that tests need not open as many connections as there are places, or may be registered.
     #[cfg(test)]
     clients: Arc<Clients>,
+    #[cfg(test)]
+    doorkeeper: Arc<Doorkeeper>,
     pool: Arc<LinkPool>,
     stop: watch::Sender<bool>,
     stop_writer: watch::Sender<bool>,
@@ -202,7 +204,8 @@ impl Gateway {
         let messages =
             Arc::new(Messages::new(store.clone(), changes, payload_bytes, counters.clone()));
         let (door, table) = (messages.clone(), clients.clone());
-        let doorkeeper = Doorkeeper::new(me, &topology, tls, door, table, counters.clone());
+        let doorkeeper =
+            Arc::new(Doorkeeper::new(me, &topology, tls, door, table, counters.clone()));
         let (stop, stopped) = watch::channel(false);
         let (stop_writer, writer_stopped) = watch::channel(false);
 
@@ -243,7 +246,7 @@ impl Gateway {
         let mut writer = JoinSet::new();
         writer.spawn(group_commit.run(writer_stopped, move |batch| answers.handle(batch)));
         let mut acceptor = JoinSet::new();
-        let acceptance = Acceptor::new(doorkeeper, uplink, messages, stopped);
+        let acceptance = Acceptor::new(doorkeeper.clone(), uplink, messages, stopped);
         acceptor.spawn(acceptance.run(config.client_listener));
         Ok(Self {
             keys,
@@ -258,6 +261,8 @@ impl Gateway {
             statistics,
             #[cfg(test)]
             clients,
+            #[cfg(test)]
+            doorkeeper,
             pool,
             stop,
             stop_writer,

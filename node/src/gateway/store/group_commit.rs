@@ -2,6 +2,10 @@
 //!
 //! Making a batch durable costs the disk nearly the same whether it is one change or hundreds; while
 //! one batch is written, the next one gathers. An answer is given only when its batch is durable.
+//!
+//! While the store fails, nearly everything is refused without trying, as trying costs it more than
+//! success: boxes, which need room, after a batch with them has failed, and all else after a batch
+//! without them has. Confirmations are not refused: they are tried again until they are stored.
 
 use std::collections::BTreeSet;
 use std::mem;
@@ -10,10 +14,11 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_blocking;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::{info, warn};
 
 use super::super::acceptor::until_stopped;
+use super::failing::{OwedConfirmations, Pause};
 use super::{Change, ClientId, Expired, Outcome, Statistics, Store, StoreError};
 use crate::clock::Clock;
 
@@ -24,20 +29,22 @@ const BATCH_CHANGES: usize = 512;
 /// How often it is written down who has logged in: once for all who did, so that no number of
 /// logins keeps the disk busy. A crash forgets no more than these.
 const SAVE_INTERVAL: Duration = Duration::from_secs(1);
+/// Confirmations that are tried again in one batch: some 20 ms.
+const OWED_AT_ONCE: usize = 4096;
 /// How often boxes are looked for that have expired; they do by the hour.
 const EXPIRE_INTERVAL: Duration = Duration::from_secs(10 * 60);
 
 /// A change with what waits for its outcome.
 type Waiting<W> = (Change, W);
 
-/// What became of a change; `None` when the store failed.
+/// What became of a change.
 #[derive(Debug)]
 pub struct Answer<W> {
     /// The change.
     pub change: Change,
     /// What waited for it.
     pub waiting: W,
-    /// Its outcome.
+    /// Its outcome; `None` when the store fails. Confirmations are tried again then.
     pub outcome: Option<Outcome>,
 }
 
@@ -109,6 +116,11 @@ pub struct GroupCommit<S: ?Sized, W> {
     queue: mpsc::Receiver<Waiting<W>>,
     logins: Arc<Logins>,
     statistics: Arc<Statistics>,
+    /// Boxes are refused until then.
+    box_pause: Pause,
+    /// Nothing at all is tried until then.
+    pause: Pause,
+    owed: OwedConfirmations,
     /// The operator was told that the store fails.
     said_it_fails: bool,
 }
@@ -126,8 +138,17 @@ impl<S: Store + ?Sized, W> GroupCommit<S, W> {
     ) -> (Changes<W>, Self) {
         let (changes, queue) = mpsc::channel(QUEUED_CHANGES);
         let logins = Arc::<Logins>::default();
-        let group_commit =
-            Self { store, clock, queue, logins: logins.clone(), statistics, said_it_fails: false };
+        let group_commit = Self {
+            store,
+            clock,
+            queue,
+            logins: logins.clone(),
+            statistics,
+            box_pause: Pause::default(),
+            pause: Pause::default(),
+            owed: OwedConfirmations::default(),
+            said_it_fails: false,
+        };
         (Changes { queue: changes, logins }, group_commit)
     }
 
@@ -152,7 +173,10 @@ impl<S: Store + ?Sized, W> GroupCommit<S, W> {
                     }
                     answer(self.apply(mem::take(&mut batch)).await);
                 }
-                _ = saves.tick() => self.save_logins().await,
+                _ = saves.tick() => {
+                    self.save_logins().await;
+                    self.save_owed().await;
+                }
                 _ = expiries.tick() => is_expiring = true,
                 // Takes turns with what is handed in.
                 () = std::future::ready(()), if is_expiring => {
@@ -167,99 +191,151 @@ impl<S: Store + ?Sized, W> GroupCommit<S, W> {
                 }
             }
         }
+        // For the last time.
+        self.pause.handle_success();
         self.save_logins().await;
+        self.save_owed().await;
     }
 
     async fn apply(&mut self, batch: Vec<Waiting<W>>) -> Vec<Answer<W>> {
-        let (mut changes, waiting): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
+        let (changes, waiting): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
         // Who has just logged in must not make room for somebody else.
         if changes.iter().any(|change| matches!(change, Change::Register { .. })) {
             self.save_logins().await;
         }
-        let outcomes;
-        (changes, outcomes) = self.commit(changes).await;
-        let outcomes = match outcomes {
-            Some(outcomes) => outcomes.into_iter().map(Some).collect(),
-            None => {
-                let outcomes;
-                (changes, outcomes) = self.apply_without_boxes(changes).await;
-                outcomes
-            }
-        };
+        let (changes, outcomes) = self.try_all(changes).await;
         for (change, outcome) in changes.iter().zip(&outcomes) {
             match change {
                 Change::Keep { .. } => self.statistics.add_box(*outcome),
-                Change::Confirm { numbers, .. } if outcome.is_some() => {
-                    self.statistics.add_confirmed(numbers.len() as u64);
-                }
-                _ => {}
+                Change::Confirm { client, numbers } => match outcome {
+                    Some(_) => self.statistics.add_confirmed(numbers.len() as u64),
+                    None => self.owed.insert(*client, numbers),
+                },
+                Change::Register { .. } | Change::LogIn { .. } => {}
             }
         }
         let answered = changes.into_iter().zip(waiting).zip(outcomes);
         answered.map(|((change, waiting), outcome)| Answer { change, waiting, outcome }).collect()
     }
 
-    /// After a batch has failed: what needs no room may still work, and confirmations make some.
-    async fn apply_without_boxes(
-        &mut self,
-        changes: Vec<Change>,
-    ) -> (Vec<Change>, Vec<Option<Outcome>>) {
-        let needs_room = |change: &Change| matches!(change, Change::Keep { .. });
-        let rest: Vec<_> = changes.iter().filter(|change| !needs_room(change)).cloned().collect();
-        if rest.is_empty() || rest.len() == changes.len() {
-            let failed = changes.iter().map(|_| None).collect();
-            return (changes, failed);
+    /// Applies changes as far as it may be tried now.
+    async fn try_all(&mut self, mut changes: Vec<Change>) -> (Vec<Change>, Vec<Option<Outcome>>) {
+        if changes.iter().any(Change::needs_room) && self.may_try_boxes() {
+            let result;
+            (changes, result) = self.apply_to_store(changes).await;
+            match &result {
+                Ok(_) => {
+                    self.box_pause.handle_success();
+                    self.pause.handle_success();
+                }
+                Err(_) => self.box_pause.handle_failure(Instant::now()),
+            }
+            if let Some(outcomes) = self.tell(result) {
+                return (changes, outcomes.into_iter().map(Some).collect());
+            }
         }
+        // What needs no room may work all the same, and confirmations make some.
+        let rest: Vec<_> = changes.iter().filter(|change| !change.needs_room()).cloned().collect();
         let (_, outcomes) = self.commit(rest).await;
         let mut outcomes = outcomes.unwrap_or_default().into_iter();
         let outcomes = changes
             .iter()
-            .map(|change| if needs_room(change) { None } else { outcomes.next() })
+            .map(|change| if change.needs_room() { None } else { outcomes.next() })
             .collect();
         (changes, outcomes)
     }
 
+    fn may_try_boxes(&self) -> bool {
+        let now = Instant::now();
+        self.pause.is_over(now) && self.box_pause.is_over(now)
+    }
+
     async fn save_logins(&mut self) {
         let logins = self.logins.take();
-        if logins.is_empty() {
-            return;
-        }
         let (logins, outcomes) = self.commit(logins).await;
         if outcomes.is_none() {
             self.logins.put_back(&logins);
         }
     }
 
+    /// Tries confirmations again that could not be stored.
+    async fn save_owed(&mut self) {
+        loop {
+            let owed = self.owed.take(OWED_AT_ONCE);
+            if owed.is_empty() {
+                return;
+            }
+            let (owed, outcomes) = self.commit(owed).await;
+            for change in &owed {
+                let Change::Confirm { client, numbers } = change else { continue };
+                match outcomes {
+                    Some(_) => self.statistics.add_confirmed(numbers.len() as u64),
+                    None => self.owed.insert(*client, numbers),
+                }
+            }
+            if outcomes.is_none() {
+                return;
+            }
+        }
+    }
+
     /// Lets go of some boxes that have expired; whether it is done with all.
     async fn expire(&mut self) -> bool {
+        if !self.pause.is_over(Instant::now()) {
+            // With the next tick again.
+            return true;
+        }
         let (store, now) = (self.store.clone(), self.clock.now());
         let result = spawn_blocking(move || store.expire(now)).await;
-        match self.tell(result.expect("the store does not panic")) {
+        match self.handle_result(result.expect("the store does not panic")) {
             Some(Expired { boxes, is_done }) => {
                 self.statistics.add_expired(boxes);
                 is_done
             }
-            // With the next tick again.
             None => true,
         }
     }
 
+    /// Applies changes that need no room; `None` when that fails, or is not to be tried now.
     async fn commit(&mut self, changes: Vec<Change>) -> (Vec<Change>, Option<Vec<Outcome>>) {
+        if changes.is_empty() {
+            return (changes, Some(Vec::new()));
+        }
+        if !self.pause.is_over(Instant::now()) {
+            return (changes, None);
+        }
+        let (changes, result) = self.apply_to_store(changes).await;
+        (changes, self.handle_result(result))
+    }
+
+    /// What follows from trying something that needs no room.
+    fn handle_result<T>(&mut self, result: Result<T, StoreError>) -> Option<T> {
+        match &result {
+            Ok(_) => self.pause.handle_success(),
+            Err(_) => self.pause.handle_failure(Instant::now()),
+        }
+        self.tell(result)
+    }
+
+    async fn apply_to_store(
+        &mut self,
+        changes: Vec<Change>,
+    ) -> (Vec<Change>, Result<Vec<Outcome>, StoreError>) {
         let (store, now) = (self.store.clone(), self.clock.now());
         let work = move || {
             let result = store.apply(&changes, now);
             (changes, result)
         };
-        let (changes, result) = spawn_blocking(work).await.expect("the store does not panic");
+        let applied = spawn_blocking(work).await.expect("the store does not panic");
         self.statistics.add_commit();
-        (changes, self.tell(result))
+        applied
     }
 
-    /// Tells the operator once when the store fails, and once when it works again.
+    /// Tells the operator once when the store fails, and once when boxes are stored again.
     fn tell<T>(&mut self, result: Result<T, StoreError>) -> Option<T> {
         match result {
             Ok(done) => {
-                if mem::take(&mut self.said_it_fails) {
+                if self.box_pause.is_clear() && mem::take(&mut self.said_it_fails) {
                     info!("messages and registrations are stored again");
                 }
                 Some(done)
@@ -308,14 +384,31 @@ mod tests {
         go: Mutex<blocking::Receiver<()>>,
         batches: Mutex<Vec<usize>>,
         is_full: AtomicBool,
+        is_broken: AtomicBool,
     }
 
     impl SlowStore {
         fn new() -> (Arc<Self>, blocking::Sender<()>) {
             let (go, gone) = blocking::channel();
-            let store =
-                Self { go: Mutex::new(gone), batches: Mutex::default(), is_full: false.into() };
+            let store = Self {
+                go: Mutex::new(gone),
+                batches: Mutex::default(),
+                is_full: false.into(),
+                is_broken: false.into(),
+            };
             (Arc::new(store), go)
+        }
+
+        /// One that need not be let go on.
+        fn fast() -> Arc<Self> {
+            let (store, go) = Self::new();
+            // Far more than any test has.
+            (0..100_000).for_each(|_| go.send(()).unwrap());
+            store
+        }
+
+        fn tries(&self) -> usize {
+            self.batches.lock().unwrap().len()
         }
     }
 
@@ -323,8 +416,9 @@ mod tests {
         fn apply(&self, changes: &[Change], _: UnixTime) -> Result<Vec<Outcome>, StoreError> {
             self.go.lock().unwrap().recv().unwrap();
             self.batches.lock().unwrap().push(changes.len());
-            let needs_room = changes.iter().any(|change| matches!(change, Change::Keep { .. }));
-            if needs_room && self.is_full.load(Ordering::Relaxed) {
+            let needs_room = changes.iter().any(Change::needs_room);
+            let is_full = needs_room && self.is_full.load(Ordering::Relaxed);
+            if is_full || self.is_broken.load(Ordering::Relaxed) {
                 return Err(StoreError::Closed("full".into()));
             }
             Ok(vec![Outcome::Done; changes.len()])
@@ -427,6 +521,66 @@ mod tests {
         assert_eq!(*running.answers.lock().unwrap(), expected);
         assert_eq!(running.statistics.snapshot().failed, 2);
         assert_eq!(*store.batches.lock().unwrap(), [1, 3, 1]);
+    }
+
+    impl Running {
+        /// Hands a change in, and waits for its outcome.
+        async fn outcome(&self, change: Change) -> Option<Outcome> {
+            let before = self.answers.lock().unwrap().len();
+            soon(self.changes.push(change, 0)).await;
+            until(|| self.answers.lock().unwrap().len() > before).await;
+            self.answers.lock().unwrap()[before].1
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_full_store_is_tried_now_and_then_and_boxes_are_refused_at_once_meanwhile() {
+        let store = SlowStore::fast();
+        store.is_full.store(true, Ordering::Relaxed);
+        let running = start(store.clone());
+        let begin = Instant::now();
+        let mut refused = 0;
+        while begin.elapsed() < Duration::from_secs(60) {
+            assert_eq!(running.outcome(keep(1)).await, None);
+            refused += 1;
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        // After 0, 1, 3, 7, 15, 31 and 47 seconds.
+        assert!(store.tries() <= 7 && refused > 1000, "{} of {refused}", store.tries());
+        // What needs no room is not refused meanwhile.
+        assert_eq!(running.outcome(confirm(vec![1])).await, Some(Outcome::Done));
+        store.is_full.store(false, Ordering::Relaxed);
+        let begin = Instant::now();
+        while running.outcome(keep(1)).await.is_none() {
+            assert!(begin.elapsed() <= Duration::from_secs(17));
+        }
+        assert_eq!(running.outcome(keep(1)).await, Some(Outcome::Done));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn confirmations_that_cannot_be_stored_are_stored_later() {
+        let store = SlowStore::fast();
+        store.is_broken.store(true, Ordering::Relaxed);
+        let mut running = start(store.clone());
+        for change in [confirm(vec![1, 2]), keep(1), confirm(vec![2, 3])] {
+            assert_eq!(running.outcome(change).await, None);
+        }
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert!(store.tries() <= 9, "{}", store.tries());
+        assert_eq!(running.statistics.snapshot().confirmed, 0);
+        store.is_broken.store(false, Ordering::Relaxed);
+        until(|| running.statistics.snapshot().confirmed == 3).await;
+        // Once.
+        let tries = store.tries();
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(store.tries(), tries);
+        // Also when the gateway stops meanwhile.
+        store.is_broken.store(true, Ordering::Relaxed);
+        assert_eq!(running.outcome(confirm(vec![4])).await, None);
+        store.is_broken.store(false, Ordering::Relaxed);
+        running.stop.send_replace(true);
+        soon(running.task.join_next()).await.unwrap().unwrap();
+        assert_eq!(running.statistics.snapshot().confirmed, 4);
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

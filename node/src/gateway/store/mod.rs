@@ -6,16 +6,24 @@
 //!
 //! - [`RedbStore`]: the store of a single gateway, one file.
 //! - [`GroupCommit`]: collects what waits and has it applied in one go.
+//! - `batch`: what one transaction does; `store_time`: by which time, as clocks may be wrong.
+//! - `reserve`: room on the disk for what makes room.
 //! - `shares`: how much a client may keep, and the numbers of its deliveries.
 //! - `registrations`: whose registration goes when the table is full.
 //!
 //! Packets of streams never come here. Nothing is logged or counted that tells a client from another.
 
+mod batch;
+mod failing;
 mod group_commit;
 mod redb_store;
 mod registrations;
+mod reserve;
 mod shares;
+#[cfg(all(test, unix))]
+mod small_disk;
 mod statistics;
+mod store_time;
 #[cfg(test)]
 mod tests;
 #[cfg(all(test, unix))]
@@ -104,6 +112,13 @@ pub enum Change {
     },
 }
 
+impl Change {
+    /// Whether it takes room on the disk; the others make some, or take next to none.
+    pub fn needs_room(&self) -> bool {
+        matches!(self, Self::Keep { .. })
+    }
+}
+
 /// Shows no client.
 impl fmt::Debug for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -172,7 +187,8 @@ pub enum StoreError {
 /// ever used again, also across restarts. The numbers of one client tell nothing of another's.
 pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// Applies changes in their order, and says for each what became of it. When it returns, those
-    /// that are [`Outcome::Done`] survive the end of the process and of the machine.
+    /// that are [`Outcome::Done`] survive the end of the process and of the machine. `now` is what the
+    /// clock says, which may be wrong: a store does not let boxes go because of a clock that jumps.
     ///
     /// # Errors
     /// [`StoreError`]: then it is not known whether the changes were applied, but all of them were

@@ -1,6 +1,5 @@
 //! The store of a single gateway: one file, nothing to set up.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,13 +9,14 @@ use std::time::{Duration, Instant};
 use mixsocks_common::gateway::message::KeptBox;
 use mixsocks_common::gateway::token::TokenHash;
 use mixsocks_common::topology::UnixTime;
-use redb::{
-    Database, DatabaseError, ReadableDatabase, ReadableTable, Table, TableDefinition,
-    WriteTransaction,
-};
+use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, WriteTransaction};
+use tracing::warn;
 
-use super::registrations::{CLIENTS, Registrations};
-use super::shares::{Share, judge, oldest_number};
+use super::batch::{Batch, DELIVERIES, Finished, MARKS, SHARES, read_time};
+use super::registrations::CLIENTS;
+use super::reserve::Reserve;
+use super::shares::hour_of;
+use super::store_time::{StoreTime, longest_step};
 use super::{Change, ClientId, Day, Expired, Limits, Outcome, Store, StoreError, Usage};
 
 /// Name of the file in the data directory.
@@ -29,25 +29,15 @@ const OLD_FILE_NAME: &str = "registrations.redb";
 /// Memory for pages of the file.
 const CACHE_BYTES: usize = 64 * 1024 * 1024;
 
-/// Boxes that may expire in one transaction, and clients that are looked at for it: some 20 ms.
-const EXPIRE_MESSAGES: usize = 1024;
-const EXPIRE_CLIENTS: usize = 4096;
-
 /// How long nobody tries to open a file again that could not be opened.
 const REOPEN_INTERVAL: Duration = Duration::from_secs(1);
-
-/// By client and number: the box.
-const DELIVERIES: TableDefinition<'static, (ClientId, u64), &[u8]> =
-    TableDefinition::new("deliveries");
-/// By client: the highest number that was used, boxes, and their bytes. It stays when nothing is
-/// kept any more, so that no number is used again.
-const SHARES: TableDefinition<'static, ClientId, (u64, u64, u64)> = TableDefinition::new("shares");
 
 /// A [`Store`] in a file of the data directory.
 #[derive(Debug)]
 pub struct RedbStore {
     path: PathBuf,
     limits: Limits,
+    reserve: Reserve,
     /// `None` when it failed and could not be opened again yet.
     database: RwLock<Option<Database>>,
     /// Held while a batch is applied.
@@ -62,6 +52,10 @@ struct Writer {
     /// Up to which client it was looked for expired boxes.
     expired_to: Option<ClientId>,
     reopened: Option<Instant>,
+    /// `None` before the first look at the clock.
+    time: Option<StoreTime>,
+    /// The time as it was written down last.
+    saved_time: Option<StoreTime>,
 }
 
 impl RedbStore {
@@ -76,7 +70,8 @@ impl RedbStore {
         }
         let (database, usage) = open(&path)?;
         let (database, usage) = (RwLock::new(Some(database)), Mutex::new(usage));
-        Ok(Self { path, limits, database, writer: Mutex::default(), usage })
+        let reserve = Reserve::of(data_dir);
+        Ok(Self { path, limits, reserve, database, writer: Mutex::default(), usage })
     }
 
     /// Does something with the open file.
@@ -103,6 +98,7 @@ impl RedbStore {
         }
         let result = self.with(|database| work(database, &mut writer));
         if result.is_err() {
+            self.reserve.give_up();
             writer.made_room_on = None;
             // The next one tries again; what matters is why this one failed.
             let _ = self.reopen(&mut writer);
@@ -139,54 +135,75 @@ impl RedbStore {
         self.usage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn try_apply(
+    /// Does something in one transaction, in the store's own time.
+    fn try_change<T>(
         &self,
         database: &Database,
         writer: &mut Writer,
-        changes: &[Change],
-        now: UnixTime,
-    ) -> Result<Vec<Outcome>, redb::Error> {
+        clock: UnixTime,
+        work: impl FnOnce(&mut Batch<'_>) -> Result<T, redb::Error>,
+    ) -> Result<T, redb::Error> {
+        let time = self.look_at_clock(database, writer, clock)?;
         let transaction = begin(database)?;
-        let mut batch = Batch::open(&transaction, &self.limits, self.usage(), writer, now)?;
-        let mut outcomes = Vec::with_capacity(changes.len());
-        for change in changes {
-            outcomes.push(batch.apply(change)?);
+        let (usage, made_room_on) = (self.usage(), writer.made_room_on);
+        let mut batch = Batch::open(&transaction, &self.limits, usage, made_room_on, time.now)?;
+        let result = work(&mut batch)?;
+        if time.is_due(writer.saved_time.as_ref()) {
+            batch.save_time(&time)?;
         }
-        let Finished { usage, is_changed, made_room_on } = batch.finish()?;
+        let Finished { usage, is_changed, saved_time, made_room_on } = batch.finish()?;
         if is_changed {
             transaction.commit()?;
         } else {
             transaction.abort()?;
         }
+        writer.saved_time = saved_time.or(writer.saved_time);
         writer.made_room_on = made_room_on;
         *self.lock_usage() = usage;
-        Ok(outcomes)
+        Ok(result)
     }
 
-    fn try_expire(
+    /// Goes on to what the clock says, as far as that counts.
+    fn look_at_clock(
         &self,
         database: &Database,
         writer: &mut Writer,
-        now: UnixTime,
-    ) -> Result<Expired, redb::Error> {
-        let transaction = begin(database)?;
-        let mut batch = Batch::open(&transaction, &self.limits, self.usage(), writer, now)?;
-        let (expired, expired_to) = batch.expire(writer.expired_to)?;
-        let Finished { usage, is_changed, .. } = batch.finish()?;
-        if is_changed {
-            transaction.commit()?;
-        } else {
-            transaction.abort()?;
+        clock: UnixTime,
+    ) -> Result<StoreTime, redb::Error> {
+        if writer.time.is_none() {
+            writer.saved_time = read_time(database)?;
         }
-        writer.expired_to = expired_to;
-        *self.lock_usage() = usage;
-        Ok(expired)
+        let mut time = match writer.time.or(writer.saved_time) {
+            Some(time) => time,
+            None => StoreTime::begin(clock, newest_hour(database)?),
+        };
+        let step = longest_step(self.limits.expiry);
+        let ignored = time.look(clock, step);
+        if !ignored.is_zero() {
+            let hours = |time: Duration| time.as_secs() / (60 * 60);
+            warn!(
+                "by the clock {} hours have passed since the gateway last looked at it; for kept \
+                 messages no more than {} minutes count, so that none is lost if the clock is wrong: \
+                 set it right if it is, and do nothing if the gateway was stopped for that long",
+                hours(ignored + step),
+                step.as_secs() / 60
+            );
+        }
+        writer.time = Some(time);
+        Ok(time)
     }
 }
 
 impl Store for RedbStore {
     fn apply(&self, changes: &[Change], now: UnixTime) -> Result<Vec<Outcome>, StoreError> {
-        self.with_writer(|database, writer| self.try_apply(database, writer, changes, now))
+        if changes.iter().any(Change::needs_room) {
+            self.reserve.make().map_err(|error| failed(self.reserve.path(), error.into()))?;
+        }
+        self.with_writer(|database, writer| {
+            self.try_change(database, writer, now, |batch| {
+                changes.iter().map(|change| batch.apply(change)).collect()
+            })
+        })
     }
 
     fn deliveries(
@@ -217,209 +234,17 @@ impl Store for RedbStore {
     }
 
     fn expire(&self, now: UnixTime) -> Result<Expired, StoreError> {
-        self.with_writer(|database, writer| self.try_expire(database, writer, now))
+        self.with_writer(|database, writer| {
+            let from = writer.expired_to;
+            let (expired, expired_to) =
+                self.try_change(database, writer, now, |batch| batch.expire(from))?;
+            writer.expired_to = expired_to;
+            Ok(expired)
+        })
     }
 
     fn usage(&self) -> Usage {
         *self.lock_usage()
-    }
-}
-
-/// One transaction that changes things.
-struct Batch<'txn> {
-    limits: &'txn Limits,
-    now: UnixTime,
-    registrations: Registrations<'txn>,
-    deliveries: Table<'txn, (ClientId, u64), &'static [u8]>,
-    share_table: Table<'txn, ClientId, (u64, u64, u64)>,
-    /// Shares that were read; `None` for those who are not registered.
-    shares: BTreeMap<ClientId, Option<Share>>,
-    usage: Usage,
-    is_changed: bool,
-}
-
-struct Finished {
-    usage: Usage,
-    is_changed: bool,
-    made_room_on: Option<Day>,
-}
-
-impl<'txn> Batch<'txn> {
-    fn open(
-        transaction: &'txn WriteTransaction,
-        limits: &'txn Limits,
-        usage: Usage,
-        writer: &Writer,
-        now: UnixTime,
-    ) -> Result<Self, redb::Error> {
-        let (max, made_room_on) = (limits.registrations, writer.made_room_on);
-        let table = transaction.open_table(CLIENTS)?;
-        Ok(Self {
-            limits,
-            now,
-            registrations: Registrations { table, max, made_room_on },
-            deliveries: transaction.open_table(DELIVERIES)?,
-            share_table: transaction.open_table(SHARES)?,
-            shares: BTreeMap::new(),
-            usage,
-            is_changed: false,
-        })
-    }
-
-    fn apply(&mut self, change: &Change) -> Result<Outcome, redb::Error> {
-        match change {
-            Change::Keep { client, sealed } => self.keep(client, sealed),
-            Change::Confirm { client, numbers } => self.confirm(client, numbers),
-            Change::Register { client, token } => {
-                let (outcome, gone) = self.registrations.register(client, token, self.today())?;
-                self.is_changed |= outcome == Outcome::Done || !gone.is_empty();
-                // Somebody who was refused before in this batch may be known now.
-                self.shares.retain(|_, share| share.is_some());
-                gone.iter().try_for_each(|client| self.forget(client))?;
-                Ok(outcome)
-            }
-            Change::LogIn { client } => {
-                self.is_changed = true;
-                self.registrations.log_in(client, self.today())?;
-                Ok(Outcome::Done)
-            }
-        }
-    }
-
-    fn today(&self) -> Day {
-        const SECONDS_OF_A_DAY: u64 = 24 * 60 * 60;
-        Day::try_from(self.now.0 / SECONDS_OF_A_DAY).unwrap_or(Day::MAX)
-    }
-
-    fn keep(&mut self, client: &ClientId, sealed: &[u8]) -> Result<Outcome, redb::Error> {
-        let Some(mut share) = self.share(client)? else { return Ok(Outcome::UnknownClient) };
-        let bytes = sealed.len() as u64;
-        if let Err(refused) = judge(self.limits, &share, &self.usage, bytes) {
-            return Ok(refused);
-        }
-        let number = share.add(bytes, self.now);
-        self.deliveries.insert((*client, number), sealed)?;
-        self.usage.boxes += 1;
-        self.usage.bytes += bytes;
-        self.shares.insert(*client, Some(share));
-        self.is_changed = true;
-        Ok(Outcome::Done)
-    }
-
-    fn confirm(&mut self, client: &ClientId, numbers: &[u64]) -> Result<Outcome, redb::Error> {
-        let Some(mut share) = self.share(client)? else { return Ok(Outcome::UnknownClient) };
-        for number in numbers {
-            let removed = self.deliveries.remove((*client, *number))?;
-            let Some(bytes) = removed.map(|sealed| sealed.value().len() as u64) else { continue };
-            self.remove(&mut share, bytes);
-        }
-        self.shares.insert(*client, Some(share));
-        Ok(Outcome::Done)
-    }
-
-    fn remove(&mut self, share: &mut Share, bytes: u64) {
-        share.remove(bytes);
-        self.usage.boxes = self.usage.boxes.saturating_sub(1);
-        self.usage.bytes = self.usage.bytes.saturating_sub(bytes);
-        self.is_changed = true;
-    }
-
-    /// What is kept for a client, if it is registered.
-    fn share(&mut self, client: &ClientId) -> Result<Option<Share>, redb::Error> {
-        if let Some(share) = self.shares.get(client) {
-            return Ok(*share);
-        }
-        let share = match self.registrations.has(client)? {
-            true => Some(self.stored_share(client)?),
-            false => None,
-        };
-        self.shares.insert(*client, share);
-        Ok(share)
-    }
-
-    fn stored_share(&self, client: &ClientId) -> Result<Share, redb::Error> {
-        let stored = self.share_table.get(client)?.map(|entry| entry.value());
-        let (last_number, boxes, bytes) = stored.unwrap_or_default();
-        Ok(Share { last_number, boxes, bytes })
-    }
-
-    /// Lets go of all that is kept for a client whose registration went.
-    fn forget(&mut self, client: &ClientId) -> Result<(), redb::Error> {
-        let mut share = match self.shares.remove(client).flatten() {
-            Some(share) => share,
-            None => self.stored_share(client)?,
-        };
-        if share.boxes > 0 {
-            for bytes in self.extract(client, u64::MAX, usize::MAX)? {
-                self.remove(&mut share, bytes);
-            }
-        }
-        self.share_table.remove(client)?;
-        Ok(())
-    }
-
-    /// Removes up to `max` deliveries of a client below a number; returns how long they were.
-    fn extract(
-        &mut self,
-        client: &ClientId,
-        below: u64,
-        max: usize,
-    ) -> Result<Vec<u64>, redb::Error> {
-        let range = (*client, 0)..(*client, below);
-        let removed = self.deliveries.extract_from_if(range, |_, _| true)?;
-        removed.take(max).map(|entry| Ok(entry?.1.value().len() as u64)).collect()
-    }
-
-    /// Lets go of boxes that have expired, from the client after `from` on. Returns also up to which
-    /// client it got, if there are more.
-    fn expire(
-        &mut self,
-        from: Option<ClientId>,
-    ) -> Result<(Expired, Option<ClientId>), redb::Error> {
-        let oldest = oldest_number(self.now, self.limits.expiry);
-        let from = from.unwrap_or_default();
-        let candidates: Vec<_> = self
-            .share_table
-            .range(from..)?
-            .take(EXPIRE_CLIENTS)
-            .map(|entry| entry.map(|(client, share)| (client.value(), share.value())))
-            .collect::<Result<_, _>>()?;
-        let is_last = candidates.len() < EXPIRE_CLIENTS;
-        let mut expired = Expired::default();
-        let mut left = EXPIRE_MESSAGES;
-        let mut reached = from;
-        for (client, (last_number, boxes, bytes)) in candidates {
-            reached = client;
-            if boxes == 0 {
-                continue;
-            }
-            let mut share = Share { last_number, boxes, bytes };
-            let removed = self.extract(&client, oldest, left)?;
-            if removed.is_empty() {
-                continue;
-            }
-            left -= removed.len();
-            expired.boxes += removed.len() as u64;
-            removed.into_iter().for_each(|bytes| self.remove(&mut share, bytes));
-            self.shares.insert(client, Some(share));
-            if left == 0 {
-                return Ok((expired, Some(reached)));
-            }
-        }
-        expired.is_done = is_last;
-        Ok((expired, (!is_last).then_some(reached)))
-    }
-
-    /// Writes down the shares that have changed.
-    fn finish(mut self) -> Result<Finished, redb::Error> {
-        if self.is_changed {
-            for (client, share) in &self.shares {
-                let Some(Share { last_number, boxes, bytes }) = share else { continue };
-                self.share_table.insert(client, (*last_number, *boxes, *bytes))?;
-            }
-        }
-        let made_room_on = self.registrations.made_room_on;
-        Ok(Finished { usage: self.usage, is_changed: self.is_changed, made_room_on })
     }
 }
 
@@ -450,13 +275,15 @@ fn prepare(database: &Database) -> Result<Usage, redb::Error> {
     let transaction = database.begin_read()?;
     let are_there = transaction.open_table(CLIENTS).is_ok()
         && transaction.open_table(DELIVERIES).is_ok()
-        && transaction.open_table(SHARES).is_ok();
+        && transaction.open_table(SHARES).is_ok()
+        && transaction.open_table(MARKS).is_ok();
     drop(transaction);
     if !are_there {
         let transaction = begin(database)?;
         transaction.open_table(CLIENTS)?;
         transaction.open_table(DELIVERIES)?;
         transaction.open_table(SHARES)?;
+        transaction.open_table(MARKS)?;
         transaction.commit()?;
     }
     let mut usage = Usage::default();
@@ -466,6 +293,16 @@ fn prepare(database: &Database) -> Result<Usage, redb::Error> {
         usage.bytes += bytes;
     }
     Ok(usage)
+}
+
+/// The hour of the newest number in a file of a gateway that wrote no time down.
+fn newest_hour(database: &Database) -> Result<Option<UnixTime>, redb::Error> {
+    let mut newest = None;
+    for entry in database.begin_read()?.open_table(SHARES)?.iter()? {
+        let (last_number, ..) = entry?.1.value();
+        newest = newest.max((last_number > 0).then(|| hour_of(last_number)));
+    }
+    Ok(newest)
 }
 
 /// Has the file of registrations alone become the store, unless there is one.

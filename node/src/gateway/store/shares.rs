@@ -50,6 +50,16 @@ pub fn first_number(now: UnixTime) -> u64 {
     hour.checked_shl(COUNT_BITS).unwrap_or(u64::MAX).max(1)
 }
 
+/// The beginning of the hour in which the delivery of that number came.
+pub(super) fn hour_of(number: u64) -> UnixTime {
+    UnixTime((number >> COUNT_BITS) * SECONDS_OF_AN_HOUR)
+}
+
+/// The highest number of the hour of that number.
+pub(super) fn last_number_of_hour(number: u64) -> u64 {
+    number | ((1 << COUNT_BITS) - 1)
+}
+
 /// The lowest number that has not expired; lower ones may go.
 pub(super) fn oldest_number(now: UnixTime, expiry: Duration) -> u64 {
     first_number(UnixTime(now.0.saturating_sub(expiry.as_secs())))

@@ -1,5 +1,7 @@
 //! What every store must do, and what this one does with its file.
 
+use std::cell::Cell;
+
 use mixsocks_common::gateway::token::Token;
 use mixsocks_common::keys::IdentityKey;
 
@@ -24,23 +26,37 @@ fn pair() -> (ClientId, TokenHash) {
 struct TestStore {
     dir: tempfile::TempDir,
     store: RedbStore,
+    limits: Limits,
+    /// What the clock said last; none before the store looked at it.
+    clock: Cell<Option<UnixTime>>,
 }
 
 impl TestStore {
     fn new(limits: Limits) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = RedbStore::open(dir.path(), limits).unwrap();
-        Self { dir, store }
+        Self { dir, store, limits, clock: Cell::default() }
     }
 
     fn reopen(self, limits: Limits) -> Self {
-        let Self { dir, store } = self;
+        let Self { dir, store, clock, .. } = self;
         drop(store);
         let store = RedbStore::open(dir.path(), limits).unwrap();
-        Self { dir, store }
+        Self { dir, store, limits, clock }
+    }
+
+    /// Lets time pass up to `now`, or sets the clock back to it. The store looks at the clock often
+    /// enough to see that nothing jumps.
+    fn pass_to(&self, now: UnixTime) {
+        let last = self.clock.replace(Some(now)).unwrap_or(now);
+        let step = store_time::longest_step(self.limits.expiry).as_secs();
+        for clock in (last.0..now.0).step_by(usize::try_from(step).unwrap()).chain([now.0]) {
+            self.store.apply(&[], UnixTime(clock)).unwrap();
+        }
     }
 
     fn apply(&self, change: Change, now: UnixTime) -> Outcome {
+        self.pass_to(now);
         self.store.apply(&[change], now).unwrap()[0]
     }
 
@@ -80,7 +96,15 @@ impl TestStore {
         kept.iter().map(|kept| (kept.sealed[0], kept.number)).unzip()
     }
 
+    /// Boxes that have expired when it is `now`.
     fn expire(&self, now: UnixTime) -> u64 {
+        self.pass_to(now);
+        self.expire_at(now)
+    }
+
+    /// Boxes that expire when the clock says `now`.
+    fn expire_at(&self, now: UnixTime) -> u64 {
+        self.clock.set(Some(now));
         let mut boxes = 0;
         loop {
             let expired = self.store.expire(now).unwrap();
@@ -215,6 +239,7 @@ fn boxes_expire_after_their_time_whoever_they_are_for() {
 fn expiry_gets_to_all_in_the_end() {
     let limits = Limits { client_boxes: u64::MAX, ..Limits::default() };
     let store = TestStore::new(limits);
+    store.pass_to(NOW);
     let clients: Vec<_> = (0..4500).map(|_| pair()).collect();
     let register = |(client, token): &(ClientId, TokenHash)| Change::Register {
         client: *client,
@@ -227,11 +252,129 @@ fn expiry_gets_to_all_in_the_end() {
     let changes: Vec<_> = each.chain(more).collect();
     store.store.apply(&changes, NOW).unwrap();
     let much_later = UnixTime(NOW.0 + 30 * DAY);
+    store.pass_to(much_later);
     let first = store.store.expire(much_later).unwrap();
     assert!(!first.is_done && first.boxes < 2000, "{first:?}");
     assert_eq!(first.boxes + store.expire(much_later), 7500);
     assert_eq!(store.store.usage(), Usage::default());
     assert_eq!(store.expire(much_later), 0);
+}
+
+#[test]
+fn a_clock_that_is_ahead_costs_no_message() {
+    let ahead = UnixTime(NOW.0 + 300 * DAY);
+    let mut store = TestStore::new(Limits::default());
+    let (client, other) = (store.client(), store.client());
+    for fill in 0..3 {
+        store.keep(&client, fill);
+    }
+    // While the gateway runs, and when it starts.
+    assert_eq!(store.expire_at(ahead), 0);
+    store.keep_at(&client, 3, ahead);
+    store = store.reopen(Limits::default());
+    assert_eq!(store.expire_at(UnixTime(ahead.0 + 300 * DAY)), 0);
+    // And when it is set right.
+    assert_eq!(store.expire_at(UnixTime(NOW.0 + HOUR)), 0);
+    store = store.reopen(Limits::default());
+    assert_eq!(store.expire_at(UnixTime(NOW.0 + HOUR)), 0);
+    assert_eq!(store.kept(&client).0, [0, 1, 2, 3]);
+    // Each jump was a day; the rest of the seven has to pass.
+    let passed = UnixTime(NOW.0 + 5 * DAY + 2 * HOUR);
+    assert_eq!(store.expire(UnixTime(passed.0 - 2 * HOUR)), 0);
+    store.keep_at(&other, 9, passed);
+    assert_eq!(store.expire(passed), 3);
+    assert_eq!((store.kept(&client).0, store.kept(&other).0), (vec![3], vec![9]));
+}
+
+#[test]
+fn a_gateway_that_was_off_for_weeks_still_has_its_messages() {
+    let store = TestStore::new(Limits::default());
+    let client = store.client();
+    store.keep(&client, 1);
+    let store = store.reopen(Limits::default());
+    let later = UnixTime(NOW.0 + 21 * DAY);
+    assert_eq!(store.expire_at(later), 0);
+    assert_eq!(store.expire(UnixTime(later.0 + 6 * DAY - HOUR)), 0);
+    assert_eq!(store.expire(UnixTime(later.0 + 6 * DAY + HOUR)), 1);
+}
+
+/// Its clock begins in 1970, until it has asked for the time.
+#[test]
+fn a_machine_that_learns_the_time_late_keeps_its_messages() {
+    let store = TestStore::new(Limits::default());
+    let (client, token) = pair();
+    store.apply(Change::Register { client, token }, UnixTime(7));
+    store.keep_at(&client, 1, UnixTime(8));
+    assert_eq!(store.expire_at(NOW), 0);
+    assert_eq!(store.kept(&client).0, [1]);
+}
+
+#[test]
+fn where_messages_are_kept_for_an_hour_no_jump_makes_them_expire() {
+    let limits = Limits { expiry: Duration::from_secs(HOUR), ..Limits::default() };
+    let store = TestStore::new(limits);
+    let client = store.client();
+    store.keep(&client, 1);
+    assert_eq!(store.expire_at(UnixTime(NOW.0 + 300 * DAY)), 0);
+    assert_eq!(store.expire(UnixTime(NOW.0 + 300 * DAY + 2 * HOUR)), 1);
+}
+
+#[test]
+fn a_clock_that_is_ahead_costs_no_registration() {
+    let store = TestStore::new(at_most(1));
+    let (client, _) = store.register_on(TODAY, true);
+    store.keep(&client, 1);
+    let (other, token) = pair();
+    let ahead = UnixTime(NOW.0 + 300 * DAY);
+    let outcomes = store.store.apply(&[Change::Register { client: other, token }], ahead).unwrap();
+    assert_eq!(outcomes, [Outcome::StoreFull]);
+    assert_eq!((store.has(&client), store.kept(&client).0), (true, vec![1]));
+}
+
+/// Of gateways that trusted their clock, also when it was ahead.
+#[test]
+fn a_store_without_a_time_begins_where_its_numbers_are() {
+    let ahead = UnixTime(NOW.0 + 300 * DAY);
+    for (newest, clock) in [(NOW, ahead), (ahead, NOW)] {
+        let store = TestStore::new(Limits::default());
+        let client = store.client();
+        store.keep(&client, 1);
+        let TestStore { dir, store, .. } = store;
+        drop(store);
+        {
+            let database = redb::Database::open(dir.path().join(FILE_NAME)).unwrap();
+            let transaction = database.begin_write().unwrap();
+            transaction.delete_table(batch::MARKS).unwrap();
+            let share = (first_number(newest), 1, BOX_BYTES as u64);
+            transaction.open_table(batch::SHARES).unwrap().insert(client, share).unwrap();
+            transaction.commit().unwrap();
+        }
+        let store = RedbStore::open(dir.path(), Limits::default()).unwrap();
+        assert_eq!(store.expire(clock).unwrap(), Expired { boxes: 0, is_done: true });
+        assert_eq!(store.deliveries(&client, 0, 9).unwrap().len(), 1);
+    }
+}
+
+#[test]
+fn no_number_is_used_twice_also_by_who_was_forgotten_and_registers_again() {
+    let store = TestStore::new(at_most(1));
+    let (client, _) = store.register_on(TODAY, false);
+    let tomorrow = on_day(TODAY + 1);
+    for fill in 0..3 {
+        store.keep_at(&client, fill, tomorrow);
+    }
+    let before = store.kept(&client).1;
+    // It has never logged in, and makes room for another one.
+    assert_eq!(store.register_on(TODAY + 1, true).1, Outcome::Done);
+    assert!(!store.has(&client));
+    // In the same hour it is back.
+    let store = store.reopen(at_most(2));
+    let register = Change::Register { client, token: pair().1 };
+    assert_eq!(store.apply(register, tomorrow), Outcome::Done);
+    store.keep_at(&client, 7, tomorrow);
+    let (fills, numbers) = store.kept(&client);
+    assert_eq!(fills, [7]);
+    assert!(numbers[0] > before[2], "{numbers:?} after {before:?}");
 }
 
 #[test]
@@ -287,10 +430,10 @@ fn clients_in_use_stay_whatever_anybody_registers() {
     store.apply(Change::Register { client, token }, NOW);
     store.apply(Change::LogIn { client }, on_day(logged_in_on));
     // A new token does not make a new client of it.
-    store.apply(Change::Register { client, token: pair().1 }, NOW);
+    store.apply(Change::Register { client, token: pair().1 }, on_day(logged_in_on));
     // And the day of its login survives a restart.
     let store = store.reopen(at_most(2));
-    for day in TODAY..logged_in_on + SILENT_DAYS {
+    for day in logged_in_on..logged_in_on + SILENT_DAYS {
         for _ in 0..3 {
             store.register_on(day, false);
         }
@@ -325,7 +468,7 @@ fn the_file_of_a_gateway_that_kept_registrations_alone_becomes_the_store() {
     let store = RedbStore::open(dir.path(), Limits::default()).unwrap();
     assert_eq!(store.token_hash(&client).unwrap(), Some(token));
     assert_eq!(store.last_login(&client), (TODAY, true));
-    let store = TestStore { dir, store };
+    let store = TestStore { dir, store, limits: Limits::default(), clock: Cell::default() };
     assert_eq!(store.keep(&client, 1), Outcome::Done);
     // Once: an older file that comes back does not take the place of the store.
     std::fs::write(store.dir.path().join("registrations.redb"), "old").unwrap();

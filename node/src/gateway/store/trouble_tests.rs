@@ -8,33 +8,13 @@ use std::time::Instant;
 
 use rand::RngExt;
 
+use super::small_disk::SmallDisk;
 use super::*;
 
 const NOW: UnixTime = UnixTime(1_700_000_000);
 const BOX_BYTES: usize = 1635;
 /// Nothing in a test takes that long, unless it never happens.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// A file system of a given size; unmounted when dropped.
-struct SmallDisk(tempfile::TempDir);
-
-impl SmallDisk {
-    /// `None` when this user may not mount.
-    fn mount(kib: u32) -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
-        let size = format!("size={kib}k");
-        let mut command = Command::new("mount");
-        command.args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(folder.path());
-        let mounted = command.output().is_ok_and(|output| output.status.success());
-        mounted.then(|| Self(folder))
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.0.path()).status();
-    }
-}
 
 fn register(client: ClientId) -> Change {
     Change::Register { client, token: TokenHash::from_bytes([7; 32]) }
@@ -192,18 +172,45 @@ fn until_kept(store: &RedbStore, client: ClientId) {
     }
 }
 
-#[test]
-fn a_full_disk_refuses_forgets_nothing_and_works_again_when_there_is_room() {
-    let Some(disk) = SmallDisk::mount(8 * 1024) else {
+/// `None` when this user may not mount.
+fn small_disk() -> Option<SmallDisk> {
+    let disk = SmallDisk::mount(12 * 1024);
+    if disk.is_none() {
         // Where everything that tests need is meant to be there, that is a failure.
         assert!(std::env::var_os("MIXSOCKS_TEST_NO_SKIP").is_none(), "mounting is not permitted");
-        return println!("skipped: mounting a small disk is not permitted here");
-    };
-    let filler = disk.0.path().join("filler");
+        println!("skipped: mounting a small disk is not permitted here");
+    }
+    disk
+}
+
+/// On a disk of any size, as it is luck how much the file needs for its next change.
+#[test]
+fn a_full_disk_takes_confirmations_however_full_it_is() {
+    for pages in 0..20 {
+        let Some(disk) = small_disk() else { return };
+        let filler = vec![1; 4 * 1024 * 1024 + pages * 4096];
+        std::fs::write(disk.path().join("filler"), filler).unwrap();
+        let store = RedbStore::open(disk.path(), Limits::default()).unwrap();
+        let client = [1; 32];
+        store.apply(&[register(client)], NOW).unwrap();
+        fill_up(&store, client, &mut Vec::new());
+        while store.usage().boxes > 0 {
+            let first = store.deliveries(&client, 0, 100).unwrap();
+            let numbers = first.iter().map(|kept| kept.number).collect();
+            store.apply(&[Change::Confirm { client, numbers }], NOW).unwrap();
+        }
+        until_kept(&store, client);
+    }
+}
+
+#[test]
+fn a_full_disk_refuses_forgets_nothing_and_works_again_when_there_is_room() {
+    let Some(disk) = small_disk() else { return };
+    let filler = disk.path().join("filler");
     std::fs::write(&filler, vec![1; 2 * 1024 * 1024]).unwrap();
     let client = [1; 32];
     let limits = Limits::default();
-    let store = RedbStore::open(disk.0.path(), limits).unwrap();
+    let store = RedbStore::open(disk.path(), limits).unwrap();
     store.apply(&[register(client)], NOW).unwrap();
     let mut kept = Vec::new();
     fill_up(&store, client, &mut kept);
@@ -230,7 +237,7 @@ fn a_full_disk_refuses_forgets_nothing_and_works_again_when_there_is_room() {
     assert_eq!(fills(&store, &client), kept);
     // And also a new process finds all.
     drop(store);
-    let store = RedbStore::open(disk.0.path(), limits).unwrap();
+    let store = RedbStore::open(disk.path(), limits).unwrap();
     assert_eq!(fills(&store, &client), kept);
     assert_eq!(store.usage().boxes, kept.len() as u64);
 }
