@@ -92,6 +92,9 @@ pub trait Arrivals: Send + Sync + 'static {
     fn delivered(&self, deliveries: Vec<KeptBox>) {
         drop(deliveries);
     }
+
+    /// All that the gateway kept when it was asked last has been delivered.
+    fn caught_up(&self) {}
 }
 
 /// A connected endpoint.
@@ -403,14 +406,19 @@ impl Endpoint {
                 return;
             }
             let (mut packets, mut deliveries) = (Vec::with_capacity(received), Vec::new());
+            let mut is_caught_up = false;
             for arrival in batch.drain(..) {
                 match arrival {
                     Arrival::Packet(packet) => packets.push(packet),
                     Arrival::Delivery(kept) => deliveries.push(kept),
+                    Arrival::CaughtUp => is_caught_up = true,
                 }
             }
             if !deliveries.is_empty() {
                 arrivals.delivered(deliveries);
+            }
+            if is_caught_up {
+                arrivals.caught_up();
             }
             let mut arrived = Vec::with_capacity(packets.len());
             for peeled in finish(self.admit(open_headers(&self.key, packets))) {

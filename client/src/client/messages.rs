@@ -491,10 +491,18 @@ impl Shared {
         self.wake_senders.notify_one();
     }
 
+    /// All that the gateway kept for this client when it was asked last has come.
+    pub(super) fn handle_caught_up(&self) {
+        let Some(mail) = &self.mail else { return };
+        mail.lock().messages.caught_up(Instant::now());
+        // An incomplete message may have to be given up in time.
+        self.wake_senders.notify_one();
+    }
+
     fn receive_again_if_wanted(&self, mail: &Mail) {
         let mut core = mail.lock();
         if core.messages.wants_receive() {
-            core.messages.set_receiving(Some(Instant::now()));
+            core.messages.set_receiving(Instant::now(), true);
             self.endpoint.receive_again();
         }
     }
@@ -502,7 +510,7 @@ impl Shared {
     /// The link to the gateway is there, and it was asked for what it keeps; or it is not.
     pub(super) fn set_receiving(&self, is_up: bool) {
         if let Some(mail) = &self.mail {
-            mail.lock().messages.set_receiving(is_up.then(Instant::now));
+            mail.lock().messages.set_receiving(Instant::now(), is_up);
         }
     }
 

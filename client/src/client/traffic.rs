@@ -283,4 +283,8 @@ impl Arrivals for Shared {
     fn delivered(&self, deliveries: Vec<KeptBox>) {
         self.handle_deliveries(&deliveries);
     }
+
+    fn caught_up(&self) {
+        self.handle_caught_up();
+    }
 }

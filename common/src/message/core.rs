@@ -575,9 +575,14 @@ impl<R> Messages<R> {
         self.inbox.confirm(Some(number));
     }
 
-    /// The gateway was asked for what it keeps; `None`: the connection with it has ended.
-    pub fn set_receiving(&mut self, since: Option<Instant>) {
-        self.inbox.set_receiving(since);
+    /// The gateway was asked for what it keeps, or the connection with it has ended.
+    pub fn set_receiving(&mut self, now: Instant, is_receiving: bool) {
+        self.inbox.set_receiving(now, is_receiving);
+    }
+
+    /// All that the gateway kept when it was asked last has come.
+    pub fn caught_up(&mut self, now: Instant) {
+        self.inbox.caught_up(now);
     }
 
     /// Whether the gateway is to be asked again for what it keeps.

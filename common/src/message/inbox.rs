@@ -7,6 +7,7 @@ use super::SenderTag;
 use super::fragment::{Fragment, MessageId};
 use super::packet::MessageSizes;
 use super::remembered::Remembered;
+use super::stopwatch::Stopwatch;
 use crate::address::Address;
 
 /// Most bytes of fragments, of messages that are incomplete or that the application has not taken: as many
@@ -18,8 +19,8 @@ pub const MAX_HELD_BYTES: usize = 64 * 1024 * 1024;
 /// filled it with pieces would keep out all others, and their bytes are bounded.
 pub const MAX_INCOMPLETE_REPLIES: usize = 4096;
 
-/// A message of which nothing more came for so long, while the gateway had nothing else to hand over, is
-/// given up: three times as long as its sender tries by default.
+/// A message of which nothing more came for so long, while the gateway had handed over all else, is given
+/// up: three times as long as its sender tries by default.
 pub const INCOMPLETE_AGE: Duration = Duration::from_secs(30 * 60);
 
 /// The same when pieces were dropped that the gateway still has: they come again when there is room, and
@@ -60,7 +61,8 @@ struct Incomplete {
     numbers: BTreeSet<u64>,
     /// Counts up, to tell the newest.
     begun: u64,
-    last_news: Instant,
+    /// By the stopwatch of its shelf.
+    last_news: Duration,
 }
 
 /// A message that is complete, until the application has taken it.
@@ -94,7 +96,9 @@ enum Place {
 struct Shelf {
     incomplete: BTreeMap<Key, Incomplete>,
     by_begun: BTreeMap<u64, Key>,
-    by_news: BTreeSet<(Instant, Key)>,
+    by_news: BTreeSet<(Duration, Key)>,
+    /// Goes while more can be expected at once of whatever is incomplete.
+    watch: Stopwatch,
     begun: u64,
     complete: BTreeMap<Key, Complete>,
     held_bytes: usize,
@@ -118,6 +122,7 @@ impl Shelf {
     }
 
     fn insert(&mut self, now: Instant, key: Key, number: Option<u64>, fragment: &Fragment<'_>) {
+        let now = self.watch.look(now);
         let incomplete = self.incomplete.entry(key).or_insert_with(|| {
             self.begun += 1;
             self.by_begun.insert(self.begun, key);
@@ -134,6 +139,31 @@ impl Shelf {
         incomplete.last_news = now;
         incomplete.numbers.extend(number);
         incomplete.fragments.insert(fragment.index, fragment.bytes.into());
+    }
+
+    /// A piece came once more that is there already: its sender still tries.
+    fn touch(&mut self, now: Instant, key: &Key) {
+        let now = self.watch.look(now);
+        if let Some(incomplete) = self.incomplete.get_mut(key) {
+            self.by_news.remove(&(incomplete.last_news, *key));
+            self.by_news.insert((now, *key));
+            incomplete.last_news = now;
+        }
+    }
+
+    /// The time at which the message is given up that was silent for longest.
+    fn given_up_at(&self, age: Duration) -> Option<Duration> {
+        self.by_news.first().map(|(last_news, _)| *last_news + age)
+    }
+
+    /// Takes out a message that nothing more came of for so long.
+    fn give_up(&mut self, now: Instant, age: Duration, fragment_bytes: usize) -> Option<Incomplete> {
+        let now = self.watch.look(now);
+        if !self.watch.is_running() || self.given_up_at(age)? > now {
+            return None;
+        }
+        let (_, key) = *self.by_news.first()?;
+        self.remove(&key, fragment_bytes)
     }
 
     fn is_whole(&self, key: &Key) -> bool {
@@ -162,7 +192,8 @@ pub(super) struct Inbox {
     /// Deliveries were dropped that are at the gateway still.
     has_dropped: bool,
     /// Since when the gateway hands deliveries over.
-    receiving_since: Option<Instant>,
+    /// The gateway was asked for what it keeps, over the present connection.
+    is_receiving: bool,
 }
 
 impl Inbox {
@@ -174,11 +205,11 @@ impl Inbox {
         Self {
             sizes,
             deliveries: Shelf::default(),
-            replies: Shelf::default(),
+            replies: Shelf { watch: Stopwatch::started(now), ..Shelf::default() },
             taken,
             confirmations: VecDeque::new(),
             has_dropped: false,
-            receiving_since: None,
+            is_receiving: false,
         }
     }
 
@@ -201,12 +232,20 @@ impl Inbox {
         }
     }
 
-    /// From now on the gateway hands over all that it keeps, from the oldest on; `None`: it does not.
-    /// Asking once more on the same connection makes nothing younger.
-    pub(super) fn set_receiving(&mut self, since: Option<Instant>) {
-        self.receiving_since = since.map(|now| self.receiving_since.unwrap_or(now));
-        if since.is_some() {
-            self.has_dropped = false;
+    /// The gateway was asked for all that it keeps, or there is no connection with it any more. In both
+    /// cases pieces may be there that come much later, behind others: until [`Inbox::caught_up`] no time
+    /// passes.
+    pub(super) fn set_receiving(&mut self, now: Instant, is_receiving: bool) {
+        self.deliveries.watch.look(now);
+        self.deliveries.watch.stop();
+        self.is_receiving = is_receiving;
+        self.has_dropped &= !is_receiving;
+    }
+
+    /// All that the gateway kept when it was asked has come, and what it keeps from now on comes at once.
+    pub(super) fn caught_up(&mut self, now: Instant) {
+        if self.is_receiving {
+            self.deliveries.watch.start(now);
         }
     }
 
@@ -214,7 +253,7 @@ impl Inbox {
     /// dropped.
     pub(super) fn wants_again(&self) -> bool {
         self.has_dropped
-            && self.receiving_since.is_some()
+            && self.is_receiving
             && self.deliveries.held_bytes <= MAX_HELD_BYTES / 2
     }
 
@@ -235,6 +274,7 @@ impl Inbox {
             // The delivery whose number is known is confirmed when the message is taken.
             Place::Taken { is_known: true } => return Kept::Yes,
             Place::Taken { is_known: false } => {
+                self.shelf(&origin).touch(now, &key);
                 self.confirm(number);
                 return Kept::Yes;
             }
@@ -317,36 +357,24 @@ impl Inbox {
 
     /// When [`Inbox::handle_timeout`] wants to be called.
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
-        [self.delivery_given_up_at(), self.reply_given_up_at()].into_iter().flatten().min()
+        let shelves = [(&self.deliveries, self.delivery_age()), (&self.replies, INCOMPLETE_AGE)];
+        let due = |(shelf, age): (&Shelf, _)| shelf.watch.due(shelf.given_up_at(age)?);
+        shelves.into_iter().filter_map(due).min()
     }
 
-    /// When the delivered message is given up that was silent for longest. While the gateway hands nothing
-    /// over, none is: the sender may have been told that it arrives.
-    fn delivery_given_up_at(&self) -> Option<Instant> {
-        let (last_news, _) = self.deliveries.by_news.first()?;
-        let age = if self.has_dropped { DROPPED_AGE } else { INCOMPLETE_AGE };
-        Some((*last_news).max(self.receiving_since?) + age)
-    }
-
-    fn reply_given_up_at(&self) -> Option<Instant> {
-        self.replies.by_news.first().map(|(last_news, _)| *last_news + INCOMPLETE_AGE)
+    fn delivery_age(&self) -> Duration {
+        if self.has_dropped { DROPPED_AGE } else { INCOMPLETE_AGE }
     }
 
     /// Gives up what nothing more comes of; returns how many messages that were.
     pub(super) fn handle_timeout(&mut self, now: Instant) -> usize {
-        let fragment_bytes = self.sizes.fragment_bytes();
+        let (age, fragment_bytes) = (self.delivery_age(), self.sizes.fragment_bytes());
         let mut given_up = 0;
-        while self.delivery_given_up_at().is_some_and(|at| at <= now)
-            && let Some((_, key)) = self.deliveries.by_news.first().copied()
-            && let Some(incomplete) = self.deliveries.remove(&key, fragment_bytes)
-        {
+        while let Some(incomplete) = self.deliveries.give_up(now, age, fragment_bytes) {
             incomplete.numbers.into_iter().for_each(|number| self.confirm(Some(number)));
             given_up += 1;
         }
-        while self.reply_given_up_at().is_some_and(|at| at <= now)
-            && let Some((_, key)) = self.replies.by_news.first().copied()
-            && self.replies.remove(&key, fragment_bytes).is_some()
-        {
+        while self.replies.give_up(now, INCOMPLETE_AGE, fragment_bytes).is_some() {
             given_up += 1;
         }
         given_up
@@ -388,8 +416,19 @@ mod tests {
 
     fn inbox(now: Instant) -> Inbox {
         let mut inbox = Inbox::new(sizes(), now, Vec::new());
-        inbox.set_receiving(Some(now));
+        inbox.set_receiving(now, true);
+        inbox.caught_up(now);
         inbox
+    }
+
+    /// Lets time pass as a shell does, and no longer than until then; how many were given up.
+    fn wait(inbox: &mut Inbox, until: Instant) -> usize {
+        let mut given_up = 0;
+        while let Some(at) = inbox.poll_timeout().filter(|at| *at <= until) {
+            given_up += inbox.handle_timeout(at);
+            assert!(inbox.poll_timeout().is_none_or(|next| next > at), "due means now");
+        }
+        given_up + inbox.handle_timeout(until)
     }
 
     fn fragment(message: u32, index: u16, count: u16) -> Fragment<'static> {
@@ -474,7 +513,9 @@ mod tests {
         assert_eq!(inbox.counts().0, 1, "the second has made room");
         assert_eq!(inbox.confirmations(), [], "what was dropped is at the gateway still");
         assert!(!inbox.wants_again());
-        assert_eq!(inbox.poll_timeout(), Some(now + DROPPED_AGE), "more may be at the gateway");
+        let almost = now + DROPPED_AGE - Duration::from_millis(1);
+        assert_eq!(wait(&mut inbox, almost), 0, "more may be at the gateway");
+        assert_eq!(wait(&mut inbox, now + DROPPED_AGE), 1);
     }
 
     /// Whoever sends pieces of messages that never become whole keeps nobody out.
@@ -490,7 +531,7 @@ mod tests {
         assert_eq!(handle(&mut inbox, now, 20_001, &fragment(20_000, 1, 2)), Kept::Complete);
         assert!(inbox.assemble((Origin::Gateway, id(20_000))).is_some());
         assert!(!inbox.wants_again());
-        assert_eq!(inbox.handle_timeout(now + INCOMPLETE_AGE), 10_000);
+        assert_eq!(wait(&mut inbox, now + INCOMPLETE_AGE), 10_000);
     }
 
     #[test]
@@ -518,28 +559,57 @@ mod tests {
             handle(&mut inbox, start, index.into(), &fragment(0, index, u16::MAX));
         }
         assert_eq!(handle(&mut inbox, start, 99_000, &fragment(1, 0, 2)), Kept::NoRoom);
-        assert_eq!(inbox.poll_timeout(), Some(start + DROPPED_AGE));
-        inbox.set_receiving(Some(start + INCOMPLETE_AGE / 2));
-        assert_eq!(inbox.poll_timeout(), Some(start + INCOMPLETE_AGE), "nothing is dropped now");
-        assert_eq!(inbox.handle_timeout(start + INCOMPLETE_AGE), 1);
+        assert_eq!(wait(&mut inbox, start + INCOMPLETE_AGE), 0);
+        inbox.set_receiving(start + INCOMPLETE_AGE, true);
+        inbox.caught_up(start + INCOMPLETE_AGE);
+        assert_eq!(wait(&mut inbox, start + INCOMPLETE_AGE), 1, "nothing is dropped now");
         assert_eq!(inbox.counts().2, 0);
     }
 
     #[test]
-    fn incomplete_messages_are_given_up_only_while_the_gateway_hands_deliveries_over() {
+    fn incomplete_messages_are_given_up_only_while_the_gateway_has_handed_over_all_else() {
         let start = Instant::now();
         let mut inbox = inbox(start);
         handle(&mut inbox, start, 1, &fragment(0, 0, 2));
-        assert_eq!(inbox.poll_timeout(), Some(start + INCOMPLETE_AGE));
-        inbox.set_receiving(None);
+        let half = start + INCOMPLETE_AGE / 2;
+        assert_eq!(wait(&mut inbox, half), 0);
+        inbox.set_receiving(half, false);
         assert_eq!(inbox.poll_timeout(), None);
-        assert_eq!(inbox.handle_timeout(start + 9 * INCOMPLETE_AGE), 0);
-        let again = start + 10 * INCOMPLETE_AGE;
-        inbox.set_receiving(Some(again));
-        assert_eq!(inbox.poll_timeout(), Some(again + INCOMPLETE_AGE));
-        assert_eq!(inbox.handle_timeout(again + INCOMPLETE_AGE), 1);
+        inbox.caught_up(half);
+        assert_eq!(wait(&mut inbox, half + 9 * INCOMPLETE_AGE), 0, "it was said before the cut");
+        let again = half + 10 * INCOMPLETE_AGE;
+        inbox.set_receiving(again, true);
+        let caught_up = again + 10 * INCOMPLETE_AGE;
+        assert_eq!(wait(&mut inbox, caught_up), 0, "other deliveries come first");
+        inbox.caught_up(caught_up);
+        let almost = caught_up + INCOMPLETE_AGE / 2 - Duration::from_millis(1);
+        assert_eq!(wait(&mut inbox, almost), 0);
+        assert_eq!(wait(&mut inbox, caught_up + INCOMPLETE_AGE / 2), 1);
         assert_eq!((inbox.confirmations(), inbox.counts()), (vec![1], (0, 0, 0, 0)));
         assert_eq!(inbox.poll_timeout(), None);
+    }
+
+    #[test]
+    fn a_copy_of_a_piece_shows_that_its_sender_still_tries() {
+        let start = Instant::now();
+        let mut inbox = inbox(start);
+        handle(&mut inbox, start, 1, &fragment(0, 0, 2));
+        let half = start + INCOMPLETE_AGE / 2;
+        assert_eq!(wait(&mut inbox, half), 0);
+        assert_eq!(handle(&mut inbox, half, 2, &fragment(0, 0, 2)), Kept::Yes);
+        assert_eq!(handle(&mut inbox, half + INCOMPLETE_AGE / 4, 1, &fragment(0, 0, 2)), Kept::Yes);
+        assert_eq!(wait(&mut inbox, start + INCOMPLETE_AGE), 0);
+        assert_eq!(wait(&mut inbox, half + INCOMPLETE_AGE), 1);
+    }
+
+    /// The clock of some systems goes on while the machine sleeps, and the connection seems to be there.
+    #[test]
+    fn nothing_is_given_up_because_the_machine_slept() {
+        let start = Instant::now();
+        let mut inbox = inbox(start);
+        handle(&mut inbox, start, 1, &fragment(0, 0, 2));
+        assert_eq!(inbox.handle_timeout(start + 20 * INCOMPLETE_AGE), 0);
+        assert_eq!(handle(&mut inbox, start + 20 * INCOMPLETE_AGE, 2, &fragment(0, 1, 2)), Kept::Complete);
     }
 
     #[test]

@@ -19,6 +19,7 @@ mod replies;
 pub mod sealed_box;
 #[cfg(test)]
 mod simulation;
+mod stopwatch;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]

@@ -21,6 +21,10 @@ const CLIENTS: usize = 3;
 const HOUR: Duration = Duration::from_secs(3600);
 const GIVE_UP: Duration = Duration::from_secs(600);
 
+/// What a slow line takes for a delivery: those that a gateway keeps take longer than incomplete messages
+/// are kept.
+const SLOW_LINE: Duration = Duration::from_secs(40);
+
 /// Boxes that a gateway keeps for a client: few, so that it is full at times.
 const SHARE: usize = 120;
 
@@ -46,6 +50,11 @@ enum Event {
         connection: u64,
         number: u64,
         fragment: Vec<u8>,
+    },
+    /// All that the gateway kept when it was asked was handed over.
+    CaughtUp {
+        client: usize,
+        connection: u64,
     },
     Confirmation {
         client: usize,
@@ -86,6 +95,18 @@ struct Gateway {
     next: u64,
     life: u64,
     down_until: Option<Instant>,
+    /// How long the client's line takes for a delivery, and when it is done with those that wait.
+    line: Duration,
+    line_free: Option<Instant>,
+}
+
+impl Gateway {
+    /// When something that is handed over now is at the client.
+    fn carried(&mut self, now: Instant, takes: Duration) -> Duration {
+        let begins = self.line_free.unwrap_or(now).max(now);
+        self.line_free = Some(begins + takes);
+        begins + takes - now
+    }
 }
 
 struct Client {
@@ -220,6 +241,12 @@ impl World {
                     client.core.handle_delivery(now, number, &fragment);
                 }
             }
+            Event::CaughtUp { client, connection } => {
+                let client = &mut self.clients[client];
+                if client.is_connected && client.connection == connection {
+                    client.core.caught_up(now);
+                }
+            }
             Event::Confirmation { client, connection, number } => {
                 let client = &mut self.clients[client];
                 if client.is_connected && client.connection == connection {
@@ -248,7 +275,7 @@ impl World {
             }
             Event::Disconnect { client } => {
                 self.clients[client].is_connected = false;
-                self.clients[client].core.set_receiving(None);
+                self.clients[client].core.set_receiving(now, false);
             }
             Event::Connect { client } => self.receive(client),
             Event::Restart { client } => self.restart(client),
@@ -277,9 +304,15 @@ impl World {
             gateway.next += 1;
             gateway.kept.insert(number, fragment.clone());
             self.by_surb(ack, AckStatus::Stored.to_bytes().to_vec());
-            let connection = self.clients[client].connection;
-            self.at(ms(10), Event::Delivery { client, connection, number, fragment });
+            self.hand_over(client, number, fragment);
         }
+    }
+
+    fn hand_over(&mut self, client: usize, number: u64, fragment: Vec<u8>) {
+        let connection = self.clients[client].connection;
+        let gateway = &mut self.clients[client].gateway;
+        let after = gateway.carried(self.now, gateway.line);
+        self.at(after, Event::Delivery { client, connection, number, fragment });
     }
 
     /// A new connection on which the gateway hands over all that it keeps.
@@ -288,11 +321,14 @@ impl World {
         let at = &mut self.clients[client];
         at.is_connected = true;
         at.connection += 1;
-        at.core.set_receiving(Some(now));
-        let connection = at.connection;
+        at.core.set_receiving(now, true);
+        at.gateway.line_free = None;
         for (number, fragment) in at.gateway.kept.clone() {
-            self.at(ms(10), Event::Delivery { client, connection, number, fragment });
+            self.hand_over(client, number, fragment);
         }
+        let connection = self.clients[client].connection;
+        let after = self.clients[client].gateway.carried(now, ms(0));
+        self.at(after, Event::CaughtUp { client, connection });
     }
 
     fn by_surb(&mut self, surb: u64, contents: Vec<u8>) {
@@ -420,7 +456,8 @@ impl Client {
     fn new(now: Instant, rng: &mut StdRng) -> Self {
         let address = address(rng);
         let core = Messages::new(now, options(Vec::new()));
-        let (gateway, surbs, log) = Default::default();
+        let (surbs, log) = Default::default();
+        let gateway = Gateway { line: ms(10), ..Gateway::default() };
         Self { core, address, gateway, connection: 0, is_connected: false, surbs, log }
     }
 
@@ -460,7 +497,11 @@ fn run(seed: u64) -> (usize, usize, usize) {
             world.at(away + ms(500), Event::Send { client: sender });
         }
     }
-    let end = world.now + 3 * HOUR;
+    if seed % 10 == 1 {
+        let client = world.rng.random_range(0..CLIENTS);
+        world.clients[client].gateway.line = SLOW_LINE;
+    }
+    let end = world.now + 8 * HOUR;
     world.run_until(end);
     for (name, sent) in &world.sent {
         assert!(sent.received <= 1, "seed {seed}: message {name} came {} times", sent.received);

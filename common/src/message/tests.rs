@@ -35,7 +35,8 @@ impl Fixture {
         };
         let now = Instant::now();
         let mut core = Messages::new(now, options);
-        core.set_receiving(Some(now));
+        core.set_receiving(now, true);
+        core.caught_up(now);
         Self { now, rng: StdRng::seed_from_u64(1), core, next_surb: 0 }
     }
 

@@ -47,6 +47,7 @@ fn gateway_messages() -> Vec<GatewayMessage> {
         GatewayMessage::Welcome { stream: StreamId::new(u64::MAX).unwrap(), received: 1 },
         GatewayMessage::Evicted,
         GatewayMessage::Goodbye,
+        GatewayMessage::CaughtUp,
     ];
     messages.extend(
         [
