@@ -105,7 +105,8 @@ impl Mail {
         // Whoever is replied to takes the network's delays too.
         let unknown_delays = delay_quantile(endpoint.mean_delay(), MIXES);
         let give_up_after = options.give_up_after;
-        let options = MessageOptions { sizes, give_up_after, unknown_delays, known };
+        let wall = unix_time();
+        let options = MessageOptions { sizes, give_up_after, wall, unknown_delays, known };
         let messages = Messages::new(Instant::now(), options);
         Ok(Self {
             core: Mutex::new(Core { messages, unfetched: 0, oldest_key_epoch: 0 }),
@@ -118,8 +119,12 @@ impl Mail {
         })
     }
 
+    /// The core looks at the clock first: nothing that came while the machine slept may seem to have
+    /// come in time.
     fn lock(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        core.messages.handle_clock(Instant::now(), unix_time());
+        core
     }
 
     /// Wakes whoever may have something to do after the core was given something.

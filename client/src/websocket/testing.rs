@@ -11,6 +11,7 @@ use mixsocks_common::message::{
     Body, FailReason, MessageEvent, MessageOptions, Messages, Received, ReceivedId, SendError,
     Sender, SenderTag,
 };
+use mixsocks_common::topology::UnixTime;
 use mixsocks_sphinx::SecretKey;
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 
@@ -35,6 +36,7 @@ fn received_id(number: u64) -> ReceivedId {
     let options = MessageOptions {
         sizes,
         give_up_after: Duration::from_secs(1),
+        wall: UnixTime(0),
         unknown_delays: Duration::ZERO,
         known: Vec::new(),
     };

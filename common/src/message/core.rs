@@ -8,18 +8,25 @@ use rand::{Rng, RngExt};
 
 use super::awaited::{AckSurbs, Awaited, MadeSurb};
 use super::body::{Body, ReplySurbs, SenderTag};
+use super::clock::Clock;
 use super::conversations::Conversations;
 use super::fragment::{Fragment, MESSAGE_ID_LEN, MessageId};
-use super::inbox::{Arrived, Inbox, Kept, Key, Origin, Sender};
+use super::inbox::{Arrived, INCOMPLETE_AGE, Inbox, Kept, Key, Origin, Sender};
 use super::outbox::{Destination, Outbox, Outcome, Piece};
 use super::packet::{AckStatus, MessageSizes, ReplyContents};
 use super::replies::ReplyStock;
 use super::{FailReason, MAX_MESSAGE_BYTES, MAX_REPLY_SURBS, SendError};
 use crate::address::Address;
+use crate::topology::UnixTime;
 
 /// How long after its last progress a message is given up, unless told otherwise: a gateway is started
 /// again and a laptop opened in that time.
 pub const GIVE_UP_AFTER: Duration = Duration::from_secs(10 * 60);
+
+/// The longest time after its last progress that a message is tried: recipients give incomplete ones up
+/// later than that, with ten minutes to spare for clocks and lines.
+pub const MAX_GIVE_UP_AFTER: Duration = Duration::from_secs(20 * 60);
+const _: () = assert!(MAX_GIVE_UP_AFTER.as_secs() + 10 * 60 <= INCOMPLETE_AGE.as_secs());
 
 /// Most acknowledgements that are awaited, late ones among them; the oldest are given up first.
 pub const MAX_AWAITED_ACKS: usize = 32 * 1024;
@@ -36,8 +43,10 @@ pub const MAX_OWED_ACKS: usize = 4096;
 pub struct MessageOptions {
     /// The sizes of the network.
     pub sizes: MessageSizes,
-    /// How long after its last progress a message is given up.
+    /// How long after its last progress a message is given up; more than [`MAX_GIVE_UP_AFTER`] is that.
     pub give_up_after: Duration,
+    /// What the wall clock shows.
+    pub wall: UnixTime,
     /// Longest time (p99.9) that the mixes of a reply hold it, whose delays the replier does not know.
     pub unknown_delays: Duration,
     /// Messages that the application has had, also before the last start.
@@ -206,6 +215,7 @@ pub struct Counts {
 #[derive(Debug)]
 pub struct Messages<R> {
     sizes: MessageSizes,
+    clock: Clock,
     outbox: Outbox,
     inbox: Inbox,
     stock: ReplyStock,
@@ -222,9 +232,11 @@ pub struct Messages<R> {
 impl<R> Messages<R> {
     /// Nothing to send, and nothing came yet.
     pub fn new(now: Instant, options: MessageOptions) -> Self {
-        let MessageOptions { sizes, give_up_after, unknown_delays, known } = options;
+        let MessageOptions { sizes, give_up_after, wall, unknown_delays, known } = options;
+        let give_up_after = give_up_after.min(MAX_GIVE_UP_AFTER);
         Self {
             sizes,
+            clock: Clock::new(now, wall),
             outbox: Outbox::new(sizes, give_up_after, unknown_delays),
             inbox: Inbox::new(sizes, now, known),
             stock: ReplyStock::default(),
@@ -651,6 +663,17 @@ impl<R> Messages<R> {
     }
 
     // --- Time.
+
+    /// Takes in what the wall clock shows: to be called before anything else whenever time may have
+    /// passed. What the machine has slept counts like any other time for those who wait for the rest of
+    /// a message, so it counts here too, before anything that came in the meantime.
+    pub fn handle_clock(&mut self, now: Instant, wall: UnixTime) {
+        let slept = self.clock.look(now, wall);
+        if !slept.is_zero() {
+            self.outbox.handle_sleep(slept);
+            self.handle_timeout(now);
+        }
+    }
 
     /// Nodes have no keys of earlier key epochs any more: SURBs of those lead to nowhere.
     pub fn forget_key_epochs_before(&mut self, key_epoch: u64) {

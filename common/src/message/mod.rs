@@ -7,6 +7,7 @@
 
 mod awaited;
 mod body;
+mod clock;
 mod conversations;
 mod core;
 pub mod fragment;
@@ -29,8 +30,9 @@ pub use awaited::{AckSurbs, MadeSurb};
 pub use body::{Body, BodyError, ReplySurbs, SENDER_TAG_LEN, SenderTag};
 pub use conversations::{MAX_CONVERSATIONS, REFILL_ALLOWANCE, REFILL_FACTOR};
 pub use core::{
-    Counts, Dropped, GIVE_UP_AFTER, MAX_AWAITED_ACKS, MAX_AWAITED_REPLIES, MAX_OWED_ACKS,
-    MessageEvent, MessageOptions, Messages, Purpose, Received, ReceivedId, Refill, Transmit,
+    Counts, Dropped, GIVE_UP_AFTER, MAX_AWAITED_ACKS, MAX_AWAITED_REPLIES, MAX_GIVE_UP_AFTER,
+    MAX_OWED_ACKS, MessageEvent, MessageOptions, Messages, Purpose, Received, ReceivedId, Refill,
+    Transmit,
 };
 pub use inbox::{
     DROPPED_AGE, INCOMPLETE_AGE, MAX_CONFIRMATIONS, MAX_HELD_BYTES, MAX_INCOMPLETE_REPLIES, Sender,

@@ -36,6 +36,8 @@ pub(super) struct Piece {
     pub(super) index: u16,
     pub(super) destination: Destination,
     pub(super) sent: Instant,
+    /// How long the machine had slept before.
+    slept: Duration,
     /// The delays that are known, of the packet and of the SURB.
     pub(super) delays: Duration,
     due: Instant,
@@ -58,6 +60,7 @@ struct Outgoing {
     next: u16,
     lost: BTreeSet<u16>,
     is_waiting: bool,
+    /// As if no time that the machine has slept were missing.
     give_up_at: Instant,
 }
 
@@ -92,6 +95,8 @@ pub(super) struct Outbox {
     sizes: MessageSizes,
     give_up_after: Duration,
     unknown_delays: Duration,
+    /// How long the machine has slept in all.
+    slept: Duration,
     messages: BTreeMap<MessageId, Outgoing>,
     bytes: usize,
     lanes: BTreeMap<Destination, Lane>,
@@ -113,6 +118,7 @@ impl Outbox {
             sizes,
             give_up_after,
             unknown_delays,
+            slept: Duration::ZERO,
             messages: BTreeMap::new(),
             bytes: 0,
             lanes: BTreeMap::new(),
@@ -153,7 +159,7 @@ impl Outbox {
         });
         lane.messages += 1;
         lane.waiting.push_back(id);
-        let give_up_at = now + self.give_up_after;
+        let give_up_at = now + self.slept + self.give_up_after;
         self.by_give_up.insert((give_up_at, id));
         let outgoing = Outgoing {
             destination,
@@ -236,7 +242,8 @@ impl Outbox {
             None => Duration::ZERO,
         };
         let due = now + delays + self.unknown_delays + wait;
-        let piece = Piece { message, index, destination, sent: now, delays, due };
+        let slept = self.slept;
+        let piece = Piece { message, index, destination, sent: now, slept, delays, due };
         self.under_way.insert(ack, piece);
         self.by_due.insert((due, ack));
         piece
@@ -298,7 +305,9 @@ impl Outbox {
         outgoing.lost.remove(&piece.index);
         outgoing.unacked -= 1;
         self.by_give_up.remove(&(outgoing.give_up_at, piece.message));
-        outgoing.give_up_at = now + self.give_up_after;
+        // The recipient has had news at some time since it left; maybe long before the acknowledgement.
+        let give_up_at = piece.sent + piece.slept + self.give_up_after;
+        outgoing.give_up_at = outgoing.give_up_at.max(give_up_at);
         self.by_give_up.insert((outgoing.give_up_at, piece.message));
         if outgoing.unacked == 0 {
             self.end(piece.message, Outcome::Delivered);
@@ -361,9 +370,14 @@ impl Outbox {
     /// When [`Outbox::handle_timeout`] wants to be called.
     pub(super) fn poll_timeout(&self, now: Instant) -> Option<Instant> {
         let due = self.by_due.first().map(|(due, _)| *due);
-        let give_up = self.by_give_up.first().map(|(at, _)| *at);
+        let give_up = self.by_give_up.first().map(|(at, _)| *at - self.slept.min(*at - now));
         let pauses = self.lanes.values().filter_map(|lane| lane.paused_until(now));
         due.into_iter().chain(give_up).chain(pauses).min()
+    }
+
+    /// The machine has slept for so long, in which `now` stood still.
+    pub(super) fn handle_sleep(&mut self, slept: Duration) {
+        self.slept += slept;
     }
 
     /// Sends again what was not heard of in time, and gives up what has been for too long.
@@ -380,7 +394,7 @@ impl Outbox {
             self.forget_idle_lane(piece.destination);
         }
         while let Some(&(at, id)) = self.by_give_up.first()
-            && at <= now
+            && at <= now + self.slept
         {
             let destination = self.messages.get(&id).map(|outgoing| outgoing.destination);
             let lane = destination.and_then(|destination| self.lanes.get(&destination));

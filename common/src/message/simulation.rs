@@ -16,6 +16,7 @@ use super::packet::{AckStatus, MessageSizes, ReplyContents};
 use super::testing::{address, identifier, made_surb, surb_number};
 use super::*;
 use crate::address::Address;
+use crate::topology::UnixTime;
 
 const CLIENTS: usize = 3;
 const HOUR: Duration = Duration::from_secs(3600);
@@ -24,6 +25,9 @@ const GIVE_UP: Duration = Duration::from_secs(600);
 /// What a slow line takes for a delivery: those that a gateway keeps take longer than incomplete messages
 /// are kept.
 const SLOW_LINE: Duration = Duration::from_secs(40);
+
+/// What the wall clock shows at first.
+const WALL: UnixTime = UnixTime(1_800_000_000);
 
 /// Boxes that a gateway keeps for a client: few, so that it is full at times.
 const SHARE: usize = 120;
@@ -82,6 +86,15 @@ enum Event {
     Connect {
         client: usize,
     },
+    /// A client's machine sleeps for so long.
+    Sleep {
+        client: usize,
+        time: Duration,
+    },
+    Wake {
+        client: usize,
+        time: Duration,
+    },
     /// A client is killed and starts again: it knows what it has written down, and nothing else.
     Restart {
         client: usize,
@@ -116,6 +129,9 @@ struct Client {
     /// Of its present connection; counts up.
     connection: u64,
     is_connected: bool,
+    is_asleep: bool,
+    /// How much its clock is behind, as it stands still while its machine sleeps.
+    behind: Duration,
     surbs: VecDeque<MadeSurb<u64>>,
     /// Ids that were written down before the application got their messages.
     log: Vec<MessageId>,
@@ -134,6 +150,7 @@ struct Sent {
 }
 
 struct World {
+    start: Instant,
     now: Instant,
     rng: StdRng,
     loss: f64,
@@ -152,11 +169,21 @@ impl World {
         let mut rng = StdRng::seed_from_u64(seed);
         let clients = (0..CLIENTS).map(|_| Client::new(now, &mut rng)).collect();
         let (events, sent, ids) = Default::default();
-        let mut world = Self { now, rng, loss, clients, events, next: 0, next_surb: 0, sent, ids };
+        let start = now;
+        let mut world = Self { start, now, rng, loss, clients, events, next: 0, next_surb: 0, sent, ids };
         for client in 0..CLIENTS {
             world.at(ms(0), Event::Connect { client });
         }
         world
+    }
+
+    fn wall(&self) -> UnixTime {
+        UnixTime(WALL.0 + (self.now - self.start).as_secs())
+    }
+
+    /// What the clock of a client shows.
+    fn clock(&self, client: usize) -> Instant {
+        self.now - self.clients[client].behind
     }
 
     fn at(&mut self, after: Duration, event: Event) {
@@ -207,15 +234,17 @@ impl World {
         let (name, message) = self.message(client);
         let surbs = *[0, 0, 1, 12].get(self.rng.random_range(0..4)).unwrap();
         let surbs = (0..surbs).map(|_| self.make_surb(client)).collect();
+        let now = self.clock(client);
         let core = &mut self.clients[client].core;
-        let id = core.send(self.now, &mut self.rng, recipient, &message, surbs).unwrap();
+        let id = core.send(now, &mut self.rng, recipient, &message, surbs).unwrap();
         self.ids.insert(id, name);
     }
 
     fn reply(&mut self, client: usize, tag: SenderTag) {
         let (name, message) = self.message(client);
+        let now = self.clock(client);
         let core = &mut self.clients[client].core;
-        let id = core.reply(self.now, &mut self.rng, tag, &message).unwrap();
+        let id = core.reply(now, &mut self.rng, tag, &message).unwrap();
         self.ids.insert(id, name);
     }
 
@@ -236,12 +265,14 @@ impl World {
             }
             Event::Stored { client, life } => self.store(client, life),
             Event::Delivery { client, connection, number, fragment } => {
+                let now = self.clock(client);
                 let client = &mut self.clients[client];
                 if client.is_connected && client.connection == connection {
                     client.core.handle_delivery(now, number, &fragment);
                 }
             }
             Event::CaughtUp { client, connection } => {
+                let now = self.clock(client);
                 let client = &mut self.clients[client];
                 if client.is_connected && client.connection == connection {
                     client.core.caught_up(now);
@@ -254,7 +285,9 @@ impl World {
                 }
             }
             Event::BySurb { surb, contents } => {
-                let client = &mut self.clients[usize::try_from(surb).unwrap() % CLIENTS];
+                let client = usize::try_from(surb).unwrap() % CLIENTS;
+                let now = self.clock(client);
+                let client = &mut self.clients[client];
                 if client.is_connected
                     && let Some((recovery, purpose)) = client.core.take_awaited(&identifier(surb))
                 {
@@ -262,7 +295,18 @@ impl World {
                     client.core.handle_by_surb(now, purpose, &contents);
                 }
             }
-            Event::Taken { client, received } => self.clients[client].core.taken(now, received),
+            Event::Taken { client, .. }
+            | Event::Send { client }
+            | Event::Connect { client }
+            | Event::Restart { client }
+                if self.clients[client].is_asleep =>
+            {
+                self.at(ms(60_000), event);
+            }
+            Event::Taken { client, received } => {
+                let now = self.clock(client);
+                self.clients[client].core.taken(now, received);
+            }
             Event::Send { client } => self.send(client),
             Event::Crash { client } => {
                 let down = ms(self.rng.random_range(0..20_000));
@@ -274,17 +318,43 @@ impl World {
                 self.at(down + ms(1000), Event::Connect { client });
             }
             Event::Disconnect { client } => {
-                self.clients[client].is_connected = false;
-                self.clients[client].core.set_receiving(now, false);
+                let now = self.clock(client);
+                let client = &mut self.clients[client];
+                client.is_connected = false;
+                if !client.is_asleep {
+                    client.core.set_receiving(now, false);
+                }
             }
+            Event::Sleep { client, time } => {
+                self.clients[client].is_connected = false;
+                self.clients[client].is_asleep = true;
+                self.at(time, Event::Wake { client, time });
+            }
+            Event::Wake { client, time } => self.wake(client, time),
             Event::Connect { client } => self.receive(client),
             Event::Restart { client } => self.restart(client),
         }
     }
 
-    fn restart(&mut self, client: usize) {
+    /// The clock of one client in two has stood still. It takes a moment until the connection is known to
+    /// be dead.
+    fn wake(&mut self, client: usize, time: Duration) {
+        let wall = self.wall();
         let at = &mut self.clients[client];
-        at.core = Messages::new(self.now, options(at.log.clone()));
+        at.is_asleep = false;
+        if client % 2 == 0 {
+            at.behind += time;
+        }
+        let now = self.clock(client);
+        self.clients[client].core.handle_clock(now, wall);
+        self.at(ms(3000), Event::Disconnect { client });
+        self.at(ms(5000), Event::Connect { client });
+    }
+
+    fn restart(&mut self, client: usize) {
+        let wall = self.wall();
+        let at = &mut self.clients[client];
+        at.core = Messages::new(self.now - at.behind, options(wall, at.log.clone()));
         at.is_connected = false;
         at.surbs.clear();
         for sent in self.sent.values_mut().filter(|sent| sent.client == client) {
@@ -317,7 +387,7 @@ impl World {
 
     /// A new connection on which the gateway hands over all that it keeps.
     fn receive(&mut self, client: usize) {
-        let now = self.now;
+        let now = self.clock(client);
         let at = &mut self.clients[client];
         at.is_connected = true;
         at.connection += 1;
@@ -327,7 +397,7 @@ impl World {
             self.hand_over(client, number, fragment);
         }
         let connection = self.clients[client].connection;
-        let after = self.clients[client].gateway.carried(now, ms(0));
+        let after = self.clients[client].gateway.carried(self.now, ms(0));
         self.at(after, Event::CaughtUp { client, connection });
     }
 
@@ -338,7 +408,11 @@ impl World {
 
     /// Does what a shell does for one client.
     fn drive(&mut self, client: usize) {
-        let now = self.now;
+        if self.clients[client].is_asleep {
+            return;
+        }
+        let (now, wall) = (self.clock(client), self.wall());
+        self.clients[client].core.handle_clock(now, wall);
         if self.clients[client].core.poll_timeout(now).is_some_and(|at| at <= now) {
             self.clients[client].core.handle_timeout(now);
             let next = self.clients[client].core.poll_timeout(now);
@@ -371,9 +445,10 @@ impl World {
                 let surb = self.make_surb(client);
                 self.clients[client].surbs.push_back(surb);
             }
+            let now = self.clock(client);
             let at = &mut self.clients[client];
-            let wants = at.core.wants_to_send(self.now);
-            let sent = at.core.poll_transmit(self.now, &mut self.rng, &mut at.surbs);
+            let wants = at.core.wants_to_send(now);
+            let sent = at.core.poll_transmit(now, &mut self.rng, &mut at.surbs);
             assert_eq!(wants, sent.is_some());
             match sent {
                 None => return,
@@ -424,8 +499,12 @@ impl World {
                 self.drive(client);
             }
             let event = self.events.first_key_value().map(|((at, _), _)| *at);
-            let now = self.now;
-            let timeouts = self.clients.iter().filter_map(|client| client.core.poll_timeout(now));
+            let timeout = |client: &Client| {
+                let at = client.core.poll_timeout(self.now - client.behind)?;
+                Some(at + client.behind)
+            };
+            let timeouts =
+                self.clients.iter().filter(|client| !client.is_asleep).filter_map(timeout);
             match event.into_iter().chain(timeouts).min() {
                 Some(at) if at <= end => self.now = at,
                 _ => return self.now = end,
@@ -443,10 +522,11 @@ impl World {
     }
 }
 
-fn options(known: Vec<MessageId>) -> MessageOptions {
+fn options(wall: UnixTime, known: Vec<MessageId>) -> MessageOptions {
     MessageOptions {
         sizes: MessageSizes::new(2031).unwrap(),
         give_up_after: GIVE_UP,
+        wall,
         unknown_delays: ms(100),
         known,
     }
@@ -455,10 +535,20 @@ fn options(known: Vec<MessageId>) -> MessageOptions {
 impl Client {
     fn new(now: Instant, rng: &mut StdRng) -> Self {
         let address = address(rng);
-        let core = Messages::new(now, options(Vec::new()));
+        let core = Messages::new(now, options(WALL, Vec::new()));
         let (surbs, log) = Default::default();
         let gateway = Gateway { line: ms(10), ..Gateway::default() };
-        Self { core, address, gateway, connection: 0, is_connected: false, surbs, log }
+        Self {
+            core,
+            address,
+            gateway,
+            connection: 0,
+            is_connected: false,
+            is_asleep: false,
+            behind: ms(0),
+            surbs,
+            log,
+        }
     }
 
     fn check_bounds(&self) {
@@ -500,6 +590,13 @@ fn run(seed: u64) -> (usize, usize, usize) {
     if seed % 10 == 1 {
         let client = world.rng.random_range(0..CLIENTS);
         world.clients[client].gateway.line = SLOW_LINE;
+    }
+    if seed % 5 == 3 {
+        for client in 0..CLIENTS {
+            let time = ms(world.rng.random_range(10_000..2 * 3_600_000));
+            let after = ms(world.rng.random_range(0..120_000));
+            world.at(after, Event::Sleep { client, time });
+        }
     }
     let end = world.now + 8 * HOUR;
     world.run_until(end);

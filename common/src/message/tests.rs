@@ -11,8 +11,10 @@ use super::packet::{AckStatus, MessageSizes, ReplyContents};
 use super::testing::{identifier, made_surb};
 use super::*;
 use crate::address::Address;
+use crate::topology::UnixTime;
 
 const GIVE_UP: Duration = Duration::from_secs(600);
+const WALL: UnixTime = UnixTime(1_800_000_000);
 
 struct Fixture {
     now: Instant,
@@ -27,9 +29,14 @@ fn sizes() -> MessageSizes {
 
 impl Fixture {
     fn new() -> Self {
+        Self::with_give_up_after(GIVE_UP)
+    }
+
+    fn with_give_up_after(give_up_after: Duration) -> Self {
         let options = MessageOptions {
             sizes: sizes(),
-            give_up_after: GIVE_UP,
+            give_up_after,
+            wall: WALL,
             unknown_delays: Duration::ZERO,
             known: Vec::new(),
         };
@@ -220,6 +227,58 @@ fn without_a_route_a_message_waits_and_then_fails() {
     fixture.now += GIVE_UP;
     fixture.core.handle_timeout(fixture.now);
     let event = MessageEvent::Failed(id, FailReason::NoRoute);
+    assert_eq!(fixture.core.poll_event(), Some(event));
+}
+
+/// Recipients give incomplete messages up, whatever their senders are told.
+#[test]
+fn no_message_is_tried_for_longer_than_recipients_wait() {
+    let mut fixture = Fixture::with_give_up_after(INCOMPLETE_AGE * 10);
+    let to = fixture.address();
+    let id = fixture.send(to, b"m", 0).unwrap();
+    fixture.now += MAX_GIVE_UP_AFTER;
+    fixture.core.handle_timeout(fixture.now);
+    let event = MessageEvent::Failed(id, FailReason::NotConfirmed);
+    assert_eq!(fixture.core.poll_event(), Some(event));
+}
+
+/// The recipient had given the rest up long before.
+#[test]
+fn a_message_whose_sender_slept_fails_although_its_acknowledgement_comes() {
+    let mut fixture = Fixture::new();
+    let to = fixture.address();
+    let id = fixture.send(to, b"m", 0).unwrap();
+    let ack = fixture.transmit_message().unwrap();
+    let wake = UnixTime(WALL.0 + GIVE_UP.as_secs());
+    fixture.core.handle_clock(fixture.now, wake);
+    assert!(fixture.by_surb(ack, &AckStatus::Stored.to_bytes()));
+    let event = MessageEvent::Failed(id, FailReason::NotConfirmed);
+    assert_eq!(fixture.core.poll_event(), Some(event));
+    // The next one has its whole time, and a short sleep is taken off.
+    let id = fixture.send(to, b"m", 0).unwrap();
+    fixture.core.handle_clock(fixture.now, UnixTime(wake.0 + GIVE_UP.as_secs() / 2));
+    fixture.now += GIVE_UP / 2 - Duration::from_secs(1);
+    fixture.core.handle_timeout(fixture.now);
+    assert_eq!(fixture.core.poll_event(), None);
+    fixture.now = fixture.core.poll_timeout(fixture.now).unwrap();
+    fixture.core.handle_timeout(fixture.now);
+    let event = MessageEvent::Failed(id, FailReason::NotConfirmed);
+    assert_eq!(fixture.core.poll_event(), Some(event));
+}
+
+/// An acknowledgement may lie somewhere for long: what counts is when the fragment left.
+#[test]
+fn a_late_acknowledgement_lengthens_no_time() {
+    let mut fixture = Fixture::new();
+    let (start, to) = (fixture.now, fixture.address());
+    let id = fixture.send(to, &[7; 3000], 0).unwrap();
+    let ack = fixture.transmit_message().unwrap();
+    fixture.now += GIVE_UP - Duration::from_secs(1);
+    fixture.core.handle_timeout(fixture.now);
+    assert!(fixture.by_surb(ack, &AckStatus::Stored.to_bytes()));
+    fixture.now = start + GIVE_UP;
+    fixture.core.handle_timeout(fixture.now);
+    let event = MessageEvent::Failed(id, FailReason::NotConfirmed);
     assert_eq!(fixture.core.poll_event(), Some(event));
 }
 
