@@ -484,7 +484,7 @@ impl<R> Messages<R> {
         piece: (MessageId, u16),
         destination: Destination,
     ) -> Surb {
-        let piece = self.outbox.sent(now, made.identifier, piece, destination, made.delay);
+        let piece = self.outbox.sent(now, &made, piece, destination);
         self.acks.insert(made, piece)
     }
 

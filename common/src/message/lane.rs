@@ -53,7 +53,7 @@ pub(super) struct Lane {
     /// Waits in a row after which nothing had been heard, and when the last one ended.
     vain_waits: u32,
     last_vain: Option<Instant>,
-    last_stored: Option<Instant>,
+    last_progress: Option<Instant>,
     /// Obstacles in a row, and until when nothing is sent.
     obstacles: u32,
     obstacle: Option<Obstacle>,
@@ -70,7 +70,7 @@ impl Lane {
             queueing: Queueing::new(now, unknown_delays.as_secs_f64()),
             vain_waits: 0,
             last_vain: None,
-            last_stored: None,
+            last_progress: None,
             obstacles: 0,
             obstacle: None,
             paused_until: None,
@@ -100,20 +100,24 @@ impl Lane {
     }
 
     /// A fragment was acknowledged, so long after what the known delays take.
-    pub(super) fn on_stored(&mut self, now: Instant, trip: Duration) {
+    pub(super) fn on_trip(&mut self, now: Instant, trip: Duration) {
         self.queueing.update(trip.as_secs_f64(), now);
         self.window.steer(now, &self.queueing, 1);
-        self.last_stored = Some(now);
-        self.vain_waits = 0;
         self.obstacles = 0;
         self.obstacle = None;
         self.paused_until = None;
     }
 
+    /// A fragment was acknowledged for the first time, and in time: the way is there.
+    pub(super) fn on_progress(&mut self, now: Instant) {
+        self.last_progress = Some(now);
+        self.vain_waits = 0;
+    }
+
     /// A fragment was not heard of in time. If nothing was since it left, the next ones wait for longer;
     /// if all that left together doubled the wait, the last would take hours.
     pub(super) fn on_vain_wait(&mut self, now: Instant, sent: Instant) {
-        let is_silent = self.last_stored.is_none_or(|stored| stored < sent);
+        let is_silent = self.last_progress.is_none_or(|progress| progress < sent);
         if is_silent && self.last_vain.is_none_or(|vain| vain <= sent) {
             self.vain_waits = (self.vain_waits + 1).min(MAX_DOUBLINGS);
             self.last_vain = Some(now);
@@ -165,7 +169,9 @@ mod tests {
         assert_eq!(lane.ack_wait(), MAX_WAIT);
         lane.under_way = PROBE_PACKETS;
         assert!(!lane.may_send(now));
-        lane.on_stored(now, Duration::from_millis(50));
+        lane.on_trip(now, Duration::from_millis(50));
+        assert!(!lane.may_send(now), "that may have been late, or a copy");
+        lane.on_progress(now);
         assert!(lane.may_send(now));
     }
 
@@ -173,7 +179,7 @@ mod tests {
     fn losses_between_acknowledgements_double_nothing() {
         let start = Instant::now();
         let mut lane = Lane::new(start, Duration::ZERO);
-        lane.on_stored(start + MARGIN, MARGIN);
+        lane.on_progress(start + MARGIN);
         lane.on_vain_wait(start + 9 * MARGIN, start);
         assert_eq!(lane.vain_waits, 0);
     }

@@ -10,6 +10,7 @@ mod body;
 mod clock;
 mod conversations;
 mod core;
+mod credit;
 pub mod fragment;
 mod inbox;
 mod lane;

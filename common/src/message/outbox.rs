@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use mixsocks_sphinx::Identifier;
 
+use super::awaited::MadeSurb;
+use super::credit::AckCredits;
 use super::fragment::{Fragment, MessageId, fragment_count};
 use super::lane::{Lane, Obstacle};
 use super::packet::{AckStatus, MessageSizes};
@@ -48,6 +50,12 @@ pub(super) struct Piece {
 pub(super) enum Outcome {
     Delivered,
     Failed(FailReason),
+}
+
+impl Piece {
+    fn position(&self) -> usize {
+        self.index.into()
+    }
 }
 
 #[derive(Debug)]
@@ -100,6 +108,7 @@ pub(super) struct Outbox {
     messages: BTreeMap<MessageId, Outgoing>,
     bytes: usize,
     lanes: BTreeMap<Destination, Lane>,
+    credits: AckCredits,
     /// The destination that is asked first for the next packet.
     turn: VecDeque<Destination>,
     under_way: HashMap<Identifier, Piece>,
@@ -122,6 +131,7 @@ impl Outbox {
             messages: BTreeMap::new(),
             bytes: 0,
             lanes: BTreeMap::new(),
+            credits: AckCredits::default(),
             turn: VecDeque::new(),
             under_way: HashMap::new(),
             by_due: BTreeSet::new(),
@@ -185,7 +195,7 @@ impl Outbox {
             return None;
         }
         let lane = self.lanes.get(&destination)?;
-        if !lane.may_send(now) {
+        if !lane.may_send(now) || !self.credits.may_give(now, &destination) {
             return None;
         }
         let unsent = |id| self.messages.get(id).map_or(0, Outgoing::unsent);
@@ -225,15 +235,16 @@ impl Outbox {
         self.turn.push_back(destination);
     }
 
-    /// A fragment leaves, with these delays known; its acknowledgement comes by the SURB named.
-    pub(super) fn sent(
+    /// A fragment leaves; its acknowledgement comes by this SURB, of which the delays are known.
+    pub(super) fn sent<R>(
         &mut self,
         now: Instant,
-        ack: Identifier,
+        surb: &MadeSurb<R>,
         (message, index): (MessageId, u16),
         destination: Destination,
-        delays: Duration,
     ) -> Piece {
+        let (ack, delays) = (surb.identifier, surb.delay);
+        self.credits.give(now, &destination, surb.key_epoch);
         let wait = match self.lanes.get_mut(&destination) {
             Some(lane) => {
                 lane.under_way += 1;
@@ -262,6 +273,7 @@ impl Outbox {
     /// The packet could not be made, as there is no route.
     pub(super) fn unsent(&mut self, now: Instant, ack: &Identifier) {
         if let Some(piece) = self.land(ack) {
+            self.credits.take_back(&piece.destination);
             self.lose(&piece);
             self.obstruct(now, piece.destination, Obstacle::NoRoute);
         }
@@ -275,9 +287,10 @@ impl Outbox {
         piece: &Piece,
         status: AckStatus,
     ) {
-        self.land(ack);
+        let is_in_time = self.land(ack).is_some();
+        self.credits.on_return(&piece.destination);
         match status {
-            AckStatus::Stored => self.on_stored(now, piece),
+            AckStatus::Stored => self.on_stored(now, piece, is_in_time),
             AckStatus::UnknownClient => {
                 self.end(piece.message, Outcome::Failed(FailReason::UnknownClient))
             }
@@ -293,15 +306,18 @@ impl Outbox {
         self.forget_idle_lane(piece.destination);
     }
 
-    fn on_stored(&mut self, now: Instant, piece: &Piece) {
+    fn on_stored(&mut self, now: Instant, piece: &Piece, is_in_time: bool) {
+        let mut outgoing = self.messages.get_mut(&piece.message);
+        let acked = outgoing.as_mut().and_then(|message| message.acked.get_mut(piece.position()));
+        let is_copy = acked.is_some_and(|acked| std::mem::replace(acked, true));
         if let Some(lane) = self.lanes.get_mut(&piece.destination) {
-            lane.on_stored(now, now.saturating_duration_since(piece.sent + piece.delays));
+            lane.on_trip(now, now.saturating_duration_since(piece.sent + piece.delays));
+            // Whoever answers late, or for one fragment several times, shows no way that works.
+            if is_in_time && !is_copy {
+                lane.on_progress(now);
+            }
         }
-        let Some(outgoing) = self.messages.get_mut(&piece.message) else { return };
-        let Some(acked) = outgoing.acked.get_mut(usize::from(piece.index)) else { return };
-        if std::mem::replace(acked, true) {
-            return;
-        }
+        let Some(outgoing) = outgoing.filter(|_| !is_copy) else { return };
         outgoing.lost.remove(&piece.index);
         outgoing.unacked -= 1;
         self.by_give_up.remove(&(outgoing.give_up_at, piece.message));
@@ -327,7 +343,7 @@ impl Outbox {
     /// The fragment must be sent again, if it is still needed.
     fn lose(&mut self, piece: &Piece) {
         let Some(outgoing) = self.messages.get_mut(&piece.message) else { return };
-        if outgoing.acked.get(usize::from(piece.index)) != Some(&false) {
+        if outgoing.acked.get(piece.position()) != Some(&false) {
             return;
         }
         outgoing.lost.insert(piece.index);
@@ -372,7 +388,9 @@ impl Outbox {
         let due = self.by_due.first().map(|(due, _)| *due);
         let give_up = self.by_give_up.first().map(|(at, _)| *at - self.slept.min(*at - now));
         let pauses = self.lanes.values().filter_map(|lane| lane.paused_until(now));
-        due.into_iter().chain(give_up).chain(pauses).min()
+        let waiting = self.lanes.iter().filter(|(_, lane)| !lane.waiting.is_empty());
+        let credits = waiting.filter_map(|(destination, _)| self.credits.next(now, destination));
+        due.into_iter().chain(give_up).chain(pauses).chain(credits).min()
     }
 
     /// The machine has slept for so long, in which `now` stood still.

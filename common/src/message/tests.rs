@@ -3,9 +3,10 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use rand::SeedableRng;
+use rand::{RngExt, SeedableRng};
 use rand::rngs::StdRng;
 
+use super::credit::{BARE_INTERVAL, INITIAL_CREDIT};
 use super::fragment::{Fragment, MessageId};
 use super::packet::{AckStatus, MessageSizes, ReplyContents};
 use super::testing::{identifier, made_surb};
@@ -228,6 +229,65 @@ fn without_a_route_a_message_waits_and_then_fails() {
     fixture.core.handle_timeout(fixture.now);
     let event = MessageEvent::Failed(id, FailReason::NoRoute);
     assert_eq!(fixture.core.poll_event(), Some(event));
+}
+
+/// SURBs for acknowledgements that a gateway was given and kept, when it acknowledges one fragment in
+/// `one_in`; and how long it took until the message was delivered or had failed.
+fn withhold(message: &[u8], one_in: u64) -> (u64, u64, Duration) {
+    let mut fixture = Fixture::new();
+    let (start, to) = (fixture.now, fixture.address());
+    fixture.send(to, message, 0).unwrap();
+    let (mut given, mut returned) = (0, 0);
+    while fixture.core.poll_event().is_none() {
+        let mut acks = Vec::new();
+        while let Some(ack) = fixture.transmit_message() {
+            given += 1;
+            if given % one_in == 0 {
+                acks.push(ack);
+            }
+        }
+        fixture.now += Duration::from_millis(100);
+        for ack in acks {
+            returned += 1;
+            assert!(fixture.by_surb(ack, &AckStatus::Stored.to_bytes()));
+        }
+        fixture.core.handle_timeout(fixture.now);
+    }
+    (given - returned, returned, fixture.now - start)
+}
+
+#[test]
+fn a_gateway_that_acknowledges_little_is_given_few_surbs() {
+    for one_in in [3, 10, 50] {
+        let (withheld, returned, time) = withhold(&[7; 2_000_000], one_in);
+        let bare = time.as_secs() / BARE_INTERVAL.as_secs() + 1;
+        let most = u64::from(INITIAL_CREDIT) + returned + bare;
+        assert!(withheld <= most, "{withheld} of {most}");
+    }
+}
+
+#[test]
+fn losses_of_a_third_of_all_round_trips_exhaust_no_credit() {
+    let mut fixture = Fixture::new();
+    let (start, to) = (fixture.now, fixture.address());
+    let id = fixture.send(to, &[7; 8_000_000], 0).unwrap();
+    let event = loop {
+        if let Some(event) = fixture.core.poll_event() {
+            break event;
+        }
+        let acks = Vec::from_iter(std::iter::from_fn(|| fixture.transmit_message()));
+        fixture.now += Duration::from_millis(100);
+        for ack in acks {
+            // A fifth of the packets is lost, and of the acknowledgements of the others.
+            if fixture.rng.random_bool(0.8 * 0.8) {
+                assert!(fixture.by_surb(ack, &AckStatus::Stored.to_bytes()));
+            }
+        }
+        fixture.core.handle_timeout(fixture.now);
+    };
+    assert_eq!(event, MessageEvent::Delivered(id));
+    // Whoever had to wait for credit would have waited half a minute for each fragment.
+    assert!(fixture.now - start < Duration::from_secs(120), "{:?}", fixture.now - start);
 }
 
 /// Recipients give incomplete messages up, whatever their senders are told.
