@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use mixsocks_common::address::Address;
 use mixsocks_common::gateway::message::KeptBox;
-use mixsocks_common::message::fragment::MessageId;
+use mixsocks_common::message::fragment::{Hour, MessageId};
 use mixsocks_common::message::packet::{AckStatus, MessageContents, MessageSizes, ReplyContents};
 use mixsocks_common::message::sealed_box::seal_boxes;
 use mixsocks_common::message::{
     AckSurbs, FailReason, MadeSurb, MessageEvent, MessageOptions, Messages, Purpose, Received,
-    ReceivedId, SendError, SenderTag, Transmit,
+    ReceivedId, SendError, SenderTag, TakenId, TakenIds, Transmit,
 };
 use mixsocks_common::topology::{LAYERS, Topology, UnixTime, delay_quantile};
 use mixsocks_sphinx::{HopAddress, Identifier, Packet, RecoverError, ReplyRecovery, Surb};
@@ -97,10 +97,10 @@ impl Mail {
             MessageSizes::new(endpoint.max_contents_bytes()).ok_or(ClientError::NoMessages)?;
         let (log, known) = match options.received_log {
             Some(path) => {
-                let (log, known) = ReceivedLog::open(&path, unix_time())?;
+                let (log, known) = ReceivedLog::open(&path, Hour::of(unix_time()))?;
                 (Some(log), known)
             }
-            None => (None, Vec::new()),
+            None => (None, TakenIds::default()),
         };
         // Whoever is replied to takes the network's delays too.
         let unknown_delays = delay_quantile(endpoint.mean_delay(), MIXES);
@@ -299,7 +299,7 @@ impl Shared {
 
     pub(crate) fn message_taken(&self, received: ReceivedId) {
         let Some(mail) = &self.mail else { return };
-        mail.lock().messages.taken(Instant::now(), received);
+        mail.lock().messages.taken(received);
         self.receive_again_if_wanted(mail);
         mail.wake();
     }
@@ -314,9 +314,9 @@ impl Shared {
 
 impl Arrivals {
     /// Writes down that a message is received, if it has to be. Whether it is.
-    fn write_down(&mut self, id: Option<MessageId>) -> bool {
+    fn write_down(&mut self, id: Option<TakenId>) -> bool {
         let (Some(id), Some(log)) = (id, &mut self.log) else { return true };
-        match log.append(id, unix_time()) {
+        match log.append(id, Hour::of(unix_time())) {
             Ok(()) => self.told = false,
             Err(error) => {
                 if !std::mem::replace(&mut self.told, true) {
@@ -376,6 +376,7 @@ impl Shared {
         let next = core.messages.poll_timeout(now);
         drop(core);
         if due {
+            self.receive_again_if_wanted(mail);
             mail.wake();
         }
         next
@@ -505,9 +506,9 @@ impl Shared {
     }
 
     fn receive_again_if_wanted(&self, mail: &Mail) {
-        let mut core = mail.lock();
-        if core.messages.wants_receive() {
-            core.messages.set_receiving(Instant::now(), true);
+        let (mut core, now) = (mail.lock(), Instant::now());
+        if core.messages.wants_receive(now) {
+            core.messages.set_receiving(now, true);
             self.endpoint.receive_again();
         }
     }

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::fragment::Hour;
 use crate::topology::UnixTime;
 
 /// Differences up to this are none: the wall clock is given in seconds, and is steered.
@@ -27,6 +28,12 @@ impl Clock {
     pub(super) fn wall(&self, now: Instant) -> UnixTime {
         let since = now.saturating_duration_since(self.seen).as_secs();
         UnixTime(self.wall.0.saturating_add(since))
+    }
+
+    /// When an hour begins; at the latest in an hour.
+    pub(super) fn start_of(&self, now: Instant, hour: Hour) -> Instant {
+        let seconds = (u64::from(hour.0) * 3600).saturating_sub(self.wall(now).0);
+        now + Duration::from_secs(seconds.min(3600))
     }
 
     /// Takes in what the wall clock shows; returns how long the machine has slept since the last time.

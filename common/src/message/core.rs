@@ -10,10 +10,11 @@ use super::awaited::{AckSurbs, Awaited, MadeSurb};
 use super::body::{Body, ReplySurbs, SenderTag};
 use super::clock::Clock;
 use super::conversations::Conversations;
-use super::fragment::{Fragment, MESSAGE_ID_LEN, MessageId};
+use super::fragment::{Fragment, Hour, MESSAGE_ID_LEN, MessageId};
 use super::inbox::{Arrived, INCOMPLETE_AGE, Inbox, Kept, Key, Origin, Sender};
 use super::outbox::{Destination, Outbox, Outcome, Piece};
 use super::packet::{AckStatus, MessageSizes, ReplyContents};
+use super::remembered::{TakenId, TakenIds};
 use super::replies::ReplyStock;
 use super::{FailReason, MAX_MESSAGE_BYTES, MAX_REPLY_SURBS, SendError};
 use crate::address::Address;
@@ -50,7 +51,7 @@ pub struct MessageOptions {
     /// Longest time (p99.9) that the mixes of a reply hold it, whose delays the replier does not know.
     pub unknown_delays: Duration,
     /// Messages that the application has had, also before the last start.
-    pub known: Vec<MessageId>,
+    pub known: TakenIds,
 }
 
 /// Something to send. Boxes are sealed and SURBs used by the shell.
@@ -86,14 +87,17 @@ pub enum Transmit {
 
 /// Names a message that the application was given, until it has taken it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ReceivedId(Key);
+pub struct ReceivedId {
+    key: Key,
+    hour: Hour,
+}
 
 impl ReceivedId {
     /// The id to be written down before the application gets the message, so that it is not received
     /// once more after a restart. Replies need none: nobody keeps them, and their SURBs are forgotten.
-    pub fn to_remember(&self) -> Option<MessageId> {
-        let ReceivedId((origin, id)) = self;
-        (*origin == Origin::Gateway).then_some(*id)
+    pub fn to_remember(&self) -> Option<TakenId> {
+        let ReceivedId { key: (origin, id), hour } = *self;
+        (origin == Origin::Gateway).then_some(TakenId { hour, id })
     }
 }
 
@@ -182,6 +186,8 @@ pub struct Dropped {
     pub malformed: u64,
     /// Fragments whose message has another count.
     pub conflicting: u64,
+    /// Fragments of messages that were sent too long ago, or in the future.
+    pub misdated: u64,
     /// Fragments that there was no room for.
     pub no_room: u64,
     /// Messages of which not all came.
@@ -379,8 +385,8 @@ impl<R> Messages<R> {
     }
 
     /// The application has the message: its deliveries are confirmed.
-    pub fn taken(&mut self, now: Instant, received: ReceivedId) {
-        self.inbox.taken(now, received.0);
+    pub fn taken(&mut self, received: ReceivedId) {
+        self.inbox.taken(received.key);
     }
 
     // --- What is sent.
@@ -473,7 +479,8 @@ impl<R> Messages<R> {
     ) -> (Surb, (MessageId, u16), Vec<u8>) {
         let id = draw_id(rng);
         let body = Body::Request(number).to_bytes();
-        let fragment = Fragment { id, index: 0, count: 1, bytes: &body }.to_bytes(self.sizes);
+        let fragment = Fragment { id, hour: Hour(0), index: 0, count: 1, bytes: &body };
+        let fragment = fragment.to_bytes(self.sizes);
         (surb, (id, 0), fragment)
     }
 
@@ -496,7 +503,12 @@ impl<R> Messages<R> {
         body: Vec<u8>,
     ) -> MessageId {
         let id = draw_id(rng);
-        self.outbox.push(now, id, destination, body);
+        // Nobody keeps replies, so that their hour would tell something for nothing.
+        let hour = match destination {
+            Destination::Recipient(_) => self.hour(now),
+            Destination::Sender(_) => Hour(0),
+        };
+        self.outbox.push(now, (id, hour), destination, body);
         id
     }
 
@@ -598,8 +610,8 @@ impl<R> Messages<R> {
     }
 
     /// Whether the gateway is to be asked again for what it keeps.
-    pub fn wants_receive(&self) -> bool {
-        self.inbox.wants_again()
+    pub fn wants_receive(&self, now: Instant) -> bool {
+        self.inbox.wants_again(self.hour(now))
     }
 
     /// The next delivery that the gateway may forget.
@@ -615,11 +627,12 @@ impl<R> Messages<R> {
         number: Option<u64>,
         fragment: &Fragment<'_>,
     ) -> bool {
-        match self.inbox.handle(now, origin, number, fragment) {
+        let hour = self.hour(now);
+        match self.inbox.handle((now, hour), origin, number, fragment) {
             Kept::Yes => true,
             Kept::Complete => {
                 if let Some(arrived) = self.inbox.assemble((origin, fragment.id)) {
-                    self.handle_arrived(now, arrived);
+                    self.handle_arrived(arrived);
                 }
                 true
             }
@@ -631,10 +644,14 @@ impl<R> Messages<R> {
                 self.dropped.conflicting += 1;
                 true
             }
+            Kept::Misdated => {
+                self.dropped.misdated += 1;
+                true
+            }
         }
     }
 
-    fn handle_arrived(&mut self, now: Instant, Arrived { key, body }: Arrived) {
+    fn handle_arrived(&mut self, Arrived { key, hour, body }: Arrived) {
         let (origin, _) = key;
         let (sender, message) = match (origin, Body::parse(&body)) {
             (Origin::Gateway, Ok(Body::Plain(message))) => (Sender::Unknown, message),
@@ -644,21 +661,21 @@ impl<R> Messages<R> {
             }
             (Origin::Gateway, Ok(Body::Surbs(surbs))) => {
                 self.dropped.surbs += self.stock.add(&surbs) as u64;
-                return self.inbox.taken(now, key);
+                return self.inbox.taken(key);
             }
             (Origin::Replier(address), Ok(Body::Plain(message))) => {
                 (Sender::Replier(address), message)
             }
             (Origin::Replier(address), Ok(Body::Request(number))) => {
                 self.conversations.on_request(&address, number);
-                return self.inbox.taken(now, key);
+                return self.inbox.taken(key);
             }
             (_, Ok(_) | Err(_)) => {
                 self.dropped.malformed += 1;
-                return self.inbox.taken(now, key);
+                return self.inbox.taken(key);
             }
         };
-        let (message, received) = (message.to_vec(), ReceivedId(key));
+        let (message, received) = (message.to_vec(), ReceivedId { key, hour });
         self.received.push_back(Received { received, message, sender });
     }
 
@@ -675,6 +692,10 @@ impl<R> Messages<R> {
         }
     }
 
+    fn hour(&self, now: Instant) -> Hour {
+        Hour::of(self.clock.wall(now))
+    }
+
     /// Nodes have no keys of earlier key epochs any more: SURBs of those lead to nowhere.
     pub fn forget_key_epochs_before(&mut self, key_epoch: u64) {
         self.acks.forget_before(key_epoch);
@@ -689,7 +710,9 @@ impl<R> Messages<R> {
             Destination::Recipient(_) => None,
         });
         let inbox = self.inbox.poll_timeout();
-        self.outbox.poll_timeout(now).into_iter().chain(inbox).chain(requests).min()
+        let next_hour = self.inbox.waits_for_hour().map(|hour| self.clock.start_of(now, hour));
+        let next_hour = next_hour.filter(|at| *at > now);
+        self.outbox.poll_timeout(now).into_iter().chain(inbox).chain(next_hour).chain(requests).min()
     }
 
     /// Sends again or gives up what was not heard of in time.

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::SenderTag;
-use super::fragment::{Fragment, MessageId};
+use super::fragment::{Fragment, Hour, MessageId};
 use super::packet::MessageSizes;
-use super::remembered::Remembered;
+use super::remembered::{TakenId, TakenIds, TakenReplies};
 use super::stopwatch::Stopwatch;
 use crate::address::Address;
 
@@ -26,6 +26,10 @@ pub const INCOMPLETE_AGE: Duration = Duration::from_secs(30 * 60);
 /// The same when pieces were dropped that the gateway still has: they come again when there is room, and
 /// room there must be at last.
 pub const DROPPED_AGE: Duration = Duration::from_secs(2 * 60 * 60);
+
+/// How far in the future a message may have been sent: clocks of machines in wrong time zones are not
+/// further from each other.
+pub const MAX_HOURS_AHEAD: u32 = 24;
 
 /// Most numbers of deliveries that wait to be confirmed. Older ones come again, and are confirmed then.
 pub const MAX_CONFIRMATIONS: usize = 64 * 1024;
@@ -50,13 +54,16 @@ pub(super) enum Kept {
     Complete,
     /// There is no room for it: it must come again.
     NoRoom,
-    /// Its message has another count of fragments.
+    /// Its message has another count of fragments, or another hour.
     Conflict,
+    /// Its message was sent so long ago that it may have been taken, or in the future.
+    Misdated,
 }
 
 #[derive(Debug)]
 struct Incomplete {
     count: u16,
+    hour: Hour,
     fragments: BTreeMap<u16, Box<[u8]>>,
     numbers: BTreeSet<u64>,
     /// Counts up, to tell the newest.
@@ -68,6 +75,7 @@ struct Incomplete {
 /// A message that is complete, until the application has taken it.
 #[derive(Debug)]
 struct Complete {
+    hour: Hour,
     numbers: BTreeSet<u64>,
     held_bytes: usize,
 }
@@ -76,6 +84,7 @@ struct Complete {
 #[derive(Debug)]
 pub(super) struct Arrived {
     pub(super) key: Key,
+    pub(super) hour: Hour,
     pub(super) body: Vec<u8>,
 }
 
@@ -113,7 +122,11 @@ impl Shelf {
             return taken(&complete.numbers);
         }
         match self.incomplete.get(key) {
-            Some(incomplete) if incomplete.count != fragment.count => Place::Conflict,
+            Some(incomplete)
+                if (incomplete.count, incomplete.hour) != (fragment.count, fragment.hour) =>
+            {
+                Place::Conflict
+            }
             Some(incomplete) if incomplete.fragments.contains_key(&fragment.index) => {
                 taken(&incomplete.numbers)
             }
@@ -128,6 +141,7 @@ impl Shelf {
             self.by_begun.insert(self.begun, key);
             Incomplete {
                 count: fragment.count,
+                hour: fragment.hour,
                 fragments: BTreeMap::new(),
                 numbers: BTreeSet::new(),
                 begun: self.begun,
@@ -187,28 +201,28 @@ pub(super) struct Inbox {
     sizes: MessageSizes,
     deliveries: Shelf,
     replies: Shelf,
-    taken: Remembered,
+    taken: TakenIds,
+    taken_replies: TakenReplies,
     confirmations: VecDeque<u64>,
     /// Deliveries were dropped that are at the gateway still.
     has_dropped: bool,
-    /// Since when the gateway hands deliveries over.
+    /// Messages were not taken in as no more ids could be remembered; the next hour allows it.
+    waits_for_hour: Option<Hour>,
     /// The gateway was asked for what it keeps, over the present connection.
     is_receiving: bool,
 }
 
 impl Inbox {
-    pub(super) fn new(sizes: MessageSizes, now: Instant, known: Vec<MessageId>) -> Self {
-        let mut taken = Remembered::default();
-        for id in known {
-            taken.insert(now, (Origin::Gateway, id));
-        }
+    pub(super) fn new(sizes: MessageSizes, now: Instant, taken: TakenIds) -> Self {
         Self {
             sizes,
             deliveries: Shelf::default(),
             replies: Shelf { watch: Stopwatch::started(now), ..Shelf::default() },
             taken,
+            taken_replies: TakenReplies::default(),
             confirmations: VecDeque::new(),
             has_dropped: false,
+            waits_for_hour: None,
             is_receiving: false,
         }
     }
@@ -221,7 +235,7 @@ impl Inbox {
             sum(|shelf| shelf.incomplete.len()),
             sum(|shelf| shelf.complete.len()),
             sum(|shelf| shelf.held_bytes),
-            self.taken.len(),
+            self.taken.len() + self.taken_replies.len(),
         )
     }
 
@@ -239,7 +253,10 @@ impl Inbox {
         self.deliveries.watch.look(now);
         self.deliveries.watch.stop();
         self.is_receiving = is_receiving;
-        self.has_dropped &= !is_receiving;
+        if is_receiving {
+            self.has_dropped = false;
+            self.waits_for_hour = None;
+        }
     }
 
     /// All that the gateway kept when it was asked has come, and what it keeps from now on comes at once.
@@ -251,22 +268,50 @@ impl Inbox {
 
     /// Whether the gateway is to be asked once more for what it keeps: there is room now for what was
     /// dropped.
-    pub(super) fn wants_again(&self) -> bool {
+    pub(super) fn wants_again(&self, hour: Hour) -> bool {
         self.has_dropped
             && self.is_receiving
+            && self.waits_for_hour.is_none_or(|next| next <= hour)
             && self.deliveries.held_bytes <= MAX_HELD_BYTES / 2
+    }
+
+    /// The hour from which on more ids can be remembered, if they cannot now.
+    pub(super) fn waits_for_hour(&self) -> Option<Hour> {
+        self.waits_for_hour
+    }
+
+    fn is_taken(&self, key: &Key, hour: Hour) -> bool {
+        match key {
+            (Origin::Gateway, id) => self.taken.contains(&TakenId { hour, id: *id }),
+            (Origin::Replier(_), _) => self.taken_replies.contains(key),
+        }
+    }
+
+    /// Whether a message that begins may be taken in, so that it will be remembered when it is taken.
+    fn check_date(&mut self, this_hour: Hour, fragment: &Fragment<'_>) -> Result<(), Kept> {
+        let latest = this_hour.0.saturating_add(MAX_HOURS_AHEAD);
+        if fragment.hour < self.taken.refused_before() || fragment.hour.0 > latest {
+            return Err(Kept::Misdated);
+        }
+        let held = self.deliveries.incomplete.len() + self.deliveries.complete.len();
+        if !self.taken.has_room(held + 1, this_hour) {
+            self.waits_for_hour = Some(this_hour.next());
+            self.has_dropped = true;
+            return Err(Kept::NoRoom);
+        }
+        Ok(())
     }
 
     /// Takes in a fragment, which came as delivery `number` if it is from the gateway.
     pub(super) fn handle(
         &mut self,
-        now: Instant,
+        (now, this_hour): (Instant, Hour),
         origin: Origin,
         number: Option<u64>,
         fragment: &Fragment<'_>,
     ) -> Kept {
         let key = (origin, fragment.id);
-        if self.taken.contains(&key) {
+        if self.is_taken(&key, fragment.hour) {
             self.confirm(number);
             return Kept::Yes;
         }
@@ -283,6 +328,15 @@ impl Inbox {
                 return Kept::Conflict;
             }
             Place::New => {}
+        }
+        if origin == Origin::Gateway
+            && !self.deliveries.incomplete.contains_key(&key)
+            && let Err(kept) = self.check_date(this_hour, fragment)
+        {
+            if kept == Kept::Misdated {
+                self.confirm(number);
+            }
+            return kept;
         }
         if !self.make_room(&key, fragment.count) {
             self.has_dropped |= number.is_some();
@@ -327,19 +381,23 @@ impl Inbox {
         let held_bytes = incomplete.fragments.len() * fragment_bytes;
         shelf.held_bytes += held_bytes;
         let mut body = Vec::with_capacity(held_bytes);
-        for bytes in incomplete.fragments.into_values() {
-            body.extend_from_slice(&bytes);
+        for bytes in incomplete.fragments.values() {
+            body.extend_from_slice(bytes);
         }
-        shelf.complete.insert(key, Complete { numbers: incomplete.numbers, held_bytes });
-        Some(Arrived { key, body })
+        let Incomplete { hour, numbers, .. } = incomplete;
+        shelf.complete.insert(key, Complete { hour, numbers, held_bytes });
+        Some(Arrived { key, hour, body })
     }
 
     /// The message needs to be kept no longer: the application has it, or it is good for nothing.
-    pub(super) fn taken(&mut self, now: Instant, key: Key) {
+    pub(super) fn taken(&mut self, key: Key) {
         let shelf = self.shelf(&key.0);
         let Some(complete) = shelf.complete.remove(&key) else { return };
         shelf.held_bytes -= complete.held_bytes;
-        self.taken.insert(now, key);
+        match key {
+            (Origin::Gateway, id) => self.taken.insert(TakenId { hour: complete.hour, id }),
+            (Origin::Replier(_), _) => self.taken_replies.insert(key),
+        }
         complete.numbers.into_iter().for_each(|number| self.confirm(Some(number)));
     }
 
@@ -401,12 +459,15 @@ pub enum Sender {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::remembered::MAX_REMEMBERED;
     use super::super::testing::address;
     use super::*;
 
     fn sizes() -> MessageSizes {
         MessageSizes::new(2031).unwrap()
     }
+
+    const HOUR: Hour = Hour(500_000);
 
     fn id(number: u32) -> MessageId {
         let mut id = [0; 16];
@@ -415,7 +476,7 @@ mod tests {
     }
 
     fn inbox(now: Instant) -> Inbox {
-        let mut inbox = Inbox::new(sizes(), now, Vec::new());
+        let mut inbox = Inbox::new(sizes(), now, TakenIds::default());
         inbox.set_receiving(now, true);
         inbox.caught_up(now);
         inbox
@@ -432,11 +493,11 @@ mod tests {
     }
 
     fn fragment(message: u32, index: u16, count: u16) -> Fragment<'static> {
-        Fragment { id: id(message), index, count, bytes: b"piece" }
+        Fragment { id: id(message), hour: HOUR, index, count, bytes: b"piece" }
     }
 
     fn handle(inbox: &mut Inbox, now: Instant, number: u64, fragment: &Fragment<'_>) -> Kept {
-        inbox.handle(now, Origin::Gateway, Some(number), fragment)
+        inbox.handle((now, HOUR), Origin::Gateway, Some(number), fragment)
     }
 
     #[test]
@@ -453,7 +514,7 @@ mod tests {
         assert_eq!(inbox.confirmations(), []);
         assert_eq!(handle(&mut inbox, now, 3, &fragment(0, 0, 2)), Kept::Yes);
         assert_eq!(inbox.confirmations(), [3]);
-        inbox.taken(now, arrived.key);
+        inbox.taken(arrived.key);
         assert_eq!(inbox.confirmations(), [3, 1, 2]);
         assert_eq!(handle(&mut inbox, now, 4, &fragment(0, 1, 2)), Kept::Yes);
         assert_eq!(inbox.confirmations(), [3, 1, 2, 4]);
@@ -483,9 +544,57 @@ mod tests {
     #[test]
     fn ids_that_were_known_at_the_start_are_not_received_again() {
         let now = Instant::now();
-        let mut inbox = Inbox::new(sizes(), now, vec![id(7)]);
+        let mut known = TakenIds::default();
+        known.insert(TakenId { hour: HOUR, id: id(7) });
+        let mut inbox = Inbox::new(sizes(), now, known);
         assert_eq!(handle(&mut inbox, now, 1, &fragment(7, 0, 1)), Kept::Yes);
         assert_eq!((inbox.confirmations(), inbox.counts().1), (vec![1], 0));
+    }
+
+    /// A gateway that fills the memory with messages of its own, and hands an old box over again.
+    #[test]
+    fn a_message_is_not_taken_twice_however_many_others_come() {
+        let now = Instant::now();
+        let mut inbox = inbox(now);
+        let mut take = |hour: u32, message: u32| {
+            let (id, number) = (id(message), u64::from(message));
+            let fragment = Fragment { id, hour: Hour(hour), index: 0, count: 1, bytes: b"m" };
+            let kept = inbox.handle((now, HOUR), Origin::Gateway, Some(number), &fragment);
+            if kept == Kept::Complete {
+                let arrived = inbox.assemble((Origin::Gateway, id)).unwrap();
+                inbox.taken(arrived.key);
+            }
+            kept
+        };
+        assert_eq!(take(HOUR.0 - 2, 0), Kept::Complete);
+        let many = u32::try_from(MAX_REMEMBERED).unwrap();
+        for message in 1..=many {
+            assert_eq!(take(HOUR.0 - 1, message), Kept::Complete);
+        }
+        assert_eq!(take(HOUR.0 - 2, 0), Kept::Misdated);
+        assert_eq!(take(HOUR.0 - 1, 1), Kept::Yes, "it is remembered");
+        // So are those of this hour when they are as many, and further ones wait.
+        for message in 0..many {
+            assert_eq!(take(HOUR.0, message), Kept::Complete);
+        }
+        assert_eq!(take(HOUR.0, many), Kept::NoRoom);
+        assert_eq!(take(HOUR.0, 0), Kept::Yes);
+        assert_eq!((inbox.wants_again(HOUR), inbox.wants_again(HOUR.next())), (false, true));
+        assert_eq!(inbox.taken.len(), MAX_REMEMBERED);
+    }
+
+    #[test]
+    fn messages_from_the_future_are_refused() {
+        let now = Instant::now();
+        let mut inbox = inbox(now);
+        let latest = Hour(HOUR.0 + MAX_HOURS_AHEAD);
+        let good = Fragment { hour: latest, ..fragment(0, 0, 2) };
+        assert_eq!(handle(&mut inbox, now, 1, &good), Kept::Yes);
+        let bad = Fragment { hour: latest.next(), ..fragment(1, 0, 2) };
+        assert_eq!(handle(&mut inbox, now, 2, &bad), Kept::Misdated);
+        let other = Fragment { hour: HOUR, ..fragment(0, 1, 2) };
+        assert_eq!(handle(&mut inbox, now, 3, &other), Kept::Conflict, "pieces of one are of one hour");
+        assert_eq!(inbox.confirmations(), [2, 3]);
     }
 
     #[test]
@@ -507,12 +616,12 @@ mod tests {
         assert!(inbox.counts().2 <= MAX_HELD_BYTES);
         assert_eq!(u32::from(index) + max / 2, max);
         assert_eq!(handle(&mut inbox, now, 99_000, &fragment(2, 0, 1)), Kept::NoRoom);
-        assert!(!inbox.wants_again(), "there is no room");
+        assert!(!inbox.wants_again(HOUR), "there is no room");
         let first = u16::try_from(max / 2).unwrap();
         assert_eq!(handle(&mut inbox, now, 99_001, &fragment(0, first, big)), Kept::Yes);
         assert_eq!(inbox.counts().0, 1, "the second has made room");
         assert_eq!(inbox.confirmations(), [], "what was dropped is at the gateway still");
-        assert!(!inbox.wants_again());
+        assert!(!inbox.wants_again(HOUR));
         let almost = now + DROPPED_AGE - Duration::from_millis(1);
         assert_eq!(wait(&mut inbox, almost), 0, "more may be at the gateway");
         assert_eq!(wait(&mut inbox, now + DROPPED_AGE), 1);
@@ -530,7 +639,7 @@ mod tests {
         assert_eq!(handle(&mut inbox, now, 20_000, &fragment(20_000, 0, 2)), Kept::Yes);
         assert_eq!(handle(&mut inbox, now, 20_001, &fragment(20_000, 1, 2)), Kept::Complete);
         assert!(inbox.assemble((Origin::Gateway, id(20_000))).is_some());
-        assert!(!inbox.wants_again());
+        assert!(!inbox.wants_again(HOUR));
         assert_eq!(wait(&mut inbox, now + INCOMPLETE_AGE), 10_000);
     }
 
@@ -540,12 +649,12 @@ mod tests {
         let mut inbox = inbox(now);
         let origin = Origin::Replier(address(&mut rand::rng()));
         for message in 0..4096 {
-            assert_eq!(inbox.handle(now, origin, None, &fragment(message, 0, 2)), Kept::Yes);
+            assert_eq!(inbox.handle((now, HOUR), origin, None, &fragment(message, 0, 2)), Kept::Yes);
         }
-        assert_eq!(inbox.handle(now, origin, None, &fragment(5000, 0, 2)), Kept::NoRoom);
+        assert_eq!(inbox.handle((now, HOUR), origin, None, &fragment(5000, 0, 2)), Kept::NoRoom);
         assert_eq!(inbox.counts().0, MAX_INCOMPLETE_REPLIES);
-        assert!(!inbox.wants_again(), "the gateway has nothing of it");
-        assert_eq!(inbox.handle(now, origin, None, &fragment(5001, 0, 1)), Kept::Complete);
+        assert!(!inbox.wants_again(HOUR), "the gateway has nothing of it");
+        assert_eq!(inbox.handle((now, HOUR), origin, None, &fragment(5001, 0, 1)), Kept::Complete);
         assert_eq!(handle(&mut inbox, now, 1, &fragment(5002, 0, 2)), Kept::Yes);
     }
 
@@ -634,7 +743,7 @@ mod tests {
             let order = order.into_iter().map(|index| index % count).chain((0..count).rev());
             let mut arrived = Vec::new();
             for (number, index) in (0..).zip(order) {
-                let fragment = Fragment::of_body(id(0), &body, index, sizes()).unwrap();
+                let fragment = Fragment::of_body((id(0), HOUR), &body, index, sizes()).unwrap();
                 if handle(&mut inbox, now, number, &fragment) == Kept::Complete {
                     arrived.extend(inbox.assemble((Origin::Gateway, id(0))));
                 }

@@ -7,7 +7,7 @@ use mixsocks_sphinx::Identifier;
 
 use super::awaited::MadeSurb;
 use super::credit::AckCredits;
-use super::fragment::{Fragment, MessageId, fragment_count};
+use super::fragment::{Fragment, Hour, MessageId, fragment_count};
 use super::lane::{Lane, Obstacle};
 use super::packet::{AckStatus, MessageSizes};
 use super::{FailReason, SendError, SenderTag};
@@ -61,6 +61,8 @@ impl Piece {
 #[derive(Debug)]
 struct Outgoing {
     destination: Destination,
+    /// When it was sent; of replies zero.
+    hour: Hour,
     body: Vec<u8>,
     acked: Vec<bool>,
     unacked: usize,
@@ -156,7 +158,7 @@ impl Outbox {
     pub(super) fn push(
         &mut self,
         now: Instant,
-        id: MessageId,
+        (id, hour): (MessageId, Hour),
         destination: Destination,
         body: Vec<u8>,
     ) {
@@ -173,6 +175,7 @@ impl Outbox {
         self.by_give_up.insert((give_up_at, id));
         let outgoing = Outgoing {
             destination,
+            hour,
             body,
             acked: vec![false; count.into()],
             unacked: count.into(),
@@ -220,7 +223,7 @@ impl Outbox {
             } else {
                 outgoing.is_waiting = false;
             }
-            let fragment = Fragment::of_body(id, &outgoing.body, index, self.sizes)
+            let fragment = Fragment::of_body((id, outgoing.hour), &outgoing.body, index, self.sizes)
                 .expect("an index below the count")
                 .to_bytes(self.sizes);
             self.end_turn(destination);

@@ -134,7 +134,7 @@ struct Client {
     behind: Duration,
     surbs: VecDeque<MadeSurb<u64>>,
     /// Ids that were written down before the application got their messages.
-    log: Vec<MessageId>,
+    log: TakenIds,
 }
 
 /// A message in the model.
@@ -211,7 +211,7 @@ impl World {
     /// A message that the model knows again.
     fn message(&mut self, client: usize) -> (u64, Vec<u8>) {
         let name = self.next + 1_000_000;
-        let len = *[8, 100, 1564, 1565, 9000, 40_000].get(self.rng.random_range(0..6)).unwrap();
+        let len = *[8, 100, 1560, 1561, 9000, 40_000].get(self.rng.random_range(0..6)).unwrap();
         let mut message = vec![0; len];
         self.rng.fill_bytes(&mut message);
         message[..8].copy_from_slice(&name.to_be_bytes());
@@ -304,8 +304,7 @@ impl World {
                 self.at(ms(60_000), event);
             }
             Event::Taken { client, received } => {
-                let now = self.clock(client);
-                self.clients[client].core.taken(now, received);
+                self.clients[client].core.taken(received);
             }
             Event::Send { client } => self.send(client),
             Event::Crash { client } => {
@@ -424,7 +423,7 @@ impl World {
         if !self.clients[client].is_connected {
             return;
         }
-        if self.clients[client].core.wants_receive() {
+        if self.clients[client].core.wants_receive(now) {
             self.receive(client);
         }
         while let Some(number) = self.clients[client].core.poll_confirmation() {
@@ -475,7 +474,7 @@ impl World {
             MessageEvent::Received { received, message, sender } => {
                 let name = u64::from_be_bytes(*message.first_chunk().unwrap());
                 self.sent.get_mut(&name).unwrap().received += 1;
-                self.clients[client].log.extend(received.to_remember());
+                received.to_remember().map(|id| self.clients[client].log.insert(id));
                 let after = ms(self.rng.random_range(0..3000));
                 self.at(after, Event::Taken { client, received });
                 if let Sender::Anonymous(tag) = sender {
@@ -522,7 +521,7 @@ impl World {
     }
 }
 
-fn options(wall: UnixTime, known: Vec<MessageId>) -> MessageOptions {
+fn options(wall: UnixTime, known: TakenIds) -> MessageOptions {
     MessageOptions {
         sizes: MessageSizes::new(2031).unwrap(),
         give_up_after: GIVE_UP,
@@ -535,7 +534,7 @@ fn options(wall: UnixTime, known: Vec<MessageId>) -> MessageOptions {
 impl Client {
     fn new(now: Instant, rng: &mut StdRng) -> Self {
         let address = address(rng);
-        let core = Messages::new(now, options(WALL, Vec::new()));
+        let core = Messages::new(now, options(WALL, TakenIds::default()));
         let (surbs, log) = Default::default();
         let gateway = Gateway { line: ms(10), ..Gateway::default() };
         Self {

@@ -7,7 +7,7 @@ use rand::{RngExt, SeedableRng};
 use rand::rngs::StdRng;
 
 use super::credit::{BARE_INTERVAL, INITIAL_CREDIT};
-use super::fragment::{Fragment, MessageId};
+use super::fragment::{Fragment, Hour, MessageId};
 use super::packet::{AckStatus, MessageSizes, ReplyContents};
 use super::testing::{identifier, made_surb};
 use super::*;
@@ -39,7 +39,7 @@ impl Fixture {
             give_up_after,
             wall: WALL,
             unknown_delays: Duration::ZERO,
-            known: Vec::new(),
+            known: TakenIds::default(),
         };
         let now = Instant::now();
         let mut core = Messages::new(now, options);
@@ -87,12 +87,14 @@ impl Fixture {
     /// A body comes that fits one fragment.
     fn deliver(&mut self, number: u64, body: &[u8]) {
         let id = MessageId([u8::try_from(number).unwrap(); 16]);
-        let fragment = Fragment { id, index: 0, count: 1, bytes: body }.to_bytes(sizes());
+        let hour = Hour::of(WALL);
+        let fragment = Fragment { id, hour, index: 0, count: 1, bytes: body }.to_bytes(sizes());
         self.core.handle_delivery(self.now, number, &fragment);
     }
 
     fn reply_contents(&mut self, id: u8, body: &[u8]) -> Vec<u8> {
-        let fragment = Fragment { id: MessageId([id; 16]), index: 0, count: 1, bytes: body };
+        let id = MessageId([id; 16]);
+        let fragment = Fragment { id, hour: Hour(0), index: 0, count: 1, bytes: body };
         let ack_surb = self.surbs(1).remove(0).surb;
         ReplyContents { ack_surb, fragment: &fragment.to_bytes(sizes()) }.compose()
     }
