@@ -24,6 +24,7 @@ use rand::RngExt;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use zeroize::Zeroizing;
 
 use crate::documents::Documents;
 use crate::drops::{DropReason, Drops};
@@ -236,7 +237,7 @@ impl Endpoint {
     }
 
     /// Opens the boxes of deliveries, in their order.
-    pub fn open_boxes(&self, deliveries: &[KeptBox]) -> Vec<Result<Vec<u8>, OpenBoxError>> {
+    pub fn open_boxes(&self, deliveries: &[KeptBox]) -> Vec<Result<Zeroizing<Vec<u8>>, OpenBoxError>> {
         let boxes: Vec<_> = deliveries.iter().map(|kept| &kept.sealed[..]).collect();
         open_boxes(&self.key, &boxes)
     }

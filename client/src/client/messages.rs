@@ -17,6 +17,7 @@ use mixsocks_sphinx::{HopAddress, Identifier, Packet, RecoverError, ReplyRecover
 use tokio::sync::Notify;
 use tokio::task::yield_now;
 use tokio::time::sleep;
+use zeroize::Zeroizing;
 
 use super::{ClientError, Shared, State};
 use crate::core::ClientCore;
@@ -49,7 +50,9 @@ pub(super) struct Recovery {
 /// The messages of a client. Its locks are taken behind that of the sessions, and for moments.
 pub(super) struct Mail {
     core: Mutex<Core>,
-    arrivals: tokio::sync::Mutex<Arrivals>,
+    log: Mutex<Log>,
+    /// The message that is handed out next, once it is written down.
+    next_received: tokio::sync::Mutex<Option<Received>>,
     /// There may be an outcome.
     has_outcomes: Notify,
     /// There may be a message that came.
@@ -58,6 +61,8 @@ pub(super) struct Mail {
     has_room: Notify,
     wake_confirmer: Notify,
     wake_refiller: Notify,
+    /// SURBs may have come.
+    wake_writer: Notify,
 }
 
 struct Core {
@@ -68,10 +73,9 @@ struct Core {
     oldest_key_epoch: u64,
 }
 
-struct Arrivals {
-    /// The message that is handed out next, once it is written down.
-    next: Option<Received>,
-    log: Option<ReceivedLog>,
+/// What was received, as it is written down.
+struct Log {
+    file: Option<ReceivedLog>,
     /// The user was told that the log cannot be written.
     told: bool,
 }
@@ -110,12 +114,14 @@ impl Mail {
         let messages = Messages::new(Instant::now(), options);
         Ok(Self {
             core: Mutex::new(Core { messages, unfetched: 0, oldest_key_epoch: 0 }),
-            arrivals: tokio::sync::Mutex::new(Arrivals { next: None, log, told: false }),
+            log: Mutex::new(Log { file: log, told: false }),
+            next_received: tokio::sync::Mutex::default(),
             has_outcomes: Notify::new(),
             has_received: Notify::new(),
             has_room: Notify::new(),
             wake_confirmer: Notify::new(),
             wake_refiller: Notify::new(),
+            wake_writer: Notify::new(),
         })
     }
 
@@ -134,6 +140,13 @@ impl Mail {
         self.has_room.notify_waiters();
         self.wake_confirmer.notify_one();
         self.wake_refiller.notify_one();
+        self.wake_writer.notify_one();
+    }
+
+    /// Writes down that a message is received, if it has to be. Whether it is.
+    fn write_down(&self, received: ReceivedId) -> bool {
+        let Some(id) = received.to_remember() else { return true };
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).append(id)
     }
 }
 
@@ -275,16 +288,15 @@ impl Shared {
     /// Waits for a message; one that is not handed out because nobody waits any more is kept.
     pub(crate) async fn next_received(&self) -> Option<Received> {
         let mail = self.mail.as_ref()?;
-        let mut arrivals = mail.arrivals.lock().await;
+        let mut next = mail.next_received.lock().await;
         loop {
-            if arrivals.next.is_none() {
-                arrivals.next = mail.lock().messages.poll_received();
+            if next.is_none() {
+                *next = mail.lock().messages.poll_received();
             }
-            match &arrivals.next {
-                Some(next) => {
-                    let id = next.received.to_remember();
-                    if arrivals.write_down(id) {
-                        return arrivals.next.take();
+            match &*next {
+                Some(came) => {
+                    if mail.write_down(came.received) {
+                        return next.take();
                     }
                     if self.lock().closed {
                         return None;
@@ -312,10 +324,9 @@ impl Shared {
     }
 }
 
-impl Arrivals {
-    /// Writes down that a message is received, if it has to be. Whether it is.
-    fn write_down(&mut self, id: Option<TakenId>) -> bool {
-        let (Some(id), Some(log)) = (id, &mut self.log) else { return true };
+impl Log {
+    fn append(&mut self, id: TakenId) -> bool {
+        let Some(log) = &mut self.file else { return true };
         match log.append(id, Hour::of(unix_time())) {
             Ok(()) => self.told = false,
             Err(error) => {
@@ -392,23 +403,23 @@ impl Shared {
                 }
                 Transmit::Reply { surb, fragment, ack_surb } => {
                     let contents = ReplyContents { ack_surb, fragment: &fragment }.compose();
-                    by_surbs.push((surb, contents));
+                    by_surbs.push((surb, Zeroizing::new(contents)));
                 }
                 Transmit::Acknowledgement { surb } => {
-                    by_surbs.push((surb, AckStatus::Stored.to_bytes().to_vec()));
+                    by_surbs.push((surb, Zeroizing::new(AckStatus::Stored.to_bytes().to_vec())));
                 }
             }
         }
         let mut packets = self.build_fragments(messages);
         let (surbs, contents): (Vec<_>, Vec<_>) = by_surbs.into_iter().unzip();
-        let requests = surbs.into_iter().zip(contents.iter().map(Vec::as_slice)).collect();
+        let requests = surbs.into_iter().zip(contents.iter().map(|contents| contents.as_slice())).collect();
         packets.extend(self.endpoint.build_replies(requests));
         packets
     }
 
     fn build_fragments(
         &self,
-        messages: Vec<(Address, Vec<u8>, Surb, Identifier)>,
+        messages: Vec<(Address, Zeroizing<Vec<u8>>, Surb, Identifier)>,
     ) -> Vec<(HopAddress, Packet)> {
         let Some(mail) = self.mail.as_ref().filter(|_| !messages.is_empty()) else {
             return Vec::new();
@@ -466,6 +477,7 @@ impl Shared {
         for ((way, purpose), contents) in whose.into_iter().zip(recovered) {
             match contents {
                 Ok(contents) => {
+                    let contents = Zeroizing::new(contents);
                     core.messages.handle_by_surb(now, purpose, &contents);
                     state.core.message_came(now, &way);
                 }
@@ -558,6 +570,22 @@ impl Shared {
         while let Ok(room) = self.endpoint.confirmations().try_reserve() {
             let Some(number) = mail.lock().messages.poll_confirmation() else { return };
             room.send(number);
+        }
+    }
+
+    /// Takes in the SURBs that others send when they were asked for them, once it is written down.
+    pub(super) async fn take_in_surbs(self: Arc<Self>) {
+        let Some(mail) = &self.mail else { return };
+        loop {
+            let Some(received) = mail.lock().messages.poll_surbs() else {
+                mail.wake_writer.notified().await;
+                continue;
+            };
+            while !mail.write_down(received) {
+                sleep(LOG_RETRY).await;
+            }
+            self.message_taken(received);
+            self.wake_senders.notify_one();
         }
     }
 

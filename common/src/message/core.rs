@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use mixsocks_sphinx::{Identifier, Surb};
 use rand::{Rng, RngExt};
+use zeroize::Zeroizing;
 
 use super::awaited::{AckSurbs, Awaited, MadeSurb};
 use super::body::{Body, ReplySurbs, SenderTag};
@@ -29,10 +30,11 @@ pub const GIVE_UP_AFTER: Duration = Duration::from_secs(10 * 60);
 pub const MAX_GIVE_UP_AFTER: Duration = Duration::from_secs(20 * 60);
 const _: () = assert!(MAX_GIVE_UP_AFTER.as_secs() + 10 * 60 <= INCOMPLETE_AGE.as_secs());
 
-/// Most acknowledgements that are awaited, late ones among them; the oldest are given up first.
+/// Most acknowledgements that are awaited, late ones among them; the oldest of the
+/// destination with the most are given up first.
 pub const MAX_AWAITED_ACKS: usize = 32 * 1024;
 
-/// Most replies that are awaited; the oldest are given up first.
+/// Most replies that are awaited; the oldest of the recipient with the most are given up first.
 pub const MAX_AWAITED_REPLIES: usize = 32 * 1024;
 
 /// Most acknowledgements of replies that wait to be sent. Beyond, the oldest are dropped: the replier
@@ -63,7 +65,7 @@ pub enum Transmit {
         /// To whom; also the encryption key of the box.
         recipient: Address,
         /// The fragment, not sealed yet.
-        fragment: Vec<u8>,
+        fragment: Zeroizing<Vec<u8>>,
         /// For the acknowledgement.
         ack_surb: Surb,
         /// Names that.
@@ -74,7 +76,7 @@ pub enum Transmit {
         /// What it is sent by.
         surb: Surb,
         /// The fragment.
-        fragment: Vec<u8>,
+        fragment: Zeroizing<Vec<u8>>,
         /// For the acknowledgement.
         ack_surb: Surb,
     },
@@ -226,12 +228,15 @@ pub struct Messages<R> {
     inbox: Inbox,
     stock: ReplyStock,
     conversations: Conversations,
-    acks: Awaited<R, Piece>,
-    replies: Awaited<R, Address>,
+    acks: Awaited<R, Piece, Destination>,
+    replies: Awaited<R, Address, Address>,
     owed_acks: VecDeque<Surb>,
     /// Refills on their way: the application knows nothing of them.
     refills: BTreeMap<MessageId, Address>,
     received: VecDeque<Received>,
+    /// Bodies of SURBs only, until it is written down that they came; and those that are to be.
+    surbs_came: BTreeMap<Key, Zeroizing<Vec<u8>>>,
+    unwritten: VecDeque<ReceivedId>,
     dropped: Dropped,
 }
 
@@ -252,6 +257,8 @@ impl<R> Messages<R> {
             owed_acks: VecDeque::new(),
             refills: BTreeMap::new(),
             received: VecDeque::new(),
+            surbs_came: BTreeMap::new(),
+            unwritten: VecDeque::new(),
             dropped: Dropped::default(),
         }
     }
@@ -288,7 +295,7 @@ impl<R> Messages<R> {
     ) -> Result<MessageId, SendError> {
         self.check_send(message.len(), reply_surbs.len())?;
         let body = if reply_surbs.is_empty() {
-            Body::Plain(message).to_bytes()
+            Zeroizing::new(Body::Plain(message).to_bytes())
         } else {
             self.with_surbs(rng, recipient, reply_surbs, Some(message))
         };
@@ -324,7 +331,7 @@ impl<R> Messages<R> {
         if !self.stock.knows(sender_tag) {
             return Err(SendError::UnknownSender);
         }
-        let body = Body::Plain(message).to_bytes();
+        let body = Zeroizing::new(Body::Plain(message).to_bytes());
         Ok(self.push(now, rng, Destination::Sender(sender_tag), body))
     }
 
@@ -351,8 +358,10 @@ impl<R> Messages<R> {
             return Ok(());
         }
         self.check_surbs(surbs.len(), 0)?;
+        self.conversations.on_refill(&recipient, surbs.len());
         let body = self.with_surbs(rng, recipient, surbs, None);
         let id = self.push(now, rng, Destination::Recipient(recipient), body);
+        self.outbox.begin_slowly(id);
         self.refills.insert(id, recipient);
         Ok(())
     }
@@ -384,8 +393,19 @@ impl<R> Messages<R> {
         self.received.pop_front()
     }
 
+    /// SURBs came without a message: when that is written down, [`Messages::taken`] is to be called.
+    /// Used before, they would come once more after a restart, and each works only once.
+    pub fn poll_surbs(&mut self) -> Option<ReceivedId> {
+        self.unwritten.pop_front()
+    }
+
     /// The application has the message: its deliveries are confirmed.
     pub fn taken(&mut self, received: ReceivedId) {
+        if let Some(body) = self.surbs_came.remove(&received.key)
+            && let Ok(Body::Surbs(surbs)) = Body::parse(&body)
+        {
+            self.dropped.surbs += self.stock.add(&surbs) as u64;
+        }
         self.inbox.taken(received.key);
     }
 
@@ -476,11 +496,11 @@ impl<R> Messages<R> {
         rng: &mut impl Rng,
         surb: Surb,
         number: u16,
-    ) -> (Surb, (MessageId, u16), Vec<u8>) {
+    ) -> (Surb, (MessageId, u16), Zeroizing<Vec<u8>>) {
         let id = draw_id(rng);
         let body = Body::Request(number).to_bytes();
         let fragment = Fragment { id, hour: Hour(0), index: 0, count: 1, bytes: &body };
-        let fragment = fragment.to_bytes(self.sizes);
+        let fragment = Zeroizing::new(fragment.to_bytes(self.sizes));
         (surb, (id, 0), fragment)
     }
 
@@ -492,7 +512,7 @@ impl<R> Messages<R> {
         destination: Destination,
     ) -> Surb {
         let piece = self.outbox.sent(now, &made, piece, destination);
-        self.acks.insert(made, piece)
+        self.acks.insert(made, piece, destination)
     }
 
     fn push(
@@ -500,7 +520,7 @@ impl<R> Messages<R> {
         now: Instant,
         rng: &mut impl Rng,
         destination: Destination,
-        body: Vec<u8>,
+        body: Zeroizing<Vec<u8>>,
     ) -> MessageId {
         let id = draw_id(rng);
         // Nobody keeps replies, so that their hour would tell something for nothing.
@@ -527,16 +547,16 @@ impl<R> Messages<R> {
         recipient: Address,
         made: Vec<MadeSurb<R>>,
         message: Option<&[u8]>,
-    ) -> Vec<u8> {
+    ) -> Zeroizing<Vec<u8>> {
         let sender_tag = self.conversations.tag(rng, recipient);
         let key_epoch = made.iter().map(|made| made.key_epoch).min().unwrap_or(0);
-        let surbs: Vec<_> =
-            made.into_iter().map(|made| *self.replies.insert(made, recipient).as_bytes()).collect();
+        let mut expect = |made| *self.replies.insert(made, recipient, recipient).as_bytes();
+        let surbs: Vec<_> = made.into_iter().map(&mut expect).collect();
         let given = ReplySurbs { sender_tag, key_epoch, surbs: &surbs };
-        match message {
+        Zeroizing::new(match message {
             Some(message) => Body::WithSurbs(given, message).to_bytes(),
             None => Body::Surbs(given).to_bytes(),
-        }
+        })
     }
 
     // --- What comes.
@@ -659,9 +679,10 @@ impl<R> Messages<R> {
                 self.dropped.surbs += self.stock.add(&surbs) as u64;
                 (Sender::Anonymous(surbs.sender_tag), message)
             }
-            (Origin::Gateway, Ok(Body::Surbs(surbs))) => {
-                self.dropped.surbs += self.stock.add(&surbs) as u64;
-                return self.inbox.taken(key);
+            (Origin::Gateway, Ok(Body::Surbs(_))) => {
+                self.unwritten.push_back(ReceivedId { key, hour });
+                self.surbs_came.insert(key, body);
+                return;
             }
             (Origin::Replier(address), Ok(Body::Plain(message))) => {
                 (Sender::Replier(address), message)

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
+use zeroize::Zeroizing;
+
 use super::SenderTag;
 use super::fragment::{Fragment, Hour, MessageId};
 use super::packet::MessageSizes;
@@ -64,7 +66,7 @@ pub(super) enum Kept {
 struct Incomplete {
     count: u16,
     hour: Hour,
-    fragments: BTreeMap<u16, Box<[u8]>>,
+    fragments: BTreeMap<u16, Zeroizing<Vec<u8>>>,
     numbers: BTreeSet<u64>,
     /// Counts up, to tell the newest.
     begun: u64,
@@ -85,7 +87,7 @@ struct Complete {
 pub(super) struct Arrived {
     pub(super) key: Key,
     pub(super) hour: Hour,
-    pub(super) body: Vec<u8>,
+    pub(super) body: Zeroizing<Vec<u8>>,
 }
 
 /// What is known of a fragment's place.
@@ -152,7 +154,7 @@ impl Shelf {
         self.by_news.insert((now, key));
         incomplete.last_news = now;
         incomplete.numbers.extend(number);
-        incomplete.fragments.insert(fragment.index, fragment.bytes.into());
+        incomplete.fragments.insert(fragment.index, Zeroizing::new(fragment.bytes.to_vec()));
     }
 
     /// A piece came once more that is there already: its sender still tries.
@@ -380,7 +382,7 @@ impl Inbox {
         let incomplete = shelf.remove(&key, fragment_bytes)?;
         let held_bytes = incomplete.fragments.len() * fragment_bytes;
         shelf.held_bytes += held_bytes;
-        let mut body = Vec::with_capacity(held_bytes);
+        let mut body = Zeroizing::new(Vec::with_capacity(held_bytes));
         for bytes in incomplete.fragments.values() {
             body.extend_from_slice(bytes);
         }
@@ -507,7 +509,7 @@ mod tests {
         assert_eq!(handle(&mut inbox, now, 1, &fragment(0, 0, 2)), Kept::Yes);
         assert_eq!(handle(&mut inbox, now, 2, &fragment(0, 1, 2)), Kept::Complete);
         let arrived = inbox.assemble((Origin::Gateway, id(0))).unwrap();
-        assert_eq!(arrived.body, b"piecepiece");
+        assert_eq!(arrived.body[..], *b"piecepiece");
         assert_eq!(inbox.confirmations(), []);
         // The same deliveries again, and a copy that the sender sent again.
         assert_eq!(handle(&mut inbox, now, 1, &fragment(0, 0, 2)), Kept::Yes);
@@ -749,7 +751,7 @@ mod tests {
                 }
             }
             prop_assert_eq!(arrived.len(), 1);
-            prop_assert_eq!(&arrived[0].body, &body);
+            prop_assert_eq!(&*arrived[0].body, &body);
             prop_assert_eq!(inbox.counts().2, usize::from(count) * 1587);
         }
     }

@@ -47,6 +47,10 @@ pub(super) struct Lane {
     pub(super) messages: usize,
     /// Of those, the ones with fragments to send.
     pub(super) waiting: VecDeque<MessageId>,
+    /// Fragments to send.
+    pub(super) unsent: usize,
+    /// When it is its turn, as a number that counts up.
+    pub(super) turn: u64,
     pub(super) under_way: usize,
     window: Window,
     queueing: Queueing,
@@ -61,10 +65,12 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    pub(super) fn new(now: Instant, unknown_delays: Duration) -> Self {
+    pub(super) fn new(now: Instant, unknown_delays: Duration, turn: u64) -> Self {
         Self {
             messages: 0,
             waiting: VecDeque::new(),
+            unsent: 0,
+            turn,
             under_way: 0,
             window: Window::new(now, INITIAL_WINDOW, MIN_WINDOW, MAX_WINDOW),
             queueing: Queueing::new(now, unknown_delays.as_secs_f64()),
@@ -152,7 +158,7 @@ mod tests {
     #[test]
     fn silence_doubles_the_wait_once_for_all_that_left_together() {
         let start = Instant::now();
-        let mut lane = Lane::new(start, Duration::ZERO);
+        let mut lane = Lane::new(start, Duration::ZERO, 0);
         let first = lane.ack_wait();
         let later = start + first;
         for _ in 0..50 {
@@ -178,7 +184,7 @@ mod tests {
     #[test]
     fn losses_between_acknowledgements_double_nothing() {
         let start = Instant::now();
-        let mut lane = Lane::new(start, Duration::ZERO);
+        let mut lane = Lane::new(start, Duration::ZERO, 0);
         lane.on_progress(start + MARGIN);
         lane.on_vain_wait(start + 9 * MARGIN, start);
         assert_eq!(lane.vain_waits, 0);
@@ -187,7 +193,7 @@ mod tests {
     #[test]
     fn refusals_pause_for_longer_each_time_up_to_the_most() {
         let mut now = Instant::now();
-        let mut lane = Lane::new(now, Duration::ZERO);
+        let mut lane = Lane::new(now, Duration::ZERO, 0);
         let mut pauses = Vec::new();
         for _ in 0..9 {
             lane.obstruct(now, Obstacle::ShareFull);

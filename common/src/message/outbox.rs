@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use mixsocks_sphinx::Identifier;
+use zeroize::Zeroizing;
 
 use super::awaited::MadeSurb;
 use super::credit::AckCredits;
@@ -21,6 +22,10 @@ pub const MAX_OUTGOING_BYTES: usize = 64 * 1024 * 1024;
 
 /// Most fragments under way to all destinations: four of the largest windows.
 pub const MAX_UNDER_WAY: usize = 8192;
+
+/// Packets with which a message begins that somebody else has asked for, and which is to be no burst;
+/// each acknowledgement lets two more go.
+const SLOW_BEGINNING: usize = 4;
 
 /// Where a message goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -63,13 +68,16 @@ struct Outgoing {
     destination: Destination,
     /// When it was sent; of replies zero.
     hour: Hour,
-    body: Vec<u8>,
+    body: Zeroizing<Vec<u8>>,
     acked: Vec<bool>,
     unacked: usize,
     /// The first fragment that was never sent, and those that must be sent again.
     next: u16,
     lost: BTreeSet<u16>,
+    /// It is among those that wait in its lane: it has something to send, and may.
     is_waiting: bool,
+    begins_slowly: bool,
+    under_way: usize,
     /// As if no time that the machine has slept were missing.
     give_up_at: Instant,
 }
@@ -81,6 +89,12 @@ impl Outgoing {
 
     fn has_unsent(&self) -> bool {
         !self.lost.is_empty() || self.next < self.count()
+    }
+
+    /// Whether a fragment may leave now.
+    fn may_send(&self) -> bool {
+        let acked = self.acked.len() - self.unacked;
+        self.has_unsent() && (!self.begins_slowly || self.under_way < SLOW_BEGINNING + acked)
     }
 
     fn unsent(&self) -> usize {
@@ -112,7 +126,8 @@ pub(super) struct Outbox {
     lanes: BTreeMap<Destination, Lane>,
     credits: AckCredits,
     /// The destination that is asked first for the next packet.
-    turn: VecDeque<Destination>,
+    turns: BTreeMap<u64, Destination>,
+    next_turn: u64,
     under_way: HashMap<Identifier, Piece>,
     by_due: BTreeSet<(Instant, Identifier)>,
     by_give_up: BTreeSet<(Instant, MessageId)>,
@@ -134,7 +149,8 @@ impl Outbox {
             bytes: 0,
             lanes: BTreeMap::new(),
             credits: AckCredits::default(),
-            turn: VecDeque::new(),
+            turns: BTreeMap::new(),
+            next_turn: 0,
             under_way: HashMap::new(),
             by_due: BTreeSet::new(),
             by_give_up: BTreeSet::new(),
@@ -160,16 +176,18 @@ impl Outbox {
         now: Instant,
         (id, hour): (MessageId, Hour),
         destination: Destination,
-        body: Vec<u8>,
+        body: Zeroizing<Vec<u8>>,
     ) {
         let count = fragment_count(body.len(), self.sizes).expect("bodies are short enough");
         self.bytes += body.len();
         let unknown_delays = self.unknown_delays;
         let lane = self.lanes.entry(destination).or_insert_with(|| {
-            self.turn.push_back(destination);
-            Lane::new(now, unknown_delays)
+            self.next_turn += 1;
+            self.turns.insert(self.next_turn, destination);
+            Lane::new(now, unknown_delays, self.next_turn)
         });
         lane.messages += 1;
+        lane.unsent += usize::from(count);
         lane.waiting.push_back(id);
         let give_up_at = now + self.slept + self.give_up_after;
         self.by_give_up.insert((give_up_at, id));
@@ -182,14 +200,23 @@ impl Outbox {
             next: 0,
             lost: BTreeSet::new(),
             is_waiting: true,
+            begins_slowly: false,
+            under_way: 0,
             give_up_at,
         };
         self.messages.insert(id, outgoing);
     }
 
+    /// A message that was just pushed is to be no burst.
+    pub(super) fn begin_slowly(&mut self, id: MessageId) {
+        if let Some(outgoing) = self.messages.get_mut(&id) {
+            outgoing.begins_slowly = true;
+        }
+    }
+
     /// Destinations in the order of their turns.
     pub(super) fn turns(&self) -> impl Iterator<Item = Destination> {
-        self.turn.iter().copied()
+        self.turns.values().copied()
     }
 
     /// Whether a fragment may go to the destination now, and how many wait there.
@@ -201,41 +228,39 @@ impl Outbox {
         if !lane.may_send(now) || !self.credits.may_give(now, &destination) {
             return None;
         }
-        let unsent = |id| self.messages.get(id).map_or(0, Outgoing::unsent);
-        let unsent: usize = lane.waiting.iter().map(unsent).sum();
-        (unsent > 0).then_some(unsent)
+        (!lane.waiting.is_empty()).then_some(lane.unsent)
     }
 
     /// The next fragment for the destination; the others have their turn first next time.
     pub(super) fn take_fragment(
         &mut self,
         destination: Destination,
-    ) -> Option<(MessageId, u16, Vec<u8>)> {
+    ) -> Option<(MessageId, u16, Zeroizing<Vec<u8>>)> {
         let lane = self.lanes.get_mut(&destination)?;
-        while let Some(id) = lane.waiting.pop_front() {
-            let Some(outgoing) = self.messages.get_mut(&id) else { continue };
-            let Some(index) = outgoing.take_unsent() else {
-                outgoing.is_waiting = false;
-                continue;
-            };
-            if outgoing.has_unsent() {
-                lane.waiting.push_back(id);
-            } else {
-                outgoing.is_waiting = false;
-            }
-            let fragment = Fragment::of_body((id, outgoing.hour), &outgoing.body, index, self.sizes)
-                .expect("an index below the count")
-                .to_bytes(self.sizes);
-            self.end_turn(destination);
-            return Some((id, index, fragment));
+        let id = lane.waiting.pop_front()?;
+        let outgoing = self.messages.get_mut(&id).expect("those that wait are there");
+        let index = outgoing.take_unsent().expect("those that wait have something to send");
+        lane.unsent -= 1;
+        outgoing.under_way += 1;
+        outgoing.is_waiting = outgoing.may_send();
+        if outgoing.is_waiting {
+            lane.waiting.push_back(id);
         }
-        None
+        let fragment = Fragment::of_body((id, outgoing.hour), &outgoing.body, index, self.sizes)
+            .expect("an index below the count")
+            .to_bytes(self.sizes);
+        self.end_turn(destination);
+        Some((id, index, Zeroizing::new(fragment)))
     }
 
     /// The others have their turn first next time.
     pub(super) fn end_turn(&mut self, destination: Destination) {
-        self.turn.retain(|other| *other != destination);
-        self.turn.push_back(destination);
+        if let Some(lane) = self.lanes.get_mut(&destination) {
+            self.turns.remove(&lane.turn);
+            self.next_turn += 1;
+            lane.turn = self.next_turn;
+            self.turns.insert(lane.turn, destination);
+        }
     }
 
     /// A fragment leaves; its acknowledgement comes by this SURB, of which the delays are known.
@@ -321,8 +346,11 @@ impl Outbox {
             }
         }
         let Some(outgoing) = outgoing.filter(|_| !is_copy) else { return };
-        outgoing.lost.remove(&piece.index);
         outgoing.unacked -= 1;
+        let was_lost = outgoing.lost.remove(&piece.index);
+        if was_lost && let Some(lane) = self.lanes.get_mut(&piece.destination) {
+            lane.unsent -= 1;
+        }
         self.by_give_up.remove(&(outgoing.give_up_at, piece.message));
         // The recipient has had news at some time since it left; maybe long before the acknowledgement.
         let give_up_at = piece.sent + piece.slept + self.give_up_after;
@@ -330,6 +358,8 @@ impl Outbox {
         self.by_give_up.insert((outgoing.give_up_at, piece.message));
         if outgoing.unacked == 0 {
             self.end(piece.message, Outcome::Delivered);
+        } else {
+            self.queue(piece.message);
         }
     }
 
@@ -340,7 +370,23 @@ impl Outbox {
         if let Some(lane) = self.lanes.get_mut(&piece.destination) {
             lane.under_way -= 1;
         }
+        if let Some(outgoing) = self.messages.get_mut(&piece.message) {
+            outgoing.under_way -= 1;
+        }
+        self.queue(piece.message);
         Some(piece)
+    }
+
+    /// Has a message wait in its lane if it may send, and not if it has nothing to send any more.
+    fn queue(&mut self, id: MessageId) {
+        let Some(outgoing) = self.messages.get_mut(&id) else { return };
+        let Some(lane) = self.lanes.get_mut(&outgoing.destination) else { return };
+        let may_send = outgoing.may_send();
+        match (std::mem::replace(&mut outgoing.is_waiting, may_send), may_send) {
+            (false, true) => lane.waiting.push_front(id),
+            (true, false) => lane.waiting.retain(|waiting| *waiting != id),
+            (false, false) | (true, true) => {}
+        }
     }
 
     /// The fragment must be sent again, if it is still needed.
@@ -349,12 +395,11 @@ impl Outbox {
         if outgoing.acked.get(piece.position()) != Some(&false) {
             return;
         }
-        outgoing.lost.insert(piece.index);
-        if !std::mem::replace(&mut outgoing.is_waiting, true)
-            && let Some(lane) = self.lanes.get_mut(&piece.destination)
-        {
-            lane.waiting.push_front(piece.message);
+        let is_new = outgoing.lost.insert(piece.index);
+        if is_new && let Some(lane) = self.lanes.get_mut(&piece.destination) {
+            lane.unsent += 1;
         }
+        self.queue(piece.message);
     }
 
     fn obstruct(&mut self, now: Instant, destination: Destination, obstacle: Obstacle) {
@@ -369,16 +414,20 @@ impl Outbox {
         self.by_give_up.remove(&(outgoing.give_up_at, id));
         if let Some(lane) = self.lanes.get_mut(&outgoing.destination) {
             lane.messages -= 1;
-            lane.waiting.retain(|waiting| *waiting != id);
+            lane.unsent -= outgoing.unsent();
+            if outgoing.is_waiting {
+                lane.waiting.retain(|waiting| *waiting != id);
+            }
         }
         self.outcomes.push_back((id, outcome));
         self.forget_idle_lane(outgoing.destination);
     }
 
     fn forget_idle_lane(&mut self, destination: Destination) {
-        if self.lanes.get(&destination).is_some_and(Lane::is_idle) {
-            self.lanes.remove(&destination);
-            self.turn.retain(|other| *other != destination);
+        if self.lanes.get(&destination).is_some_and(Lane::is_idle)
+            && let Some(lane) = self.lanes.remove(&destination)
+        {
+            self.turns.remove(&lane.turn);
         }
     }
 

@@ -417,6 +417,10 @@ impl World {
             let next = self.clients[client].core.poll_timeout(now);
             assert!(next.is_none_or(|next| next > now), "a deadline survives its handling");
         }
+        while let Some(received) = self.clients[client].core.poll_surbs() {
+            self.clients[client].write_down(received);
+            self.clients[client].core.taken(received);
+        }
         while let Some(event) = self.clients[client].core.poll_event() {
             self.tell(client, event);
         }
@@ -474,7 +478,7 @@ impl World {
             MessageEvent::Received { received, message, sender } => {
                 let name = u64::from_be_bytes(*message.first_chunk().unwrap());
                 self.sent.get_mut(&name).unwrap().received += 1;
-                received.to_remember().map(|id| self.clients[client].log.insert(id));
+                self.clients[client].write_down(received);
                 let after = ms(self.rng.random_range(0..3000));
                 self.at(after, Event::Taken { client, received });
                 if let Sender::Anonymous(tag) = sender {
@@ -547,6 +551,12 @@ impl Client {
             behind: ms(0),
             surbs,
             log,
+        }
+    }
+
+    fn write_down(&mut self, received: ReceivedId) {
+        if let Some(id) = received.to_remember() {
+            self.log.insert(id);
         }
     }
 

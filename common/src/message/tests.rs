@@ -388,10 +388,112 @@ fn requests_are_granted_up_to_the_allowance() {
         while let Some(refill) = fixture.core.poll_refill() {
             assert_eq!(refill.recipient, to);
             assert!(refill.surbs <= MAX_REPLY_SURBS);
-            granted += refill.surbs;
+            granted += fixture.refill(refill);
         }
     }
     assert_eq!(granted, REFILL_ALLOWANCE + REFILL_FACTOR * 20);
+}
+
+impl Fixture {
+    /// Asks for as many SURBs as may go with a message, by this SURB.
+    fn request(&mut self, surb: u64) -> Option<Refill> {
+        let body = Body::Request(u16::MAX).to_bytes();
+        let contents = self.reply_contents(u8::try_from(surb).unwrap(), &body);
+        assert!(self.by_surb(surb, &contents));
+        self.core.poll_refill()
+    }
+
+    /// Sends the SURBs and delivers them at once; how many.
+    fn refill(&mut self, Refill { recipient, surbs }: Refill) -> usize {
+        let made = self.surbs(surbs);
+        self.core.refill(self.now, &mut self.rng, recipient, made).unwrap();
+        while let Some(transmit) = self.transmit() {
+            if let Transmit::Message { ack, .. } = transmit {
+                let ack = u64::from_be_bytes(*ack.first_chunk().unwrap());
+                assert!(self.by_surb(ack, &AckStatus::Stored.to_bytes()));
+            }
+        }
+        assert_eq!(self.core.poll_event(), None, "the application knows nothing of it");
+        surbs
+    }
+}
+
+#[test]
+fn what_was_not_sent_is_not_counted_as_given() {
+    let mut fixture = Fixture::new();
+    let to = fixture.address();
+    fixture.send(to, b"m", 20).unwrap();
+    // There was no route for them: nothing is refilled.
+    for surb in 1..=10 {
+        assert_eq!(fixture.request(surb), Some(Refill { recipient: to, surbs: MAX_REPLY_SURBS }));
+    }
+}
+
+/// Whoever asks and watches the line of the client sees no burst.
+#[test]
+fn a_refill_begins_with_few_packets_and_grows_with_its_acknowledgements() {
+    let mut fixture = Fixture::new();
+    let to = fixture.address();
+    fixture.send(to, b"m", 1).unwrap();
+    let ack = fixture.transmit_message().unwrap();
+    assert!(fixture.by_surb(ack, &AckStatus::Stored.to_bytes()));
+    let refill = fixture.request(1).unwrap();
+    let made = fixture.surbs(refill.surbs);
+    fixture.core.refill(fixture.now, &mut fixture.rng, to, made).unwrap();
+    let mut flights = Vec::new();
+    while fixture.core.counts().outgoing.0 > 0 {
+        let mut acks = Vec::new();
+        while let Some(transmit) = fixture.transmit() {
+            if let Transmit::Message { ack, .. } = transmit {
+                acks.push(u64::from_be_bytes(*ack.first_chunk().unwrap()));
+            }
+        }
+        flights.push(acks.len());
+        for ack in acks {
+            assert!(fixture.by_surb(ack, &AckStatus::Stored.to_bytes()));
+        }
+    }
+    assert_eq!(flights[..4], [4, 8, 16, 32]);
+}
+
+#[test]
+fn surbs_are_taken_in_when_it_is_written_down_that_they_came() {
+    let mut fixture = Fixture::new();
+    let surbs: Vec<_> = fixture.surbs(2).iter().map(|made| *made.surb.as_bytes()).collect();
+    let given = ReplySurbs { sender_tag: SenderTag([5; 16]), key_epoch: 0, surbs: &surbs };
+    fixture.deliver(1, &Body::Surbs(given).to_bytes());
+    assert_eq!((fixture.core.poll_event(), fixture.core.poll_confirmation()), (None, None));
+    let received = fixture.core.poll_surbs().unwrap();
+    assert_eq!(received.to_remember().unwrap().id, MessageId([1; 16]));
+    assert_eq!((fixture.core.counts().reply_surbs, fixture.core.poll_surbs()), ((0, 0), None));
+    fixture.core.taken(received);
+    assert_eq!(fixture.core.counts().reply_surbs, (2, 1));
+    assert_eq!(fixture.core.poll_confirmation(), Some(1));
+    // The same box once more, also after a restart that knows what was written down.
+    fixture.deliver(1, &Body::Surbs(given).to_bytes());
+    assert_eq!((fixture.core.poll_surbs(), fixture.core.poll_confirmation()), (None, Some(1)));
+}
+
+/// Somebody who asks for SURBs again and again costs nobody else theirs.
+#[test]
+fn a_greedy_replier_drives_out_only_its_own() {
+    let mut fixture = Fixture::new();
+    let (modest, greedy) = (fixture.address(), fixture.address());
+    fixture.send(modest, b"m", 10).unwrap();
+    let mut now = 0;
+    while now <= MAX_AWAITED_REPLIES {
+        if fixture.send(greedy, b"m", MAX_REPLY_SURBS).is_err() {
+            panic!("there is room for {now}");
+        }
+        now += MAX_REPLY_SURBS;
+    }
+    assert_eq!(fixture.core.counts().awaited.1, MAX_AWAITED_REPLIES);
+    for surb in 1..=10 {
+        let contents = fixture.reply_contents(7, &Body::Plain(b"answer").to_bytes());
+        assert!(fixture.by_surb(surb, &contents));
+    }
+    let contents = fixture.reply_contents(8, &Body::Plain(b"answer").to_bytes());
+    assert!(!fixture.by_surb(11, &contents), "the first of the greedy one are gone");
 }
 
 #[test]
@@ -437,6 +539,8 @@ fn surbs_of_past_key_epochs_are_neither_used_nor_awaited() {
     let surbs: Vec<_> = given.iter().map(|made| *made.surb.as_bytes()).collect();
     let given = ReplySurbs { sender_tag: SenderTag([5; 16]), key_epoch: 0, surbs: &surbs };
     fixture.deliver(1, &Body::Surbs(given).to_bytes());
+    let received = fixture.core.poll_surbs().unwrap();
+    fixture.core.taken(received);
     let counts = fixture.core.counts();
     assert_eq!((counts.awaited, counts.reply_surbs), ((0, 3), (2, 1)));
     fixture.core.forget_key_epochs_before(1);
