@@ -21,6 +21,11 @@ pub const MAX_HELD_BYTES: usize = 64 * 1024 * 1024;
 /// filled it with pieces would keep out all others, and their bytes are bounded.
 pub const MAX_INCOMPLETE_REPLIES: usize = 4096;
 
+/// Whoever replies may hold so many times what is left of the room for replies, in bytes and in messages
+/// that are incomplete: one has four fifths at most, two have four ninths each, and whoever comes next
+/// always finds some. Nothing that was acknowledged has to go for that.
+const SHARE_OF_REST: usize = 4;
+
 /// A message of which nothing more came for so long, while the gateway had handed over all else, is given
 /// up: three times as long as its sender tries by default.
 pub const INCOMPLETE_AGE: Duration = Duration::from_secs(30 * 60);
@@ -101,6 +106,13 @@ enum Place {
     Conflict,
 }
 
+/// What one origin holds.
+#[derive(Debug, Default)]
+struct Share {
+    incomplete: usize,
+    held_bytes: usize,
+}
+
 /// Messages of one kind of origin, from the gateway or from repliers. Each kind has room of its own, so
 /// that neither keeps the other out.
 #[derive(Debug, Default)]
@@ -113,6 +125,7 @@ struct Shelf {
     begun: u64,
     complete: BTreeMap<Key, Complete>,
     held_bytes: usize,
+    shares: BTreeMap<Origin, Share>,
 }
 
 impl Shelf {
@@ -138,7 +151,9 @@ impl Shelf {
 
     fn insert(&mut self, now: Instant, key: Key, number: Option<u64>, fragment: &Fragment<'_>) {
         let now = self.watch.look(now);
+        let share = self.shares.entry(key.0).or_default();
         let incomplete = self.incomplete.entry(key).or_insert_with(|| {
+            share.incomplete += 1;
             self.begun += 1;
             self.by_begun.insert(self.begun, key);
             Incomplete {
@@ -192,8 +207,40 @@ impl Shelf {
         let incomplete = self.incomplete.remove(key)?;
         self.by_begun.remove(&incomplete.begun);
         self.by_news.remove(&(incomplete.last_news, *key));
-        self.held_bytes -= incomplete.fragments.len() * fragment_bytes;
+        self.release(&key.0, incomplete.fragments.len() * fragment_bytes);
+        if let Some(share) = self.shares.get_mut(&key.0) {
+            share.incomplete -= 1;
+        }
+        self.forget_empty_share(&key.0);
         Some(incomplete)
+    }
+
+    fn hold(&mut self, origin: Origin, bytes: usize) {
+        self.held_bytes += bytes;
+        self.shares.entry(origin).or_default().held_bytes += bytes;
+    }
+
+    fn release(&mut self, origin: &Origin, bytes: usize) {
+        self.held_bytes -= bytes;
+        if let Some(share) = self.shares.get_mut(origin) {
+            share.held_bytes -= bytes;
+        }
+    }
+
+    fn forget_empty_share(&mut self, origin: &Origin) {
+        if self.shares.get(origin).is_some_and(|share| share.held_bytes + share.incomplete == 0) {
+            self.shares.remove(origin);
+        }
+    }
+
+    /// Whether this origin may hold so many bytes more and, if the fragment begins a message of several,
+    /// another incomplete one.
+    fn has_share(&self, origin: &Origin, bytes: usize, is_begun: bool) -> bool {
+        let (held, incomplete) =
+            self.shares.get(origin).map_or((0, 0), |share| (share.held_bytes, share.incomplete));
+        let bytes_left = MAX_HELD_BYTES.saturating_sub(self.held_bytes + bytes);
+        let left = MAX_INCOMPLETE_REPLIES.saturating_sub(self.incomplete.len() + 1);
+        held <= SHARE_OF_REST * bytes_left && (!is_begun || incomplete <= SHARE_OF_REST * left)
     }
 }
 
@@ -346,7 +393,7 @@ impl Inbox {
         }
         let fragment_bytes = self.sizes.fragment_bytes();
         let shelf = self.shelf(&origin);
-        shelf.held_bytes += fragment_bytes;
+        shelf.hold(origin, fragment_bytes);
         shelf.insert(now, key, number, fragment);
         if shelf.is_whole(&key) { Kept::Complete } else { Kept::Yes }
     }
@@ -355,11 +402,10 @@ impl Inbox {
     /// there is room for is completed, instead of a part of everything.
     fn make_room(&mut self, key: &Key, count: u16) -> bool {
         let fragment_bytes = self.sizes.fragment_bytes();
-        if let (Origin::Replier(_), _) = key {
+        if let (origin @ Origin::Replier(_), _) = key {
             // Fragments of replies were acknowledged: none makes room for another one.
-            let is_new = count > 1 && !self.replies.incomplete.contains_key(key);
-            return self.replies.held_bytes + fragment_bytes <= MAX_HELD_BYTES
-                && !(is_new && self.replies.incomplete.len() >= MAX_INCOMPLETE_REPLIES);
+            let is_begun = count > 1 && !self.replies.incomplete.contains_key(key);
+            return self.replies.has_share(origin, fragment_bytes, is_begun);
         }
         let shelf = &mut self.deliveries;
         let begun = shelf.incomplete.get(key).map(|incomplete| incomplete.begun);
@@ -381,7 +427,7 @@ impl Inbox {
         let shelf = self.shelf(&key.0);
         let incomplete = shelf.remove(&key, fragment_bytes)?;
         let held_bytes = incomplete.fragments.len() * fragment_bytes;
-        shelf.held_bytes += held_bytes;
+        shelf.hold(key.0, held_bytes);
         let mut body = Zeroizing::new(Vec::with_capacity(held_bytes));
         for bytes in incomplete.fragments.values() {
             body.extend_from_slice(bytes);
@@ -395,7 +441,8 @@ impl Inbox {
     pub(super) fn taken(&mut self, key: Key) {
         let shelf = self.shelf(&key.0);
         let Some(complete) = shelf.complete.remove(&key) else { return };
-        shelf.held_bytes -= complete.held_bytes;
+        shelf.release(&key.0, complete.held_bytes);
+        shelf.forget_empty_share(&key.0);
         match key {
             (Origin::Gateway, id) => self.taken.insert(TakenId { hour: complete.hour, id }),
             (Origin::Replier(_), _) => self.taken_replies.insert(key),
@@ -649,15 +696,44 @@ mod tests {
     fn half_replies_are_bounded_in_number_and_keep_out_neither_whole_ones_nor_deliveries() {
         let now = Instant::now();
         let mut inbox = inbox(now);
-        let origin = Origin::Replier(address(&mut rand::rng()));
-        for message in 0..4096 {
-            assert_eq!(inbox.handle((now, HOUR), origin, None, &fragment(message, 0, 2)), Kept::Yes);
+        let mut begun = 0;
+        let mut begin = |inbox: &mut Inbox, origin| {
+            begun += 1;
+            inbox.handle((now, HOUR), origin, None, &fragment(begun, 0, 2))
+        };
+        for _ in 0..20 {
+            let origin = Origin::Replier(address(&mut rand::rng()));
+            assert_eq!(begin(&mut inbox, origin), Kept::Yes, "others leave some room");
+            while begin(&mut inbox, origin) == Kept::Yes {}
         }
-        assert_eq!(inbox.handle((now, HOUR), origin, None, &fragment(5000, 0, 2)), Kept::NoRoom);
-        assert_eq!(inbox.counts().0, MAX_INCOMPLETE_REPLIES);
+        assert!(inbox.counts().0 <= MAX_INCOMPLETE_REPLIES);
         assert!(!inbox.wants_again(HOUR), "the gateway has nothing of it");
-        assert_eq!(inbox.handle((now, HOUR), origin, None, &fragment(5001, 0, 1)), Kept::Complete);
-        assert_eq!(handle(&mut inbox, now, 1, &fragment(5002, 0, 2)), Kept::Yes);
+        let origin = Origin::Replier(address(&mut rand::rng()));
+        let whole = inbox.handle((now, HOUR), origin, None, &fragment(99_001, 0, 1));
+        assert_eq!(whole, Kept::Complete);
+        assert_eq!(handle(&mut inbox, now, 1, &fragment(99_002, 0, 2)), Kept::Yes);
+        let incomplete = inbox.counts().0;
+        assert_eq!(wait(&mut inbox, now + INCOMPLETE_AGE), incomplete);
+        assert_eq!(inbox.replies.shares.len(), 1, "what is complete is held still");
+    }
+
+    /// Whoever begins replies and ends none, or sends long ones, keeps nobody else out.
+    #[test]
+    fn one_replier_leaves_room_for_the_replies_of_others() {
+        let now = Instant::now();
+        let mut inbox = inbox(now);
+        let [greedy, other] = [(); 2].map(|()| Origin::Replier(address(&mut rand::rng())));
+        let mut pieces = 0;
+        while inbox.handle((now, HOUR), greedy, None, &fragment(0, pieces, u16::MAX)) == Kept::Yes {
+            pieces += 1;
+        }
+        let body_pieces = super::super::MAX_BODY_BYTES.div_ceil(sizes().fragment_data_bytes());
+        assert!(usize::from(pieces) > 2 * body_pieces, "there is room for the longest messages");
+        let kept = [0, 1].map(|index| {
+            inbox.handle((now, HOUR), other, None, &fragment(1, index, 2))
+        });
+        assert_eq!(kept, [Kept::Yes, Kept::Complete]);
+        assert!(inbox.counts().2 <= MAX_HELD_BYTES);
     }
 
     /// Asking again does not keep pieces for ever, and pieces that were dropped do not either.
