@@ -23,7 +23,7 @@ use super::{ClientError, Shared, State};
 use crate::core::ClientCore;
 use crate::drops::DropReason;
 use crate::endpoint::{Endpoint, unix_time};
-use crate::health::Way;
+use crate::health::{Mixes, Way};
 use crate::messages::{MAX_UNFETCHED, MessengerOptions, ReceivedLog};
 use crate::surbs::ReadySurb;
 
@@ -45,6 +45,15 @@ const LOG_RETRY: Duration = Duration::from_secs(1);
 pub(super) struct Recovery {
     pub(super) recovery: ReplyRecovery,
     pub(super) way: Way,
+    /// The mixes of the packet that is acknowledged, if they are this client's choice.
+    sent_through: Option<Mixes>,
+}
+
+/// What has come by a SURB of a message.
+pub(super) struct Returned {
+    way: Way,
+    sent_through: Option<Mixes>,
+    purpose: Purpose,
 }
 
 /// The messages of a client. Its locks are taken behind that of the sessions, and for moments.
@@ -91,7 +100,7 @@ impl AckSurbs<Recovery> for Surbs<'_> {
 
 fn made_surb(ready: ReadySurb<ReplyRecovery>) -> MadeSurb<Recovery> {
     let ReadySurb { surb, identifier, recovery, way, key_epoch, .. } = ready;
-    let recovery = Recovery { recovery, way };
+    let recovery = Recovery { recovery, way, sent_through: None };
     MadeSurb { surb, identifier, recovery, delay: way.delay, key_epoch }
 }
 
@@ -377,13 +386,24 @@ impl Shared {
     }
 
     /// Handles what is due; when the next is.
-    pub(super) fn handle_mail_timeout(&self, now: Instant) -> Option<Instant> {
+    pub(super) fn handle_mail_timeout(
+        &self,
+        of_sessions: &mut ClientCore<ReplyRecovery>,
+        now: Instant,
+    ) -> Option<Instant> {
         let mail = self.mail.as_ref()?;
         let mut core = mail.lock();
         let due = core.messages.poll_timeout(now).is_some_and(|at| at <= now);
         if due {
             core.messages.handle_timeout(now);
         }
+        while let Some((recovery, sent)) = core.messages.poll_overdue() {
+            if let Some(mixes) = recovery.sent_through {
+                of_sessions.note_message_fate(now, &mixes, sent, false);
+            }
+        }
+        let (messages, ..) = core.messages.counts().outgoing;
+        of_sessions.set_messages(messages > 0);
         let next = core.messages.poll_timeout(now);
         drop(core);
         if due {
@@ -435,6 +455,9 @@ impl Shared {
                 match header {
                     Ok(ready) => {
                         core.messages.sent(&ack, ready.way.delay);
+                        if let Some(recovery) = core.messages.recovery_mut(&ack) {
+                            recovery.sent_through = Some(ready.way.mixes);
+                        }
                         good.push((ready.header, recipient, fragment, ack_surb));
                     }
                     Err(error) => {
@@ -461,23 +484,32 @@ impl Shared {
 /// What arrives.
 impl Shared {
     /// What recovers what came by this SURB, if it was one of a message.
-    pub(super) fn take_awaited_mail(&self, identifier: &Identifier) -> Option<(Recovery, Purpose)> {
-        self.mail.as_ref()?.lock().messages.take_awaited(identifier)
+    pub(super) fn take_awaited_mail(
+        &self,
+        identifier: &Identifier,
+    ) -> Option<(ReplyRecovery, Returned)> {
+        let (recovery, purpose) = self.mail.as_ref()?.lock().messages.take_awaited(identifier)?;
+        let Recovery { recovery, way, sent_through } = recovery;
+        Some((recovery, Returned { way, sent_through, purpose }))
     }
 
     /// Takes in what came by SURBs of messages.
     pub(super) fn handle_mail(
         &self,
-        whose: Vec<(Way, Purpose)>,
+        whose: Vec<Returned>,
         recovered: Vec<Result<Vec<u8>, RecoverError>>,
     ) {
         let Some(mail) = self.mail.as_ref().filter(|_| !whose.is_empty()) else { return };
         let mut state = self.lock();
         let (mut core, now) = (mail.lock(), Instant::now());
-        for ((way, purpose), contents) in whose.into_iter().zip(recovered) {
+        for (returned, contents) in whose.into_iter().zip(recovered) {
+            let Returned { way, sent_through, purpose } = returned;
             match contents {
                 Ok(contents) => {
                     let contents = Zeroizing::new(contents);
+                    if let (Some(mixes), Some(sent)) = (sent_through, purpose.sent()) {
+                        state.core.note_message_fate(now, &mixes, sent, true);
+                    }
                     core.messages.handle_by_surb(now, purpose, &contents);
                     state.core.message_came(now, &way);
                 }

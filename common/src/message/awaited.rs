@@ -90,6 +90,10 @@ impl<R, P, O: Copy + Ord> Awaited<R, P, O> {
         self.entries.get_mut(identifier).map(|entry| &mut entry.purpose)
     }
 
+    pub(super) fn recovery_mut(&mut self, identifier: &Identifier) -> Option<&mut R> {
+        self.entries.get_mut(identifier).map(|entry| &mut entry.recovery)
+    }
+
     /// What came by this SURB is awaited no longer.
     pub(super) fn take(&mut self, identifier: &Identifier) -> Option<(R, P)> {
         let entry = self.entries.remove(identifier)?;

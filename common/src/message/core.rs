@@ -175,6 +175,16 @@ pub struct Refill {
 #[derive(Debug)]
 pub struct Purpose(PurposeKind);
 
+impl Purpose {
+    /// When that left which is acknowledged; `None` if it is a reply.
+    pub fn sent(&self) -> Option<Instant> {
+        match &self.0 {
+            PurposeKind::Ack(_, piece) => Some(piece.sent),
+            PurposeKind::Reply(_) => None,
+        }
+    }
+}
+
 #[derive(Debug)]
 enum PurposeKind {
     Ack(Identifier, Piece),
@@ -471,6 +481,22 @@ impl<R> Messages<R> {
             && let Some(awaited) = self.acks.purpose_mut(ack)
         {
             *awaited = piece;
+        }
+    }
+
+    /// What recovers an acknowledgement that is awaited.
+    pub fn recovery_mut(&mut self, ack: &Identifier) -> Option<&mut R> {
+        self.acks.recovery_mut(ack)
+    }
+
+    /// The next packet that was not acknowledged in time: what would recover its acknowledgement, and when
+    /// it left. It is lost, or late.
+    pub fn poll_overdue(&mut self) -> Option<(&R, Instant)> {
+        loop {
+            let (ack, sent) = self.outbox.poll_overdue()?;
+            if self.acks.recovery_mut(&ack).is_some() {
+                return self.acks.recovery_mut(&ack).map(|recovery| (&*recovery, sent));
+            }
         }
     }
 

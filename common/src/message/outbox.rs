@@ -132,6 +132,9 @@ pub(super) struct Outbox {
     by_due: BTreeSet<(Instant, Identifier)>,
     by_give_up: BTreeSet<(Instant, MessageId)>,
     outcomes: VecDeque<(MessageId, Outcome)>,
+    /// Acknowledgements that did not come in time, and when their fragments had left: the newest, at most
+    /// [`MAX_UNDER_WAY`].
+    overdue: VecDeque<(Identifier, Instant)>,
 }
 
 impl Outbox {
@@ -155,6 +158,7 @@ impl Outbox {
             by_due: BTreeSet::new(),
             by_give_up: BTreeSet::new(),
             outcomes: VecDeque::new(),
+            overdue: VecDeque::new(),
         }
     }
 
@@ -435,6 +439,10 @@ impl Outbox {
         self.outcomes.pop_front()
     }
 
+    pub(super) fn poll_overdue(&mut self) -> Option<(Identifier, Instant)> {
+        self.overdue.pop_front()
+    }
+
     /// When [`Outbox::handle_timeout`] wants to be called.
     pub(super) fn poll_timeout(&self, now: Instant) -> Option<Instant> {
         let due = self.by_due.first().map(|(due, _)| *due);
@@ -457,6 +465,10 @@ impl Outbox {
             && due <= now
         {
             let Some(piece) = self.land(&ack) else { break };
+            self.overdue.push_back((ack, piece.sent));
+            if self.overdue.len() > MAX_UNDER_WAY {
+                self.overdue.pop_front();
+            }
             if let Some(lane) = self.lanes.get_mut(&piece.destination) {
                 lane.on_vain_wait(now, piece.sent);
             }

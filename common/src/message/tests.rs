@@ -183,6 +183,22 @@ fn an_overdue_fragment_is_sent_again_and_a_late_acknowledgement_counts() {
 }
 
 #[test]
+fn it_is_told_once_which_packets_were_not_acknowledged_in_time() {
+    let mut fixture = Fixture::new();
+    let (start, to) = (fixture.now, fixture.address());
+    fixture.send(to, &[7; 3000], 0).unwrap();
+    let acks = [(); 2].map(|()| fixture.transmit_message().unwrap());
+    assert!(fixture.by_surb(acks[0], &AckStatus::Stored.to_bytes()));
+    assert_eq!(fixture.core.poll_overdue(), None);
+    fixture.now = fixture.core.poll_timeout(fixture.now).unwrap();
+    fixture.core.handle_timeout(fixture.now);
+    assert_eq!(fixture.core.poll_overdue(), Some((&acks[1], start)));
+    assert_eq!(fixture.core.poll_overdue(), None);
+    let (_, purpose) = fixture.core.take_awaited(&identifier(acks[1])).unwrap();
+    assert_eq!(purpose.sent(), Some(start), "it may be late");
+}
+
+#[test]
 fn an_unknown_client_fails_at_once_and_others_after_the_stated_time_with_their_reason() {
     let refusals = [
         (AckStatus::ShareFull, FailReason::ShareFull),
