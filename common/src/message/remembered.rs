@@ -170,7 +170,7 @@ mod tests {
         let mut taken = TakenIds::default();
         taken.forget_before(Hour(100));
         assert_eq!(taken.refused_before(), Hour(0));
-        [3, 5, 8].map(|hour| taken.insert(id(hour, 0)));
+        [3, 5, 8].into_iter().for_each(|hour| taken.insert(id(hour, 0)));
         taken.forget_before(Hour(7));
         assert_eq!((taken.len(), taken.refused_before()), (1, Hour(6)));
         taken.forget_before(Hour(u32::MAX));

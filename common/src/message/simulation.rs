@@ -95,6 +95,10 @@ enum Event {
         client: usize,
         time: Duration,
     },
+    /// A gateway hands all boxes that it ever kept over once more.
+    Replay {
+        client: usize,
+    },
     /// A client is killed and starts again: it knows what it has written down, and nothing else.
     Restart {
         client: usize,
@@ -105,6 +109,8 @@ enum Event {
 struct Gateway {
     pending: Vec<(Vec<u8>, u64)>,
     kept: BTreeMap<u64, Vec<u8>>,
+    /// All that was ever kept.
+    old: Vec<Vec<u8>>,
     next: u64,
     life: u64,
     down_until: Option<Instant>,
@@ -332,6 +338,13 @@ impl World {
             Event::Wake { client, time } => self.wake(client, time),
             Event::Connect { client } => self.receive(client),
             Event::Restart { client } => self.restart(client),
+            Event::Replay { client } => {
+                for fragment in self.clients[client].gateway.old.clone() {
+                    let number = self.clients[client].gateway.next;
+                    self.clients[client].gateway.next += 1;
+                    self.hand_over(client, number, fragment);
+                }
+            }
         }
     }
 
@@ -372,6 +385,7 @@ impl World {
             let number = gateway.next;
             gateway.next += 1;
             gateway.kept.insert(number, fragment.clone());
+            gateway.old.push(fragment.clone());
             self.by_surb(ack, AckStatus::Stored.to_bytes().to_vec());
             self.hand_over(client, number, fragment);
         }
@@ -460,7 +474,7 @@ impl World {
                     self.clients[client].core.sent(&ack, delay);
                     let to = self.clients.iter().position(|other| other.address == recipient);
                     let ack = surb_number(&ack_surb);
-                    self.mix(delay, Event::Box { client: to.unwrap(), fragment, ack });
+                    self.mix(delay, Event::Box { client: to.unwrap(), fragment: fragment.to_vec(), ack });
                 }
                 Some(Transmit::Reply { surb, fragment, ack_surb }) => {
                     let contents = ReplyContents { ack_surb, fragment: &fragment }.compose();
@@ -490,7 +504,8 @@ impl World {
             }
             MessageEvent::Failed(id, reason) => {
                 let sent = self.sent.get_mut(&self.ids[&id]).unwrap();
-                assert!(self.now >= sent.at + GIVE_UP, "{reason} too early");
+                // Sleep is counted in seconds.
+                assert!(self.now + ms(1000) >= sent.at + GIVE_UP, "{reason} too early");
                 sent.failed = Some(reason);
             }
         }
@@ -605,6 +620,12 @@ fn run(seed: u64) -> (usize, usize, usize) {
             let time = ms(world.rng.random_range(10_000..2 * 3_600_000));
             let after = ms(world.rng.random_range(0..120_000));
             world.at(after, Event::Sleep { client, time });
+        }
+    }
+    if seed % 7 == 2 {
+        for client in 0..CLIENTS {
+            let after = ms(world.rng.random_range(60_000..240_000));
+            world.at(after, Event::Replay { client });
         }
     }
     let end = world.now + 8 * HOUR;

@@ -396,6 +396,10 @@ fn requests_are_granted_up_to_the_allowance() {
     let mut fixture = Fixture::new();
     let to = fixture.address();
     fixture.send(to, b"m", 20).unwrap();
+    while let Some(ack) = fixture.transmit_message() {
+        assert!(fixture.by_surb(ack, &AckStatus::Stored.to_bytes()));
+    }
+    assert!(matches!(fixture.core.poll_event(), Some(MessageEvent::Delivered(_))));
     let mut granted = 0;
     for surb in 1..=20 {
         let body = Body::Request(u16::MAX).to_bytes();
