@@ -501,7 +501,13 @@ impl<R> ClientCore<R> {
     }
 
     /// A packet of a message that left at `sent` through these mixes was acknowledged, or not in time.
-    pub fn note_message_fate(&mut self, now: Instant, mixes: &Mixes, sent: Instant, has_come: bool) {
+    pub fn note_message_fate(
+        &mut self,
+        now: Instant,
+        mixes: &Mixes,
+        sent: Instant,
+        has_come: bool,
+    ) {
         self.health.on_fate(now, mixes, sent, has_come);
         self.note_fates(now);
     }

@@ -237,7 +237,10 @@ impl Endpoint {
     }
 
     /// Opens the boxes of deliveries, in their order.
-    pub fn open_boxes(&self, deliveries: &[KeptBox]) -> Vec<Result<Zeroizing<Vec<u8>>, OpenBoxError>> {
+    pub fn open_boxes(
+        &self,
+        deliveries: &[KeptBox],
+    ) -> Vec<Result<Zeroizing<Vec<u8>>, OpenBoxError>> {
         let boxes: Vec<_> = deliveries.iter().map(|kept| &kept.sealed[..]).collect();
         open_boxes(&self.key, &boxes)
     }

@@ -138,7 +138,9 @@ impl Mail {
     /// come in time.
     fn lock(&self) -> MutexGuard<'_, Core> {
         let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
-        core.messages.handle_clock(Instant::now(), unix_time());
+        if core.messages.handle_clock(Instant::now(), unix_time()) {
+            self.wake();
+        }
         core
     }
 
@@ -407,9 +409,10 @@ impl Shared {
         let next = core.messages.poll_timeout(now);
         drop(core);
         if due {
-            self.receive_again_if_wanted(mail);
             mail.wake();
         }
+        // There may be room with the next hour.
+        self.receive_again_if_wanted(mail);
         next
     }
 
@@ -432,7 +435,8 @@ impl Shared {
         }
         let mut packets = self.build_fragments(messages);
         let (surbs, contents): (Vec<_>, Vec<_>) = by_surbs.into_iter().unzip();
-        let requests = surbs.into_iter().zip(contents.iter().map(|contents| contents.as_slice())).collect();
+        let requests =
+            surbs.into_iter().zip(contents.iter().map(|contents| contents.as_slice())).collect();
         packets.extend(self.endpoint.build_replies(requests));
         packets
     }
@@ -528,11 +532,18 @@ impl Shared {
         let opened = self.endpoint.open_boxes(deliveries);
         {
             let (mut core, now) = (mail.lock(), Instant::now());
+            let misdated = core.messages.dropped().misdated;
             for (kept, fragment) in deliveries.iter().zip(opened) {
                 match fragment {
                     Ok(fragment) => core.messages.handle_delivery(now, kept.number, &fragment),
                     Err(_) => core.messages.handle_unreadable(kept.number),
                 }
+            }
+            if misdated == 0 && core.messages.dropped().misdated > 0 {
+                tracing::warn!(
+                    "a message was refused, as it is dated far in the future or may have been received \
+                     before; is the clock of this machine right?"
+                );
             }
         }
         self.receive_again_if_wanted(mail);
@@ -561,6 +572,7 @@ impl Shared {
     pub(super) fn set_receiving(&self, is_up: bool) {
         if let Some(mail) = &self.mail {
             mail.lock().messages.set_receiving(Instant::now(), is_up);
+            self.receive_again_if_wanted(mail);
         }
     }
 

@@ -43,7 +43,8 @@ fn received_id(number: u64) -> ReceivedId {
     let now = Instant::now();
     let mut core = Messages::<u64>::new(now, options);
     let bytes = Body::Plain(b"x").to_bytes();
-    let fragment = Fragment { id: message_id(number), hour: Hour(0), index: 0, count: 1, bytes: &bytes };
+    let fragment =
+        Fragment { id: message_id(number), hour: Hour(0), index: 0, count: 1, bytes: &bytes };
     core.handle_delivery(now, 1, &fragment.to_bytes(sizes));
     match core.poll_event() {
         Some(MessageEvent::Received { received, .. }) => received,

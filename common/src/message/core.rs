@@ -731,12 +731,15 @@ impl<R> Messages<R> {
     /// Takes in what the wall clock shows: to be called before anything else whenever time may have
     /// passed. What the machine has slept counts like any other time for those who wait for the rest of
     /// a message, so it counts here too, before anything that came in the meantime.
-    pub fn handle_clock(&mut self, now: Instant, wall: UnixTime) {
+    /// Whether it has slept, so that there may be news.
+    pub fn handle_clock(&mut self, now: Instant, wall: UnixTime) -> bool {
         let slept = self.clock.look(now, wall);
-        if !slept.is_zero() {
+        let has_slept = !slept.is_zero();
+        if has_slept {
             self.outbox.handle_sleep(slept);
             self.handle_timeout(now);
         }
+        has_slept
     }
 
     fn hour(&self, now: Instant) -> Hour {
@@ -759,7 +762,13 @@ impl<R> Messages<R> {
         let inbox = self.inbox.poll_timeout();
         let next_hour = self.inbox.waits_for_hour().map(|hour| self.clock.start_of(now, hour));
         let next_hour = next_hour.filter(|at| *at > now);
-        self.outbox.poll_timeout(now).into_iter().chain(inbox).chain(next_hour).chain(requests).min()
+        self.outbox
+            .poll_timeout(now)
+            .into_iter()
+            .chain(inbox)
+            .chain(next_hour)
+            .chain(requests)
+            .min()
     }
 
     /// Sends again or gives up what was not heard of in time.

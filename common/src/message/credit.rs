@@ -151,7 +151,11 @@ mod tests {
         let next = now + BARE_INTERVAL;
         assert_eq!(give_all(&mut credits, next, 0), 1, "due means now");
         assert_eq!(credits.next(next, &destination(0)), Some(next + BARE_INTERVAL));
-        assert_eq!(give_all(&mut credits, now, 1), 0, "the key epoch is looked at when one is given");
+        assert_eq!(
+            give_all(&mut credits, now, 1),
+            0,
+            "the key epoch is looked at when one is given"
+        );
         assert!(credits.may_give(now, &destination(1)), "others are");
     }
 

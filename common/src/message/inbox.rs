@@ -188,7 +188,12 @@ impl Shelf {
     }
 
     /// Takes out a message that nothing more came of for so long.
-    fn give_up(&mut self, now: Instant, age: Duration, fragment_bytes: usize) -> Option<Incomplete> {
+    fn give_up(
+        &mut self,
+        now: Instant,
+        age: Duration,
+        fragment_bytes: usize,
+    ) -> Option<Incomplete> {
         let now = self.watch.look(now);
         if !self.watch.is_running() || self.given_up_at(age)? > now {
             return None;
@@ -261,6 +266,9 @@ pub(super) struct Inbox {
     waits_for_hour: Option<Hour>,
     /// The gateway was asked for what it keeps, over the present connection.
     is_receiving: bool,
+    /// It was said that all has come, while no connection was known: over an earlier one, or over the
+    /// present one before that was known.
+    has_missed_caught_up: bool,
 }
 
 impl Inbox {
@@ -275,6 +283,7 @@ impl Inbox {
             has_dropped: false,
             waits_for_hour: None,
             is_receiving: false,
+            has_missed_caught_up: false,
         }
     }
 
@@ -303,7 +312,8 @@ impl Inbox {
     pub(super) fn set_receiving(&mut self, now: Instant, is_receiving: bool) {
         self.deliveries.watch.look(now);
         self.deliveries.watch.stop();
-        self.is_receiving = is_receiving;
+        let was_receiving = std::mem::replace(&mut self.is_receiving, is_receiving);
+        self.has_missed_caught_up &= !(was_receiving && is_receiving);
         if is_receiving {
             self.has_dropped = false;
             self.waits_for_hour = None;
@@ -312,18 +322,18 @@ impl Inbox {
 
     /// All that the gateway kept when it was asked has come, and what it keeps from now on comes at once.
     pub(super) fn caught_up(&mut self, now: Instant) {
-        if self.is_receiving {
-            self.deliveries.watch.start(now);
+        match self.is_receiving {
+            true => self.deliveries.watch.start(now),
+            false => self.has_missed_caught_up = true,
         }
     }
 
     /// Whether the gateway is to be asked once more for what it keeps: there is room now for what was
-    /// dropped.
+    /// dropped, or it is not known whether all has come.
     pub(super) fn wants_again(&self, hour: Hour) -> bool {
-        self.has_dropped
-            && self.is_receiving
-            && self.waits_for_hour.is_none_or(|next| next <= hour)
-            && self.deliveries.held_bytes <= MAX_HELD_BYTES / 2
+        let has_room = self.waits_for_hour.is_none_or(|next| next <= hour)
+            && self.deliveries.held_bytes <= MAX_HELD_BYTES / 2;
+        self.is_receiving && (self.has_missed_caught_up || self.has_dropped && has_room)
     }
 
     /// The hour from which on more ids can be remembered, if they cannot now.
@@ -644,7 +654,11 @@ mod tests {
         let bad = Fragment { hour: latest.next(), ..fragment(1, 0, 2) };
         assert_eq!(handle(&mut inbox, now, 2, &bad), Kept::Misdated);
         let other = Fragment { hour: HOUR, ..fragment(0, 1, 2) };
-        assert_eq!(handle(&mut inbox, now, 3, &other), Kept::Conflict, "pieces of one are of one hour");
+        assert_eq!(
+            handle(&mut inbox, now, 3, &other),
+            Kept::Conflict,
+            "pieces of one are of one hour"
+        );
         assert_eq!(inbox.confirmations(), [2, 3]);
     }
 
@@ -732,9 +746,8 @@ mod tests {
         }
         let body_pieces = super::super::MAX_BODY_BYTES.div_ceil(sizes().fragment_data_bytes());
         assert!(usize::from(pieces) > 2 * body_pieces, "there is room for the longest messages");
-        let kept = [0, 1].map(|index| {
-            inbox.handle((now, HOUR), other, None, &fragment(1, index, 2))
-        });
+        let kept =
+            [0, 1].map(|index| inbox.handle((now, HOUR), other, None, &fragment(1, index, 2)));
         assert_eq!(kept, [Kept::Yes, Kept::Complete]);
         assert!(inbox.counts().2 <= MAX_HELD_BYTES);
     }
@@ -780,6 +793,22 @@ mod tests {
     }
 
     #[test]
+    fn the_gateway_is_asked_again_when_it_was_missed_that_all_has_come() {
+        let now = Instant::now();
+        let mut inbox = inbox(now);
+        handle(&mut inbox, now, 1, &fragment(0, 0, 2));
+        inbox.set_receiving(now, false);
+        inbox.caught_up(now);
+        assert!(!inbox.wants_again(HOUR), "there is no connection");
+        inbox.set_receiving(now, true);
+        assert_eq!((inbox.wants_again(HOUR), inbox.poll_timeout()), (true, None));
+        inbox.set_receiving(now, true);
+        assert!(!inbox.wants_again(HOUR), "it was asked");
+        inbox.caught_up(now);
+        assert_eq!(wait(&mut inbox, now + INCOMPLETE_AGE), 1);
+    }
+
+    #[test]
     fn a_copy_of_a_piece_shows_that_its_sender_still_tries() {
         let start = Instant::now();
         let mut inbox = inbox(start);
@@ -799,7 +828,10 @@ mod tests {
         let mut inbox = inbox(start);
         handle(&mut inbox, start, 1, &fragment(0, 0, 2));
         assert_eq!(inbox.handle_timeout(start + 20 * INCOMPLETE_AGE), 0);
-        assert_eq!(handle(&mut inbox, start + 20 * INCOMPLETE_AGE, 2, &fragment(0, 1, 2)), Kept::Complete);
+        assert_eq!(
+            handle(&mut inbox, start + 20 * INCOMPLETE_AGE, 2, &fragment(0, 1, 2)),
+            Kept::Complete
+        );
     }
 
     #[test]

@@ -176,7 +176,8 @@ impl World {
         let clients = (0..CLIENTS).map(|_| Client::new(now, &mut rng)).collect();
         let (events, sent, ids) = Default::default();
         let start = now;
-        let mut world = Self { start, now, rng, loss, clients, events, next: 0, next_surb: 0, sent, ids };
+        let mut world =
+            Self { start, now, rng, loss, clients, events, next: 0, next_surb: 0, sent, ids };
         for client in 0..CLIENTS {
             world.at(ms(0), Event::Connect { client });
         }
@@ -354,7 +355,7 @@ impl World {
         let wall = self.wall();
         let at = &mut self.clients[client];
         at.is_asleep = false;
-        if client % 2 == 0 {
+        if client.is_multiple_of(2) {
             at.behind += time;
         }
         let now = self.clock(client);
@@ -474,7 +475,10 @@ impl World {
                     self.clients[client].core.sent(&ack, delay);
                     let to = self.clients.iter().position(|other| other.address == recipient);
                     let ack = surb_number(&ack_surb);
-                    self.mix(delay, Event::Box { client: to.unwrap(), fragment: fragment.to_vec(), ack });
+                    self.mix(
+                        delay,
+                        Event::Box { client: to.unwrap(), fragment: fragment.to_vec(), ack },
+                    );
                 }
                 Some(Transmit::Reply { surb, fragment, ack_surb }) => {
                     let contents = ReplyContents { ack_surb, fragment: &fragment }.compose();

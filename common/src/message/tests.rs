@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use rand::{RngExt, SeedableRng};
 use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 
 use super::credit::{BARE_INTERVAL, INITIAL_CREDIT};
 use super::fragment::{Fragment, Hour, MessageId};
@@ -34,12 +34,16 @@ impl Fixture {
     }
 
     fn with_give_up_after(give_up_after: Duration) -> Self {
+        Self::with(give_up_after, TakenIds::default())
+    }
+
+    fn with(give_up_after: Duration, known: TakenIds) -> Self {
         let options = MessageOptions {
             sizes: sizes(),
             give_up_after,
             wall: WALL,
             unknown_delays: Duration::ZERO,
-            known: TakenIds::default(),
+            known,
         };
         let now = Instant::now();
         let mut core = Messages::new(now, options);
@@ -371,6 +375,29 @@ fn what_is_malformed_is_confirmed_and_counted() {
     let confirmed: Vec<_> = std::iter::from_fn(|| fixture.core.poll_confirmation()).collect();
     assert_eq!(confirmed, [1, 2, 3, 4, 5]);
     assert_eq!((fixture.core.dropped().malformed, fixture.core.poll_event()), (5, None));
+}
+
+#[test]
+fn when_no_more_ids_can_be_remembered_messages_wait_for_the_next_hour() {
+    let mut known = TakenIds::default();
+    for number in 0..MAX_REMEMBERED {
+        let mut id = [0xff; 16];
+        id[..8].copy_from_slice(&number.to_be_bytes());
+        known.insert(TakenId { hour: Hour::of(WALL), id: MessageId(id) });
+    }
+    let mut fixture = Fixture::with(GIVE_UP, known);
+    let body = Body::Plain(b"m").to_bytes();
+    fixture.deliver(1, &body);
+    assert_eq!((fixture.core.poll_event(), fixture.core.poll_confirmation()), (None, None));
+    assert!(!fixture.core.wants_receive(fixture.now));
+    let next_hour = fixture.core.poll_timeout(fixture.now).unwrap();
+    assert_eq!(next_hour - fixture.now, Duration::from_secs(3600 - WALL.0 % 3600));
+    fixture.now = next_hour;
+    assert!(fixture.core.wants_receive(fixture.now));
+    assert_eq!(fixture.core.poll_timeout(fixture.now), None, "the shell is asked, not told");
+    fixture.core.set_receiving(fixture.now, true);
+    fixture.deliver(1, &body);
+    assert!(matches!(fixture.core.poll_event(), Some(MessageEvent::Received { .. })));
 }
 
 #[test]
