@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::time::Duration;
 
-use super::fragment::{Hour, MESSAGE_ID_LEN, MessageId};
+use super::fragment::{Hour, MessageId};
 use super::inbox::Key;
 
 /// Most ids that are remembered of messages that gateways keep, 10 MB at most.
@@ -23,13 +23,6 @@ pub struct TakenId {
     pub hour: Hour,
     /// Its id.
     pub id: MessageId,
-}
-
-impl TakenId {
-    /// The least id of an hour.
-    fn first_of(hour: Hour) -> Self {
-        Self { hour, id: MessageId([0; MESSAGE_ID_LEN]) }
-    }
 }
 
 /// Ids of messages that were taken. What is forgotten, at the bound or with age, are whole hours, the
@@ -87,11 +80,10 @@ impl TakenIds {
 
     /// Forgets messages that were sent before this hour, and refuses what is not newer than those.
     pub fn forget_before(&mut self, hour: Hour) {
-        let kept = self.ids.split_off(&TakenId::first_of(hour));
-        if let Some(newest) = self.ids.last() {
-            self.refused_before = newest.hour.next();
+        while let Some(oldest) = self.ids.first().copied().filter(|oldest| oldest.hour < hour) {
+            self.ids.remove(&oldest);
+            self.refused_before = oldest.hour.next();
         }
-        self.ids = kept;
     }
 
     /// Whether so many more can be remembered without refusing messages of this hour or later.
