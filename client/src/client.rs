@@ -255,6 +255,7 @@ impl Client {
         if shared.mail.is_some() {
             tasks.spawn(shared.clone().confirm_deliveries());
             tasks.spawn(shared.clone().refill_others());
+            tasks.spawn(shared.clone().take_in_surbs());
         }
         let tasks = Tasks { shared: shared.clone(), tasks: Mutex::new(tasks) };
         Ok(Self { shared, tasks: Arc::new(tasks) })

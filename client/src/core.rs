@@ -96,6 +96,8 @@ pub struct ClientCore<R> {
     surbs: SurbStore<R>,
     /// SURBs that are wanted for messages.
     wanted_surbs: usize,
+    /// Messages wait to be delivered.
+    has_messages: bool,
     health: Health,
     has_avoided: bool,
     /// The mixes of the packets whose fate is open.
@@ -122,6 +124,7 @@ impl<R> ClientCore<R> {
             turn: 0,
             surbs: SurbStore::default(),
             wanted_surbs: 0,
+            has_messages: false,
             health: Health::new(topology, now),
             has_avoided: false,
             under_way: HashMap::new(),
@@ -363,7 +366,14 @@ impl<R> ClientCore<R> {
 
     /// Whether anybody waits for something.
     fn is_in_use(&self) -> bool {
-        self.sessions().any(|session| session.closed().is_none() && session.stream_count() > 0)
+        let has_streams =
+            |session: &ClientSession| session.closed().is_none() && session.stream_count() > 0;
+        self.has_messages || self.sessions().any(has_streams)
+    }
+
+    /// Whether messages wait to be delivered.
+    pub fn set_messages(&mut self, has_messages: bool) {
+        self.has_messages = has_messages;
     }
 
     // --- Packets.
@@ -487,6 +497,18 @@ impl<R> ClientCore<R> {
     /// Something has come by a SURB of a message, which led this way.
     pub fn message_came(&mut self, now: Instant, way: &Way) {
         self.health.on_reply(now, &way.mixes);
+        self.note_fates(now);
+    }
+
+    /// A packet of a message that left at `sent` through these mixes was acknowledged, or not in time.
+    pub fn note_message_fate(
+        &mut self,
+        now: Instant,
+        mixes: &Mixes,
+        sent: Instant,
+        has_come: bool,
+    ) {
+        self.health.on_fate(now, mixes, sent, has_come);
         self.note_fates(now);
     }
 
@@ -784,6 +806,20 @@ mod tests {
         reply(&mut core, now, key.0, &Frame::Opened { stream: key.1, outcome });
         core.release(key);
         assert!(core.next_loop(now).is_none() && core.session(key.0).is_some());
+    }
+
+    /// Nothing but messages shows it that mixes are dead.
+    #[test]
+    fn a_client_without_streams_sends_loops_when_its_messages_are_lost() {
+        let (mut core, now) = core();
+        core.set_messages(true);
+        assert!(core.next_loop(now).is_none());
+        core.note_message_fate(now, &WAY.mixes, now, true);
+        assert!(core.next_loop(now).is_none());
+        core.note_message_fate(now, &WAY.mixes, now, false);
+        assert!(core.next_loop(now).is_some() && core.wants_transmit(now));
+        core.set_messages(false);
+        assert!(core.next_loop(now).is_none(), "there is nothing to send");
     }
 
     #[test]

@@ -24,6 +24,7 @@ use rand::RngExt;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use zeroize::Zeroizing;
 
 use crate::documents::Documents;
 use crate::drops::{DropReason, Drops};
@@ -92,6 +93,9 @@ pub trait Arrivals: Send + Sync + 'static {
     fn delivered(&self, deliveries: Vec<KeptBox>) {
         drop(deliveries);
     }
+
+    /// All that the gateway kept when it was asked last has been delivered.
+    fn caught_up(&self) {}
 }
 
 /// A connected endpoint.
@@ -233,7 +237,10 @@ impl Endpoint {
     }
 
     /// Opens the boxes of deliveries, in their order.
-    pub fn open_boxes(&self, deliveries: &[KeptBox]) -> Vec<Result<Vec<u8>, OpenBoxError>> {
+    pub fn open_boxes(
+        &self,
+        deliveries: &[KeptBox],
+    ) -> Vec<Result<Zeroizing<Vec<u8>>, OpenBoxError>> {
         let boxes: Vec<_> = deliveries.iter().map(|kept| &kept.sealed[..]).collect();
         open_boxes(&self.key, &boxes)
     }
@@ -403,14 +410,19 @@ impl Endpoint {
                 return;
             }
             let (mut packets, mut deliveries) = (Vec::with_capacity(received), Vec::new());
+            let mut is_caught_up = false;
             for arrival in batch.drain(..) {
                 match arrival {
                     Arrival::Packet(packet) => packets.push(packet),
                     Arrival::Delivery(kept) => deliveries.push(kept),
+                    Arrival::CaughtUp => is_caught_up = true,
                 }
             }
             if !deliveries.is_empty() {
                 arrivals.delivered(deliveries);
+            }
+            if is_caught_up {
+                arrivals.caught_up();
             }
             let mut arrived = Vec::with_capacity(packets.len());
             for peeled in finish(self.admit(open_headers(&self.key, packets))) {

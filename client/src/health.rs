@@ -2,8 +2,8 @@
 //! loops.
 //!
 //! A client notices at once that its packets are lost, and through which mixes they went, but it has that
-//! from its provider: one that lies, together with its gateway, could make mixes look dead until those
-//! are left that suit it. So what happens to packets and replies only raises a suspicion. Loops, packets
+//! from its provider, or from the gateways that acknowledge its messages: one that lies could make mixes
+//! look dead until those are left that suit it. So what happens to packets and replies only raises a suspicion. Loops, packets
 //! to oneself that nobody can tell from others, decide. Routes avoid what seems dead, but never more than
 //! half of a layer: whoever can kill mixes must not choose the route either.
 

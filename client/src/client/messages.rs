@@ -5,24 +5,25 @@ use std::time::{Duration, Instant};
 
 use mixsocks_common::address::Address;
 use mixsocks_common::gateway::message::KeptBox;
-use mixsocks_common::message::fragment::MessageId;
+use mixsocks_common::message::fragment::{Hour, MessageId};
 use mixsocks_common::message::packet::{AckStatus, MessageContents, MessageSizes, ReplyContents};
 use mixsocks_common::message::sealed_box::seal_boxes;
 use mixsocks_common::message::{
     AckSurbs, FailReason, MadeSurb, MessageEvent, MessageOptions, Messages, Purpose, Received,
-    ReceivedId, SendError, SenderTag, Transmit,
+    ReceivedId, SendError, SenderTag, TakenId, TakenIds, Transmit,
 };
 use mixsocks_common::topology::{LAYERS, Topology, UnixTime, delay_quantile};
 use mixsocks_sphinx::{HopAddress, Identifier, Packet, RecoverError, ReplyRecovery, Surb};
 use tokio::sync::Notify;
 use tokio::task::yield_now;
 use tokio::time::sleep;
+use zeroize::Zeroizing;
 
 use super::{ClientError, Shared, State};
 use crate::core::ClientCore;
 use crate::drops::DropReason;
 use crate::endpoint::{Endpoint, unix_time};
-use crate::health::Way;
+use crate::health::{Mixes, Way};
 use crate::messages::{MAX_UNFETCHED, MessengerOptions, ReceivedLog};
 use crate::surbs::ReadySurb;
 
@@ -44,12 +45,23 @@ const LOG_RETRY: Duration = Duration::from_secs(1);
 pub(super) struct Recovery {
     pub(super) recovery: ReplyRecovery,
     pub(super) way: Way,
+    /// The mixes of the packet that is acknowledged, if they are this client's choice.
+    sent_through: Option<Mixes>,
+}
+
+/// What has come by a SURB of a message.
+pub(super) struct Returned {
+    way: Way,
+    sent_through: Option<Mixes>,
+    purpose: Purpose,
 }
 
 /// The messages of a client. Its locks are taken behind that of the sessions, and for moments.
 pub(super) struct Mail {
     core: Mutex<Core>,
-    arrivals: tokio::sync::Mutex<Arrivals>,
+    log: Mutex<Log>,
+    /// The message that is handed out next, once it is written down.
+    next_received: tokio::sync::Mutex<Option<Received>>,
     /// There may be an outcome.
     has_outcomes: Notify,
     /// There may be a message that came.
@@ -58,6 +70,8 @@ pub(super) struct Mail {
     has_room: Notify,
     wake_confirmer: Notify,
     wake_refiller: Notify,
+    /// SURBs may have come.
+    wake_writer: Notify,
 }
 
 struct Core {
@@ -68,10 +82,9 @@ struct Core {
     oldest_key_epoch: u64,
 }
 
-struct Arrivals {
-    /// The message that is handed out next, once it is written down.
-    next: Option<Received>,
-    log: Option<ReceivedLog>,
+/// What was received, as it is written down.
+struct Log {
+    file: Option<ReceivedLog>,
     /// The user was told that the log cannot be written.
     told: bool,
 }
@@ -87,7 +100,7 @@ impl AckSurbs<Recovery> for Surbs<'_> {
 
 fn made_surb(ready: ReadySurb<ReplyRecovery>) -> MadeSurb<Recovery> {
     let ReadySurb { surb, identifier, recovery, way, key_epoch, .. } = ready;
-    let recovery = Recovery { recovery, way };
+    let recovery = Recovery { recovery, way, sent_through: None };
     MadeSurb { surb, identifier, recovery, delay: way.delay, key_epoch }
 }
 
@@ -97,29 +110,38 @@ impl Mail {
             MessageSizes::new(endpoint.max_contents_bytes()).ok_or(ClientError::NoMessages)?;
         let (log, known) = match options.received_log {
             Some(path) => {
-                let (log, known) = ReceivedLog::open(&path, unix_time())?;
+                let (log, known) = ReceivedLog::open(&path, Hour::of(unix_time()))?;
                 (Some(log), known)
             }
-            None => (None, Vec::new()),
+            None => (None, TakenIds::default()),
         };
         // Whoever is replied to takes the network's delays too.
         let unknown_delays = delay_quantile(endpoint.mean_delay(), MIXES);
         let give_up_after = options.give_up_after;
-        let options = MessageOptions { sizes, give_up_after, unknown_delays, known };
+        let wall = unix_time();
+        let options = MessageOptions { sizes, give_up_after, wall, unknown_delays, known };
         let messages = Messages::new(Instant::now(), options);
         Ok(Self {
             core: Mutex::new(Core { messages, unfetched: 0, oldest_key_epoch: 0 }),
-            arrivals: tokio::sync::Mutex::new(Arrivals { next: None, log, told: false }),
+            log: Mutex::new(Log { file: log, told: false }),
+            next_received: tokio::sync::Mutex::default(),
             has_outcomes: Notify::new(),
             has_received: Notify::new(),
             has_room: Notify::new(),
             wake_confirmer: Notify::new(),
             wake_refiller: Notify::new(),
+            wake_writer: Notify::new(),
         })
     }
 
+    /// The core looks at the clock first: nothing that came while the machine slept may seem to have
+    /// come in time.
     fn lock(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        if core.messages.handle_clock(Instant::now(), unix_time()) {
+            self.wake();
+        }
+        core
     }
 
     /// Wakes whoever may have something to do after the core was given something.
@@ -129,6 +151,13 @@ impl Mail {
         self.has_room.notify_waiters();
         self.wake_confirmer.notify_one();
         self.wake_refiller.notify_one();
+        self.wake_writer.notify_one();
+    }
+
+    /// Writes down that a message is received, if it has to be. Whether it is.
+    fn write_down(&self, received: ReceivedId) -> bool {
+        let Some(id) = received.to_remember() else { return true };
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).append(id)
     }
 }
 
@@ -270,16 +299,15 @@ impl Shared {
     /// Waits for a message; one that is not handed out because nobody waits any more is kept.
     pub(crate) async fn next_received(&self) -> Option<Received> {
         let mail = self.mail.as_ref()?;
-        let mut arrivals = mail.arrivals.lock().await;
+        let mut next = mail.next_received.lock().await;
         loop {
-            if arrivals.next.is_none() {
-                arrivals.next = mail.lock().messages.poll_received();
+            if next.is_none() {
+                *next = mail.lock().messages.poll_received();
             }
-            match &arrivals.next {
-                Some(next) => {
-                    let id = next.received.to_remember();
-                    if arrivals.write_down(id) {
-                        return arrivals.next.take();
+            match &*next {
+                Some(came) => {
+                    if mail.write_down(came.received) {
+                        return next.take();
                     }
                     if self.lock().closed {
                         return None;
@@ -294,7 +322,7 @@ impl Shared {
 
     pub(crate) fn message_taken(&self, received: ReceivedId) {
         let Some(mail) = &self.mail else { return };
-        mail.lock().messages.taken(Instant::now(), received);
+        mail.lock().messages.taken(received);
         self.receive_again_if_wanted(mail);
         mail.wake();
     }
@@ -307,11 +335,10 @@ impl Shared {
     }
 }
 
-impl Arrivals {
-    /// Writes down that a message is received, if it has to be. Whether it is.
-    fn write_down(&mut self, id: Option<MessageId>) -> bool {
-        let (Some(id), Some(log)) = (id, &mut self.log) else { return true };
-        match log.append(id, unix_time()) {
+impl Log {
+    fn append(&mut self, id: TakenId) -> bool {
+        let Some(log) = &mut self.file else { return true };
+        match log.append(id, Hour::of(unix_time())) {
             Ok(()) => self.told = false,
             Err(error) => {
                 if !std::mem::replace(&mut self.told, true) {
@@ -361,18 +388,31 @@ impl Shared {
     }
 
     /// Handles what is due; when the next is.
-    pub(super) fn handle_mail_timeout(&self, now: Instant) -> Option<Instant> {
+    pub(super) fn handle_mail_timeout(
+        &self,
+        of_sessions: &mut ClientCore<ReplyRecovery>,
+        now: Instant,
+    ) -> Option<Instant> {
         let mail = self.mail.as_ref()?;
         let mut core = mail.lock();
         let due = core.messages.poll_timeout(now).is_some_and(|at| at <= now);
         if due {
             core.messages.handle_timeout(now);
         }
+        while let Some((recovery, sent)) = core.messages.poll_overdue() {
+            if let Some(mixes) = recovery.sent_through {
+                of_sessions.note_message_fate(now, &mixes, sent, false);
+            }
+        }
+        let (messages, ..) = core.messages.counts().outgoing;
+        of_sessions.set_messages(messages > 0);
         let next = core.messages.poll_timeout(now);
         drop(core);
         if due {
             mail.wake();
         }
+        // There may be room with the next hour.
+        self.receive_again_if_wanted(mail);
         next
     }
 
@@ -386,23 +426,24 @@ impl Shared {
                 }
                 Transmit::Reply { surb, fragment, ack_surb } => {
                     let contents = ReplyContents { ack_surb, fragment: &fragment }.compose();
-                    by_surbs.push((surb, contents));
+                    by_surbs.push((surb, Zeroizing::new(contents)));
                 }
                 Transmit::Acknowledgement { surb } => {
-                    by_surbs.push((surb, AckStatus::Stored.to_bytes().to_vec()));
+                    by_surbs.push((surb, Zeroizing::new(AckStatus::Stored.to_bytes().to_vec())));
                 }
             }
         }
         let mut packets = self.build_fragments(messages);
         let (surbs, contents): (Vec<_>, Vec<_>) = by_surbs.into_iter().unzip();
-        let requests = surbs.into_iter().zip(contents.iter().map(Vec::as_slice)).collect();
+        let requests =
+            surbs.into_iter().zip(contents.iter().map(|contents| contents.as_slice())).collect();
         packets.extend(self.endpoint.build_replies(requests));
         packets
     }
 
     fn build_fragments(
         &self,
-        messages: Vec<(Address, Vec<u8>, Surb, Identifier)>,
+        messages: Vec<(Address, Zeroizing<Vec<u8>>, Surb, Identifier)>,
     ) -> Vec<(HopAddress, Packet)> {
         let Some(mail) = self.mail.as_ref().filter(|_| !messages.is_empty()) else {
             return Vec::new();
@@ -418,6 +459,9 @@ impl Shared {
                 match header {
                     Ok(ready) => {
                         core.messages.sent(&ack, ready.way.delay);
+                        if let Some(recovery) = core.messages.recovery_mut(&ack) {
+                            recovery.sent_through = Some(ready.way.mixes);
+                        }
                         good.push((ready.header, recipient, fragment, ack_surb));
                     }
                     Err(error) => {
@@ -444,22 +488,32 @@ impl Shared {
 /// What arrives.
 impl Shared {
     /// What recovers what came by this SURB, if it was one of a message.
-    pub(super) fn take_awaited_mail(&self, identifier: &Identifier) -> Option<(Recovery, Purpose)> {
-        self.mail.as_ref()?.lock().messages.take_awaited(identifier)
+    pub(super) fn take_awaited_mail(
+        &self,
+        identifier: &Identifier,
+    ) -> Option<(ReplyRecovery, Returned)> {
+        let (recovery, purpose) = self.mail.as_ref()?.lock().messages.take_awaited(identifier)?;
+        let Recovery { recovery, way, sent_through } = recovery;
+        Some((recovery, Returned { way, sent_through, purpose }))
     }
 
     /// Takes in what came by SURBs of messages.
     pub(super) fn handle_mail(
         &self,
-        whose: Vec<(Way, Purpose)>,
+        whose: Vec<Returned>,
         recovered: Vec<Result<Vec<u8>, RecoverError>>,
     ) {
         let Some(mail) = self.mail.as_ref().filter(|_| !whose.is_empty()) else { return };
         let mut state = self.lock();
         let (mut core, now) = (mail.lock(), Instant::now());
-        for ((way, purpose), contents) in whose.into_iter().zip(recovered) {
+        for (returned, contents) in whose.into_iter().zip(recovered) {
+            let Returned { way, sent_through, purpose } = returned;
             match contents {
                 Ok(contents) => {
+                    let contents = Zeroizing::new(contents);
+                    if let (Some(mixes), Some(sent)) = (sent_through, purpose.sent()) {
+                        state.core.note_message_fate(now, &mixes, sent, true);
+                    }
                     core.messages.handle_by_surb(now, purpose, &contents);
                     state.core.message_came(now, &way);
                 }
@@ -478,11 +532,18 @@ impl Shared {
         let opened = self.endpoint.open_boxes(deliveries);
         {
             let (mut core, now) = (mail.lock(), Instant::now());
+            let misdated = core.messages.dropped().misdated;
             for (kept, fragment) in deliveries.iter().zip(opened) {
                 match fragment {
                     Ok(fragment) => core.messages.handle_delivery(now, kept.number, &fragment),
                     Err(_) => core.messages.handle_unreadable(kept.number),
                 }
+            }
+            if misdated == 0 && core.messages.dropped().misdated > 0 {
+                tracing::warn!(
+                    "a message was refused, as it is dated far in the future or may have been received \
+                     before; is the clock of this machine right?"
+                );
             }
         }
         self.receive_again_if_wanted(mail);
@@ -491,10 +552,18 @@ impl Shared {
         self.wake_senders.notify_one();
     }
 
+    /// All that the gateway kept for this client when it was asked last has come.
+    pub(super) fn handle_caught_up(&self) {
+        let Some(mail) = &self.mail else { return };
+        mail.lock().messages.caught_up(Instant::now());
+        // An incomplete message may have to be given up in time.
+        self.wake_senders.notify_one();
+    }
+
     fn receive_again_if_wanted(&self, mail: &Mail) {
-        let mut core = mail.lock();
-        if core.messages.wants_receive() {
-            core.messages.set_receiving(Some(Instant::now()));
+        let (mut core, now) = (mail.lock(), Instant::now());
+        if core.messages.wants_receive(now) {
+            core.messages.set_receiving(now, true);
             self.endpoint.receive_again();
         }
     }
@@ -502,7 +571,8 @@ impl Shared {
     /// The link to the gateway is there, and it was asked for what it keeps; or it is not.
     pub(super) fn set_receiving(&self, is_up: bool) {
         if let Some(mail) = &self.mail {
-            mail.lock().messages.set_receiving(is_up.then(Instant::now));
+            mail.lock().messages.set_receiving(Instant::now(), is_up);
+            self.receive_again_if_wanted(mail);
         }
     }
 
@@ -544,6 +614,22 @@ impl Shared {
         while let Ok(room) = self.endpoint.confirmations().try_reserve() {
             let Some(number) = mail.lock().messages.poll_confirmation() else { return };
             room.send(number);
+        }
+    }
+
+    /// Takes in the SURBs that others send when they were asked for them, once it is written down.
+    pub(super) async fn take_in_surbs(self: Arc<Self>) {
+        let Some(mail) = &self.mail else { return };
+        loop {
+            let Some(received) = mail.lock().messages.poll_surbs() else {
+                mail.wake_writer.notified().await;
+                continue;
+            };
+            while !mail.write_down(received) {
+                sleep(LOG_RETRY).await;
+            }
+            self.message_taken(received);
+            self.wake_senders.notify_one();
         }
     }
 

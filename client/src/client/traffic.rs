@@ -156,7 +156,7 @@ impl Shared {
                 let has_routes = self.look(&mut state, now).is_ok();
                 state.core.handle_timeout(now);
                 state.settle();
-                let of_mail = self.handle_mail_timeout(now);
+                let of_mail = self.handle_mail_timeout(&mut state.core, now);
                 // What is overdue may have to be asked for with fresh SURBs.
                 if state.core.surb_demand() > 0 {
                     self.wake_makers.notify_one();
@@ -241,9 +241,9 @@ impl Arrivals for Shared {
         {
             let (mut state, now) = (self.lock(), Instant::now());
             for (identifier, payload) in arrived {
-                if let Some((recovery, purpose)) = self.take_awaited_mail(&identifier) {
-                    of_messages.push((recovery.way, purpose));
-                    mail.push((recovery.recovery, payload));
+                if let Some((recovery, returned)) = self.take_awaited_mail(&identifier) {
+                    of_messages.push(returned);
+                    mail.push((recovery, payload));
                     continue;
                 }
                 match state.core.take_awaited(&identifier) {
@@ -282,5 +282,9 @@ impl Arrivals for Shared {
 
     fn delivered(&self, deliveries: Vec<KeptBox>) {
         self.handle_deliveries(&deliveries);
+    }
+
+    fn caught_up(&self) {
+        self.handle_caught_up();
     }
 }

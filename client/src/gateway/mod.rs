@@ -76,6 +76,8 @@ pub enum Arrival {
     /// A box that the gateway keeps for this client. It comes again after every cut until it has been
     /// confirmed, and it may come again although it was.
     Delivery(KeptBox),
+    /// All that the gateway kept when it was asked last has come.
+    CaughtUp,
 }
 
 /// Takes the numbers of deliveries, of this connection or an earlier one. [`mpsc::Sender::send`] waits

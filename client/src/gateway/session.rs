@@ -410,6 +410,7 @@ impl<'a> Carrier<'a> {
                         false => Err(GatewayLinkError::Unexpected("box size")),
                     }
                 }
+                GatewayMessage::CaughtUp if self.receives_messages => Ok(Some(Arrival::CaughtUp)),
                 message => Err(GatewayLinkError::Unexpected(message.name())),
             },
         }

@@ -33,7 +33,9 @@ pub struct MessengerOptions {
     /// Where it is written down which messages were received, so that none is received again after a
     /// restart; `None` remembers it only while the program runs. Its directory must exist.
     pub received_log: Option<PathBuf>,
-    /// How long after its last progress a message is given up.
+    /// How long after its last progress a message is given up; at most
+    /// [`MAX_GIVE_UP_AFTER`](mixsocks_common::message::MAX_GIVE_UP_AFTER), as recipients wait no longer
+    /// for the rest of a message.
     pub give_up_after: Duration,
 }
 

@@ -2,8 +2,9 @@
 //!
 //! | offset | bytes | field |
 //! |--:|--:|---|
-//! | 0 | 8 | `mixrecv1` |
-//! | 8 | 24 each | id (16), seconds since 1970 u64 big-endian |
+//! | 0 | 8 | `mixrecv2` |
+//! | 8 | 4 | hour since 1970 u32 big-endian, before which everything is refused |
+//! | 12 | 20 each | hour in which a message was sent (4), its id (16) |
 //!
 //! An entry is written before the application gets its message, and survives the end of the process
 //! then, but not of the machine: that is left to the system, as an fsync for each message would cost more
@@ -13,15 +14,19 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use mixsocks_common::message::fragment::{MESSAGE_ID_LEN, MessageId};
-use mixsocks_common::message::{MAX_REMEMBERED, REMEMBERED_FOR};
-use mixsocks_common::topology::UnixTime;
+use mixsocks_common::message::fragment::{Hour, MESSAGE_ID_LEN, MessageId};
+use mixsocks_common::message::{MAX_REMEMBERED, REMEMBERED_FOR, TakenId, TakenIds};
 
-const MAGIC: &[u8; 8] = b"mixrecv1";
-const ENTRY_LEN: usize = MESSAGE_ID_LEN + 8;
+const MAGIC: &[u8; 8] = b"mixrecv2";
+const HEADER_LEN: usize = MAGIC.len() + 4;
+const ENTRY_LEN: usize = 4 + MESSAGE_ID_LEN;
+
+/// [`REMEMBERED_FOR`] in hours.
+const REMEMBERED_HOURS: u32 = 31 * 24;
+const _: () = assert!(REMEMBERED_HOURS as u64 * 3600 == REMEMBERED_FOR.as_secs());
 
 /// Entries at which the file is written anew, with the newest [`MAX_REMEMBERED`] that are not too old:
-/// 13 MB.
+/// 10 MB.
 pub const MAX_LOGGED: usize = 2 * MAX_REMEMBERED;
 
 /// Why the log cannot be used.
@@ -51,75 +56,95 @@ pub struct ReceivedLog {
 }
 
 impl ReceivedLog {
-    /// Opens the log or makes it; with the ids that are remembered, the oldest first.
+    /// Opens the log or makes it; with what it remembers.
     ///
     /// # Errors
     /// See [`ReceivedLogError`].
-    pub fn open(path: &Path, now: UnixTime) -> Result<(Self, Vec<MessageId>), ReceivedLogError> {
+    pub fn open(path: &Path, now: Hour) -> Result<(Self, TakenIds), ReceivedLogError> {
         let io = |source| ReceivedLogError::Io { path: path.to_owned(), source };
         let bytes = match read(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => MAGIC.to_vec(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             // Cut short when it was made.
-            Ok(bytes) if MAGIC.starts_with(&bytes) => MAGIC.to_vec(),
-            bytes => bytes.map_err(io)?,
+            Ok(bytes) if is_cut_short(&bytes) => None,
+            bytes => Some(bytes.map_err(io)?),
         };
-        let entries =
-            bytes.strip_prefix(MAGIC).ok_or_else(|| ReceivedLogError::Foreign(path.to_owned()))?;
-        let kept = newest(entries, now);
-        let ids = kept.iter().filter_map(|entry| entry.first_chunk()).copied().map(MessageId);
-        let ids = ids.collect();
-        let file = replace(path, &kept).map_err(io)?;
-        Ok((Self { path: path.to_owned(), file, entries: kept.len() }, ids))
+        let taken = match bytes {
+            None => TakenIds::default(),
+            Some(bytes) => {
+                parse(&bytes, now).ok_or_else(|| ReceivedLogError::Foreign(path.to_owned()))?
+            }
+        };
+        let file = replace(path, &taken).map_err(io)?;
+        Ok((Self { path: path.to_owned(), file, entries: taken.len() }, taken))
     }
 
     /// Writes down that a message is received.
     ///
     /// # Errors
     /// When it is not; then it may be tried again.
-    pub fn append(&mut self, id: MessageId, now: UnixTime) -> io::Result<()> {
+    pub fn append(&mut self, id: TakenId, now: Hour) -> io::Result<()> {
         if self.entries >= MAX_LOGGED {
-            let bytes = read(&self.path)?;
-            let kept = newest(bytes.get(MAGIC.len()..).unwrap_or_default(), now);
-            self.file = replace(&self.path, &kept)?;
-            self.entries = kept.len();
+            let taken = parse(&read(&self.path)?, now)
+                .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+            self.file = replace(&self.path, &taken)?;
+            self.entries = taken.len();
         }
         // What a try that failed has left is written over.
-        let end = (MAGIC.len() + self.entries * ENTRY_LEN) as u64;
+        let end = (HEADER_LEN + self.entries * ENTRY_LEN) as u64;
         self.file.seek(SeekFrom::Start(end))?;
-        self.file.write_all(&[&id.0[..], &now.0.to_be_bytes()].concat())?;
+        self.file.write_all(&entry(id))?;
         self.entries += 1;
         Ok(())
     }
 }
 
+/// Whether nothing but a part of the header was written.
+fn is_cut_short(bytes: &[u8]) -> bool {
+    let magic = &bytes[..bytes.len().min(MAGIC.len())];
+    bytes.len() < HEADER_LEN && MAGIC.starts_with(magic)
+}
+
 /// The whole file, but no more than a log may have.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
-    let most = MAGIC.len() + (MAX_LOGGED + 1) * ENTRY_LEN;
+    let most = HEADER_LEN + (MAX_LOGGED + 1) * ENTRY_LEN;
     let mut bytes = Vec::new();
     File::open(path)?.take(most as u64).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
-/// The entries that are to be remembered.
-fn newest(entries: &[u8], now: UnixTime) -> Vec<[u8; ENTRY_LEN]> {
+/// What a file remembers that is not too old; `None` if it is no log.
+fn parse(bytes: &[u8], now: Hour) -> Option<TakenIds> {
+    let (&refused_before, entries) = bytes.strip_prefix(MAGIC)?.split_first_chunk()?;
+    let mut taken = TakenIds::new(Hour(u32::from_be_bytes(refused_before)));
     let (entries, _) = entries.as_chunks::<ENTRY_LEN>();
-    let is_young = |entry: &&[u8; ENTRY_LEN]| {
-        let seconds = entry.last_chunk().map_or(0, |seconds| u64::from_be_bytes(*seconds));
-        seconds.saturating_add(REMEMBERED_FOR.as_secs()) > now.0
-    };
-    let from = entries.len().saturating_sub(MAX_REMEMBERED);
-    entries[from..].iter().filter(is_young).copied().collect()
+    for [a, b, c, d, id @ ..] in entries {
+        let hour = Hour(u32::from_be_bytes([*a, *b, *c, *d]));
+        taken.insert(TakenId { hour, id: MessageId(*id) });
+    }
+    taken.forget_before(Hour(now.0.saturating_sub(REMEMBERED_HOURS)));
+    Some(taken)
 }
 
-/// Replaces the file by one with these entries, and opens it.
-fn replace(path: &Path, entries: &[[u8; ENTRY_LEN]]) -> io::Result<File> {
+fn entry(id: TakenId) -> [u8; ENTRY_LEN] {
+    let mut entry = [0; ENTRY_LEN];
+    entry[..4].copy_from_slice(&id.hour.0.to_be_bytes());
+    entry[4..].copy_from_slice(&id.id.0);
+    entry
+}
+
+/// Replaces the file by one that remembers this, and opens it.
+fn replace(path: &Path, taken: &TakenIds) -> io::Result<File> {
     let temporary = path.with_extension("new");
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
     let mut file = options.open(&temporary)?;
-    file.write_all(&[MAGIC, entries.as_flattened()].concat())?;
+    let mut bytes = Vec::with_capacity(HEADER_LEN + taken.len() * ENTRY_LEN);
+    bytes.extend(MAGIC);
+    bytes.extend(taken.refused_before().0.to_be_bytes());
+    bytes.extend(taken.iter().flat_map(entry));
+    file.write_all(&bytes)?;
     file.sync_all()?;
     std::fs::rename(&temporary, path)?;
     Ok(file)
@@ -129,12 +154,16 @@ fn replace(path: &Path, entries: &[[u8; ENTRY_LEN]]) -> io::Result<File> {
 mod tests {
     use super::*;
 
-    const NOW: UnixTime = UnixTime(1_800_000_000);
+    const NOW: Hour = Hour(500_000);
 
-    fn id(number: usize) -> MessageId {
+    fn id(number: usize) -> TakenId {
         let mut id = [0; MESSAGE_ID_LEN];
         id[..8].copy_from_slice(&number.to_be_bytes());
-        MessageId(id)
+        TakenId { hour: NOW, id: MessageId(id) }
+    }
+
+    fn ids(taken: &TakenIds) -> Vec<TakenId> {
+        taken.iter().collect()
     }
 
     #[test]
@@ -142,48 +171,57 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
         let (mut log, known) = ReceivedLog::open(&path, NOW).unwrap();
-        assert_eq!(known, []);
+        assert!(known.is_empty());
         for number in 0..3 {
             log.append(id(number), NOW).unwrap();
         }
         let whole = std::fs::read(&path).unwrap();
-        assert_eq!(whole.len(), 8 + 3 * 24);
+        assert_eq!(whole.len(), 12 + 3 * 20);
         for cut in 0..=whole.len() {
             std::fs::write(&path, &whole[..cut]).unwrap();
             let (mut log, known) = ReceivedLog::open(&path, NOW).unwrap();
-            let expected: Vec<_> = (0..cut.saturating_sub(8) / 24).map(id).collect();
-            assert_eq!(known, expected);
+            let expected: Vec<_> = (0..cut.saturating_sub(12) / 20).map(id).collect();
+            assert_eq!(ids(&known), expected);
             log.append(id(9), NOW).unwrap();
             drop(log);
             let (_, known) = ReceivedLog::open(&path, NOW).unwrap();
-            assert_eq!(known, [expected, vec![id(9)]].concat());
+            assert_eq!(ids(&known), [expected, vec![id(9)]].concat());
         }
     }
 
     #[test]
-    fn ids_are_forgotten_with_age() {
+    fn ids_are_forgotten_with_age_and_their_hours_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
         let (mut log, _) = ReceivedLog::open(&path, NOW).unwrap();
         log.append(id(1), NOW).unwrap();
-        log.append(id(2), UnixTime(NOW.0 + 1)).unwrap();
-        let later = UnixTime(NOW.0 + REMEMBERED_FOR.as_secs());
-        let (_, known) = ReceivedLog::open(&path, later).unwrap();
-        assert_eq!(known, [id(2)]);
+        let newer = TakenId { hour: NOW.next(), ..id(2) };
+        log.append(newer, NOW).unwrap();
+        let later = Hour(NOW.0 + 31 * 24 + 1);
+        for time in [later, NOW] {
+            let (_, known) = ReceivedLog::open(&path, time).unwrap();
+            assert_eq!((ids(&known), known.refused_before()), (vec![newer], NOW.next()));
+        }
     }
 
     #[test]
-    fn the_file_is_bounded_and_keeps_the_newest() {
+    fn the_file_is_bounded_and_says_what_it_has_forgotten() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
         let (mut log, _) = ReceivedLog::open(&path, NOW).unwrap();
-        for number in 0..=MAX_LOGGED {
+        let old = TakenId { hour: Hour(NOW.0 - 1), ..id(0) };
+        log.append(old, NOW).unwrap();
+        for number in 1..=MAX_REMEMBERED {
             log.append(id(number), NOW).unwrap();
+        }
+        // Copies take room in the file, but are no ids.
+        for _ in MAX_REMEMBERED..MAX_LOGGED {
+            log.append(id(1), NOW).unwrap();
         }
         assert_eq!(log.entries, MAX_REMEMBERED + 1);
         let (_, known) = ReceivedLog::open(&path, NOW).unwrap();
-        assert_eq!(known.len(), MAX_REMEMBERED);
-        assert_eq!(known.last(), Some(&id(MAX_LOGGED)));
+        assert_eq!((known.len(), known.refused_before()), (MAX_REMEMBERED, NOW));
+        assert!(!known.contains(&old));
     }
 
     #[test]

@@ -5,12 +5,13 @@ use std::time::{Duration, Instant};
 
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::IdentityKey;
-use mixsocks_common::message::fragment::{Fragment, MessageId};
+use mixsocks_common::message::fragment::{Fragment, Hour, MessageId};
 use mixsocks_common::message::packet::MessageSizes;
 use mixsocks_common::message::{
     Body, FailReason, MessageEvent, MessageOptions, Messages, Received, ReceivedId, SendError,
-    Sender, SenderTag,
+    Sender, SenderTag, TakenIds,
 };
+use mixsocks_common::topology::UnixTime;
 use mixsocks_sphinx::SecretKey;
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 
@@ -35,13 +36,15 @@ fn received_id(number: u64) -> ReceivedId {
     let options = MessageOptions {
         sizes,
         give_up_after: Duration::from_secs(1),
+        wall: UnixTime(0),
         unknown_delays: Duration::ZERO,
-        known: Vec::new(),
+        known: TakenIds::default(),
     };
     let now = Instant::now();
     let mut core = Messages::<u64>::new(now, options);
     let bytes = Body::Plain(b"x").to_bytes();
-    let fragment = Fragment { id: message_id(number), index: 0, count: 1, bytes: &bytes };
+    let fragment =
+        Fragment { id: message_id(number), hour: Hour(0), index: 0, count: 1, bytes: &bytes };
     core.handle_delivery(now, 1, &fragment.to_bytes(sizes));
     match core.poll_event() {
         Some(MessageEvent::Received { received, .. }) => received,

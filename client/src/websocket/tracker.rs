@@ -16,7 +16,7 @@ const MAX_EARLY: usize = 1024;
 
 /// Bytes of a message that one packet carries in a network with packets of the usual size; queues are
 /// told in packets.
-const PACKET_BYTES: usize = 1565;
+const PACKET_BYTES: usize = 1561;
 
 /// A connection of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

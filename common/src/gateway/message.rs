@@ -40,6 +40,7 @@ const GOODBYE: u8 = 9;
 const RECEIVE: u8 = 10;
 const DELIVERY: u8 = 11;
 const CONFIRM: u8 = 12;
+const CAUGHT_UP: u8 = 13;
 
 const REGISTER_LEN: usize = 1 + 1 + SIGNATURE_LEN + 2;
 const CONFIRM_HEAD_LEN: usize = 1 + 1;
@@ -347,6 +348,9 @@ pub enum GatewayMessage {
     Goodbye,
     /// Kind 11: number u64 (1..9), the box (from 9 on), which is never empty.
     Delivery(KeptBox),
+    /// Kind 13: all that was kept when RECEIVE came has been sent; said once for each RECEIVE, unless
+    /// another one comes before. Nothing else is in it.
+    CaughtUp,
 }
 
 impl ClientMessage {
@@ -498,6 +502,7 @@ impl GatewayMessage {
                 body.extend(number.to_be_bytes());
                 body.extend(sealed);
             }
+            Self::CaughtUp => body.push(CAUGHT_UP),
         }
         Zeroizing::new(body)
     }
@@ -541,6 +546,7 @@ impl GatewayMessage {
                 }
                 Self::Delivery(KeptBox { number, sealed: sealed.to_vec() })
             }
+            CAUGHT_UP => Self::CaughtUp,
             kind => return Err(MessageError::UnknownKind(kind)),
         };
         reader.finish()?;
@@ -557,6 +563,7 @@ impl GatewayMessage {
             Self::Evicted => "EVICTED",
             Self::Goodbye => "GOODBYE",
             Self::Delivery(_) => "DELIVERY",
+            Self::CaughtUp => "CAUGHT_UP",
         }
     }
 }

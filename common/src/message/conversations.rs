@@ -20,7 +20,7 @@ pub const REFILL_FACTOR: usize = 2;
 struct Conversation {
     tag: SenderTag,
     used: u64,
-    /// SURBs given on request, and what came by SURBs.
+    /// SURBs sent on request, and what came by SURBs.
     refilled: usize,
     came: usize,
     /// What was asked for and not given yet.
@@ -71,9 +71,14 @@ impl Conversations {
     /// it cannot hoard them.
     pub(super) fn on_request(&mut self, address: &Address, number: u16) {
         if let Some(conversation) = self.by_address.get_mut(address) {
-            let allowance = REFILL_ALLOWANCE + REFILL_FACTOR * conversation.came;
-            let left = allowance - conversation.refilled.min(allowance);
-            conversation.wanted = usize::from(number).min(MAX_REPLY_SURBS).min(left);
+            conversation.wanted = usize::from(number).min(MAX_REPLY_SURBS);
+        }
+    }
+
+    /// SURBs that this recipient asked for are sent.
+    pub(super) fn on_refill(&mut self, address: &Address, surbs: usize) {
+        if let Some(conversation) = self.by_address.get_mut(address) {
+            conversation.refilled += surbs;
         }
     }
 
@@ -82,12 +87,20 @@ impl Conversations {
         &mut self,
         is_busy: impl Fn(&Address) -> bool,
     ) -> Option<(Address, usize)> {
-        let is_wanting = |(address, conversation): &(&Address, &mut Conversation)| {
-            conversation.wanted > 0 && !is_busy(address)
+        let granted = |(address, conversation): (&Address, &mut Conversation)| {
+            let granted = conversation.wanted.min(conversation.left());
+            (granted > 0 && !is_busy(address)).then(|| {
+                conversation.wanted = 0;
+                (*address, granted)
+            })
         };
-        let (address, conversation) = self.by_address.iter_mut().find(is_wanting)?;
-        let wanted = std::mem::take(&mut conversation.wanted);
-        conversation.refilled += wanted;
-        Some((*address, wanted))
+        self.by_address.iter_mut().find_map(granted)
+    }
+}
+
+impl Conversation {
+    /// How many SURBs may still be sent on request.
+    fn left(&self) -> usize {
+        (REFILL_ALLOWANCE + REFILL_FACTOR * self.came).saturating_sub(self.refilled)
     }
 }

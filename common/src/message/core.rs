@@ -5,26 +5,36 @@ use std::time::{Duration, Instant};
 
 use mixsocks_sphinx::{Identifier, Surb};
 use rand::{Rng, RngExt};
+use zeroize::Zeroizing;
 
 use super::awaited::{AckSurbs, Awaited, MadeSurb};
 use super::body::{Body, ReplySurbs, SenderTag};
+use super::clock::Clock;
 use super::conversations::Conversations;
-use super::fragment::{Fragment, MESSAGE_ID_LEN, MessageId};
-use super::inbox::{Arrived, Inbox, Kept, Key, Origin, Sender};
+use super::fragment::{Fragment, Hour, MESSAGE_ID_LEN, MessageId};
+use super::inbox::{Arrived, INCOMPLETE_AGE, Inbox, Kept, Key, Origin, Sender};
 use super::outbox::{Destination, Outbox, Outcome, Piece};
 use super::packet::{AckStatus, MessageSizes, ReplyContents};
+use super::remembered::{TakenId, TakenIds};
 use super::replies::ReplyStock;
 use super::{FailReason, MAX_MESSAGE_BYTES, MAX_REPLY_SURBS, SendError};
 use crate::address::Address;
+use crate::topology::UnixTime;
 
 /// How long after its last progress a message is given up, unless told otherwise: a gateway is started
 /// again and a laptop opened in that time.
 pub const GIVE_UP_AFTER: Duration = Duration::from_secs(10 * 60);
 
-/// Most acknowledgements that are awaited, late ones among them; the oldest are given up first.
+/// The longest time after its last progress that a message is tried: recipients give incomplete ones up
+/// later than that, with ten minutes to spare for clocks and lines.
+pub const MAX_GIVE_UP_AFTER: Duration = Duration::from_secs(20 * 60);
+const _: () = assert!(MAX_GIVE_UP_AFTER.as_secs() + 10 * 60 <= INCOMPLETE_AGE.as_secs());
+
+/// Most acknowledgements that are awaited, late ones among them; the oldest of the
+/// destination with the most are given up first.
 pub const MAX_AWAITED_ACKS: usize = 32 * 1024;
 
-/// Most replies that are awaited; the oldest are given up first.
+/// Most replies that are awaited; the oldest of the recipient with the most are given up first.
 pub const MAX_AWAITED_REPLIES: usize = 32 * 1024;
 
 /// Most acknowledgements of replies that wait to be sent. Beyond, the oldest are dropped: the replier
@@ -36,12 +46,14 @@ pub const MAX_OWED_ACKS: usize = 4096;
 pub struct MessageOptions {
     /// The sizes of the network.
     pub sizes: MessageSizes,
-    /// How long after its last progress a message is given up.
+    /// How long after its last progress a message is given up; more than [`MAX_GIVE_UP_AFTER`] is that.
     pub give_up_after: Duration,
+    /// What the wall clock shows.
+    pub wall: UnixTime,
     /// Longest time (p99.9) that the mixes of a reply hold it, whose delays the replier does not know.
     pub unknown_delays: Duration,
     /// Messages that the application has had, also before the last start.
-    pub known: Vec<MessageId>,
+    pub known: TakenIds,
 }
 
 /// Something to send. Boxes are sealed and SURBs used by the shell.
@@ -53,7 +65,7 @@ pub enum Transmit {
         /// To whom; also the encryption key of the box.
         recipient: Address,
         /// The fragment, not sealed yet.
-        fragment: Vec<u8>,
+        fragment: Zeroizing<Vec<u8>>,
         /// For the acknowledgement.
         ack_surb: Surb,
         /// Names that.
@@ -64,7 +76,7 @@ pub enum Transmit {
         /// What it is sent by.
         surb: Surb,
         /// The fragment.
-        fragment: Vec<u8>,
+        fragment: Zeroizing<Vec<u8>>,
         /// For the acknowledgement.
         ack_surb: Surb,
     },
@@ -77,14 +89,17 @@ pub enum Transmit {
 
 /// Names a message that the application was given, until it has taken it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ReceivedId(Key);
+pub struct ReceivedId {
+    key: Key,
+    hour: Hour,
+}
 
 impl ReceivedId {
     /// The id to be written down before the application gets the message, so that it is not received
     /// once more after a restart. Replies need none: nobody keeps them, and their SURBs are forgotten.
-    pub fn to_remember(&self) -> Option<MessageId> {
-        let ReceivedId((origin, id)) = self;
-        (*origin == Origin::Gateway).then_some(*id)
+    pub fn to_remember(&self) -> Option<TakenId> {
+        let ReceivedId { key: (origin, id), hour } = *self;
+        (origin == Origin::Gateway).then_some(TakenId { hour, id })
     }
 }
 
@@ -160,6 +175,16 @@ pub struct Refill {
 #[derive(Debug)]
 pub struct Purpose(PurposeKind);
 
+impl Purpose {
+    /// When that left which is acknowledged; `None` if it is a reply.
+    pub fn sent(&self) -> Option<Instant> {
+        match &self.0 {
+            PurposeKind::Ack(_, piece) => Some(piece.sent),
+            PurposeKind::Reply(_) => None,
+        }
+    }
+}
+
 #[derive(Debug)]
 enum PurposeKind {
     Ack(Identifier, Piece),
@@ -173,6 +198,8 @@ pub struct Dropped {
     pub malformed: u64,
     /// Fragments whose message has another count.
     pub conflicting: u64,
+    /// Fragments of messages that were sent too long ago, or in the future.
+    pub misdated: u64,
     /// Fragments that there was no room for.
     pub no_room: u64,
     /// Messages of which not all came.
@@ -206,25 +233,31 @@ pub struct Counts {
 #[derive(Debug)]
 pub struct Messages<R> {
     sizes: MessageSizes,
+    clock: Clock,
     outbox: Outbox,
     inbox: Inbox,
     stock: ReplyStock,
     conversations: Conversations,
-    acks: Awaited<R, Piece>,
-    replies: Awaited<R, Address>,
+    acks: Awaited<R, Piece, Destination>,
+    replies: Awaited<R, Address, Address>,
     owed_acks: VecDeque<Surb>,
     /// Refills on their way: the application knows nothing of them.
     refills: BTreeMap<MessageId, Address>,
     received: VecDeque<Received>,
+    /// Bodies of SURBs only, until it is written down that they came; and those that are to be.
+    surbs_came: BTreeMap<Key, Zeroizing<Vec<u8>>>,
+    unwritten: VecDeque<ReceivedId>,
     dropped: Dropped,
 }
 
 impl<R> Messages<R> {
     /// Nothing to send, and nothing came yet.
     pub fn new(now: Instant, options: MessageOptions) -> Self {
-        let MessageOptions { sizes, give_up_after, unknown_delays, known } = options;
+        let MessageOptions { sizes, give_up_after, wall, unknown_delays, known } = options;
+        let give_up_after = give_up_after.min(MAX_GIVE_UP_AFTER);
         Self {
             sizes,
+            clock: Clock::new(now, wall),
             outbox: Outbox::new(sizes, give_up_after, unknown_delays),
             inbox: Inbox::new(sizes, now, known),
             stock: ReplyStock::default(),
@@ -234,6 +267,8 @@ impl<R> Messages<R> {
             owed_acks: VecDeque::new(),
             refills: BTreeMap::new(),
             received: VecDeque::new(),
+            surbs_came: BTreeMap::new(),
+            unwritten: VecDeque::new(),
             dropped: Dropped::default(),
         }
     }
@@ -270,7 +305,7 @@ impl<R> Messages<R> {
     ) -> Result<MessageId, SendError> {
         self.check_send(message.len(), reply_surbs.len())?;
         let body = if reply_surbs.is_empty() {
-            Body::Plain(message).to_bytes()
+            Zeroizing::new(Body::Plain(message).to_bytes())
         } else {
             self.with_surbs(rng, recipient, reply_surbs, Some(message))
         };
@@ -306,7 +341,7 @@ impl<R> Messages<R> {
         if !self.stock.knows(sender_tag) {
             return Err(SendError::UnknownSender);
         }
-        let body = Body::Plain(message).to_bytes();
+        let body = Zeroizing::new(Body::Plain(message).to_bytes());
         Ok(self.push(now, rng, Destination::Sender(sender_tag), body))
     }
 
@@ -333,8 +368,10 @@ impl<R> Messages<R> {
             return Ok(());
         }
         self.check_surbs(surbs.len(), 0)?;
+        self.conversations.on_refill(&recipient, surbs.len());
         let body = self.with_surbs(rng, recipient, surbs, None);
         let id = self.push(now, rng, Destination::Recipient(recipient), body);
+        self.outbox.begin_slowly(id);
         self.refills.insert(id, recipient);
         Ok(())
     }
@@ -366,9 +403,20 @@ impl<R> Messages<R> {
         self.received.pop_front()
     }
 
+    /// SURBs came without a message: when that is written down, [`Messages::taken`] is to be called.
+    /// Used before, they would come once more after a restart, and each works only once.
+    pub fn poll_surbs(&mut self) -> Option<ReceivedId> {
+        self.unwritten.pop_front()
+    }
+
     /// The application has the message: its deliveries are confirmed.
-    pub fn taken(&mut self, now: Instant, received: ReceivedId) {
-        self.inbox.taken(now, received.0);
+    pub fn taken(&mut self, received: ReceivedId) {
+        if let Some(body) = self.surbs_came.remove(&received.key)
+            && let Ok(Body::Surbs(surbs)) = Body::parse(&body)
+        {
+            self.dropped.surbs += self.stock.add(&surbs) as u64;
+        }
+        self.inbox.taken(received.key);
     }
 
     // --- What is sent.
@@ -436,6 +484,22 @@ impl<R> Messages<R> {
         }
     }
 
+    /// What recovers an acknowledgement that is awaited.
+    pub fn recovery_mut(&mut self, ack: &Identifier) -> Option<&mut R> {
+        self.acks.recovery_mut(ack)
+    }
+
+    /// The next packet that was not acknowledged in time: what would recover its acknowledgement, and when
+    /// it left. It is lost, or late.
+    pub fn poll_overdue(&mut self) -> Option<(&R, Instant)> {
+        loop {
+            let (ack, sent) = self.outbox.poll_overdue()?;
+            if self.acks.recovery_mut(&ack).is_some() {
+                return self.acks.recovery_mut(&ack).map(|recovery| (&*recovery, sent));
+            }
+        }
+    }
+
     /// There is no route for the packet that would be acknowledged by this SURB: it was not sent.
     pub fn unsent(&mut self, now: Instant, ack: &Identifier) {
         self.outbox.unsent(now, ack);
@@ -458,10 +522,11 @@ impl<R> Messages<R> {
         rng: &mut impl Rng,
         surb: Surb,
         number: u16,
-    ) -> (Surb, (MessageId, u16), Vec<u8>) {
+    ) -> (Surb, (MessageId, u16), Zeroizing<Vec<u8>>) {
         let id = draw_id(rng);
         let body = Body::Request(number).to_bytes();
-        let fragment = Fragment { id, index: 0, count: 1, bytes: &body }.to_bytes(self.sizes);
+        let fragment = Fragment { id, hour: Hour(0), index: 0, count: 1, bytes: &body };
+        let fragment = Zeroizing::new(fragment.to_bytes(self.sizes));
         (surb, (id, 0), fragment)
     }
 
@@ -472,8 +537,8 @@ impl<R> Messages<R> {
         piece: (MessageId, u16),
         destination: Destination,
     ) -> Surb {
-        let piece = self.outbox.sent(now, made.identifier, piece, destination, made.delay);
-        self.acks.insert(made, piece)
+        let piece = self.outbox.sent(now, &made, piece, destination);
+        self.acks.insert(made, piece, destination)
     }
 
     fn push(
@@ -481,10 +546,15 @@ impl<R> Messages<R> {
         now: Instant,
         rng: &mut impl Rng,
         destination: Destination,
-        body: Vec<u8>,
+        body: Zeroizing<Vec<u8>>,
     ) -> MessageId {
         let id = draw_id(rng);
-        self.outbox.push(now, id, destination, body);
+        // Nobody keeps replies, so that their hour would tell something for nothing.
+        let hour = match destination {
+            Destination::Recipient(_) => self.hour(now),
+            Destination::Sender(_) => Hour(0),
+        };
+        self.outbox.push(now, (id, hour), destination, body);
         id
     }
 
@@ -503,16 +573,16 @@ impl<R> Messages<R> {
         recipient: Address,
         made: Vec<MadeSurb<R>>,
         message: Option<&[u8]>,
-    ) -> Vec<u8> {
+    ) -> Zeroizing<Vec<u8>> {
         let sender_tag = self.conversations.tag(rng, recipient);
         let key_epoch = made.iter().map(|made| made.key_epoch).min().unwrap_or(0);
-        let surbs: Vec<_> =
-            made.into_iter().map(|made| *self.replies.insert(made, recipient).as_bytes()).collect();
+        let mut expect = |made| *self.replies.insert(made, recipient, recipient).as_bytes();
+        let surbs: Vec<_> = made.into_iter().map(&mut expect).collect();
         let given = ReplySurbs { sender_tag, key_epoch, surbs: &surbs };
-        match message {
+        Zeroizing::new(match message {
             Some(message) => Body::WithSurbs(given, message).to_bytes(),
             None => Body::Surbs(given).to_bytes(),
-        }
+        })
     }
 
     // --- What comes.
@@ -575,14 +645,19 @@ impl<R> Messages<R> {
         self.inbox.confirm(Some(number));
     }
 
-    /// The gateway was asked for what it keeps; `None`: the connection with it has ended.
-    pub fn set_receiving(&mut self, since: Option<Instant>) {
-        self.inbox.set_receiving(since);
+    /// The gateway was asked for what it keeps, or the connection with it has ended.
+    pub fn set_receiving(&mut self, now: Instant, is_receiving: bool) {
+        self.inbox.set_receiving(now, is_receiving);
+    }
+
+    /// All that the gateway kept when it was asked last has come.
+    pub fn caught_up(&mut self, now: Instant) {
+        self.inbox.caught_up(now);
     }
 
     /// Whether the gateway is to be asked again for what it keeps.
-    pub fn wants_receive(&self) -> bool {
-        self.inbox.wants_again()
+    pub fn wants_receive(&self, now: Instant) -> bool {
+        self.inbox.wants_again(self.hour(now))
     }
 
     /// The next delivery that the gateway may forget.
@@ -598,11 +673,12 @@ impl<R> Messages<R> {
         number: Option<u64>,
         fragment: &Fragment<'_>,
     ) -> bool {
-        match self.inbox.handle(now, origin, number, fragment) {
+        let hour = self.hour(now);
+        match self.inbox.handle((now, hour), origin, number, fragment) {
             Kept::Yes => true,
             Kept::Complete => {
                 if let Some(arrived) = self.inbox.assemble((origin, fragment.id)) {
-                    self.handle_arrived(now, arrived);
+                    self.handle_arrived(arrived);
                 }
                 true
             }
@@ -614,10 +690,14 @@ impl<R> Messages<R> {
                 self.dropped.conflicting += 1;
                 true
             }
+            Kept::Misdated => {
+                self.dropped.misdated += 1;
+                true
+            }
         }
     }
 
-    fn handle_arrived(&mut self, now: Instant, Arrived { key, body }: Arrived) {
+    fn handle_arrived(&mut self, Arrived { key, hour, body }: Arrived) {
         let (origin, _) = key;
         let (sender, message) = match (origin, Body::parse(&body)) {
             (Origin::Gateway, Ok(Body::Plain(message))) => (Sender::Unknown, message),
@@ -625,27 +705,46 @@ impl<R> Messages<R> {
                 self.dropped.surbs += self.stock.add(&surbs) as u64;
                 (Sender::Anonymous(surbs.sender_tag), message)
             }
-            (Origin::Gateway, Ok(Body::Surbs(surbs))) => {
-                self.dropped.surbs += self.stock.add(&surbs) as u64;
-                return self.inbox.taken(now, key);
+            (Origin::Gateway, Ok(Body::Surbs(_))) => {
+                self.unwritten.push_back(ReceivedId { key, hour });
+                self.surbs_came.insert(key, body);
+                return;
             }
             (Origin::Replier(address), Ok(Body::Plain(message))) => {
                 (Sender::Replier(address), message)
             }
             (Origin::Replier(address), Ok(Body::Request(number))) => {
                 self.conversations.on_request(&address, number);
-                return self.inbox.taken(now, key);
+                return self.inbox.taken(key);
             }
             (_, Ok(_) | Err(_)) => {
                 self.dropped.malformed += 1;
-                return self.inbox.taken(now, key);
+                return self.inbox.taken(key);
             }
         };
-        let (message, received) = (message.to_vec(), ReceivedId(key));
+        let (message, received) = (message.to_vec(), ReceivedId { key, hour });
         self.received.push_back(Received { received, message, sender });
     }
 
     // --- Time.
+
+    /// Takes in what the wall clock shows: to be called before anything else whenever time may have
+    /// passed. What the machine has slept counts like any other time for those who wait for the rest of
+    /// a message, so it counts here too, before anything that came in the meantime.
+    /// Whether it has slept, so that there may be news.
+    pub fn handle_clock(&mut self, now: Instant, wall: UnixTime) -> bool {
+        let slept = self.clock.look(now, wall);
+        let has_slept = !slept.is_zero();
+        if has_slept {
+            self.outbox.handle_sleep(slept);
+            self.handle_timeout(now);
+        }
+        has_slept
+    }
+
+    fn hour(&self, now: Instant) -> Hour {
+        Hour::of(self.clock.wall(now))
+    }
 
     /// Nodes have no keys of earlier key epochs any more: SURBs of those lead to nowhere.
     pub fn forget_key_epochs_before(&mut self, key_epoch: u64) {
@@ -661,7 +760,15 @@ impl<R> Messages<R> {
             Destination::Recipient(_) => None,
         });
         let inbox = self.inbox.poll_timeout();
-        self.outbox.poll_timeout(now).into_iter().chain(inbox).chain(requests).min()
+        let next_hour = self.inbox.waits_for_hour().map(|hour| self.clock.start_of(now, hour));
+        let next_hour = next_hour.filter(|at| *at > now);
+        self.outbox
+            .poll_timeout(now)
+            .into_iter()
+            .chain(inbox)
+            .chain(next_hour)
+            .chain(requests)
+            .min()
     }
 
     /// Sends again or gives up what was not heard of in time.

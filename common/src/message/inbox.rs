@@ -3,10 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
+use zeroize::Zeroizing;
+
 use super::SenderTag;
-use super::fragment::{Fragment, MessageId};
+use super::fragment::{Fragment, Hour, MessageId};
 use super::packet::MessageSizes;
-use super::remembered::Remembered;
+use super::remembered::{TakenId, TakenIds, TakenReplies};
+use super::stopwatch::Stopwatch;
 use crate::address::Address;
 
 /// Most bytes of fragments, of messages that are incomplete or that the application has not taken: as many
@@ -18,13 +21,22 @@ pub const MAX_HELD_BYTES: usize = 64 * 1024 * 1024;
 /// filled it with pieces would keep out all others, and their bytes are bounded.
 pub const MAX_INCOMPLETE_REPLIES: usize = 4096;
 
-/// A message of which nothing more came for so long, while the gateway had nothing else to hand over, is
-/// given up: three times as long as its sender tries by default.
+/// Whoever replies may hold so many times what is left of the room for replies, in bytes and in messages
+/// that are incomplete: one has four fifths at most, two have four ninths each, and whoever comes next
+/// finds some. Nothing that was acknowledged has to go for that.
+const SHARE_OF_REST: usize = 4;
+
+/// A message of which nothing more came for so long, while the gateway had handed over all else, is given
+/// up: three times as long as its sender tries by default.
 pub const INCOMPLETE_AGE: Duration = Duration::from_secs(30 * 60);
 
 /// The same when pieces were dropped that the gateway still has: they come again when there is room, and
 /// room there must be at last.
 pub const DROPPED_AGE: Duration = Duration::from_secs(2 * 60 * 60);
+
+/// How far in the future a message may have been sent: clocks of machines in wrong time zones are not
+/// further from each other.
+pub const MAX_HOURS_AHEAD: u32 = 24;
 
 /// Most numbers of deliveries that wait to be confirmed. Older ones come again, and are confirmed then.
 pub const MAX_CONFIRMATIONS: usize = 64 * 1024;
@@ -49,23 +61,28 @@ pub(super) enum Kept {
     Complete,
     /// There is no room for it: it must come again.
     NoRoom,
-    /// Its message has another count of fragments.
+    /// Its message has another count of fragments, or another hour.
     Conflict,
+    /// Its message was sent so long ago that it may have been taken, or in the future.
+    Misdated,
 }
 
 #[derive(Debug)]
 struct Incomplete {
     count: u16,
-    fragments: BTreeMap<u16, Box<[u8]>>,
+    hour: Hour,
+    fragments: BTreeMap<u16, Zeroizing<Vec<u8>>>,
     numbers: BTreeSet<u64>,
     /// Counts up, to tell the newest.
     begun: u64,
-    last_news: Instant,
+    /// By the stopwatch of its shelf.
+    last_news: Duration,
 }
 
 /// A message that is complete, until the application has taken it.
 #[derive(Debug)]
 struct Complete {
+    hour: Hour,
     numbers: BTreeSet<u64>,
     held_bytes: usize,
 }
@@ -74,7 +91,8 @@ struct Complete {
 #[derive(Debug)]
 pub(super) struct Arrived {
     pub(super) key: Key,
-    pub(super) body: Vec<u8>,
+    pub(super) hour: Hour,
+    pub(super) body: Zeroizing<Vec<u8>>,
 }
 
 /// What is known of a fragment's place.
@@ -88,16 +106,26 @@ enum Place {
     Conflict,
 }
 
+/// What one origin holds.
+#[derive(Debug, Default)]
+struct Share {
+    incomplete: usize,
+    held_bytes: usize,
+}
+
 /// Messages of one kind of origin, from the gateway or from repliers. Each kind has room of its own, so
 /// that neither keeps the other out.
 #[derive(Debug, Default)]
 struct Shelf {
     incomplete: BTreeMap<Key, Incomplete>,
     by_begun: BTreeMap<u64, Key>,
-    by_news: BTreeSet<(Instant, Key)>,
+    by_news: BTreeSet<(Duration, Key)>,
+    /// Goes while more can be expected at once of whatever is incomplete.
+    watch: Stopwatch,
     begun: u64,
     complete: BTreeMap<Key, Complete>,
     held_bytes: usize,
+    shares: BTreeMap<Origin, Share>,
 }
 
 impl Shelf {
@@ -109,7 +137,11 @@ impl Shelf {
             return taken(&complete.numbers);
         }
         match self.incomplete.get(key) {
-            Some(incomplete) if incomplete.count != fragment.count => Place::Conflict,
+            Some(incomplete)
+                if (incomplete.count, incomplete.hour) != (fragment.count, fragment.hour) =>
+            {
+                Place::Conflict
+            }
             Some(incomplete) if incomplete.fragments.contains_key(&fragment.index) => {
                 taken(&incomplete.numbers)
             }
@@ -118,11 +150,15 @@ impl Shelf {
     }
 
     fn insert(&mut self, now: Instant, key: Key, number: Option<u64>, fragment: &Fragment<'_>) {
+        let now = self.watch.look(now);
+        let share = self.shares.entry(key.0).or_default();
         let incomplete = self.incomplete.entry(key).or_insert_with(|| {
+            share.incomplete += 1;
             self.begun += 1;
             self.by_begun.insert(self.begun, key);
             Incomplete {
                 count: fragment.count,
+                hour: fragment.hour,
                 fragments: BTreeMap::new(),
                 numbers: BTreeSet::new(),
                 begun: self.begun,
@@ -133,7 +169,37 @@ impl Shelf {
         self.by_news.insert((now, key));
         incomplete.last_news = now;
         incomplete.numbers.extend(number);
-        incomplete.fragments.insert(fragment.index, fragment.bytes.into());
+        incomplete.fragments.insert(fragment.index, Zeroizing::new(fragment.bytes.to_vec()));
+    }
+
+    /// A piece came once more that is there already: its sender still tries.
+    fn touch(&mut self, now: Instant, key: &Key) {
+        let now = self.watch.look(now);
+        if let Some(incomplete) = self.incomplete.get_mut(key) {
+            self.by_news.remove(&(incomplete.last_news, *key));
+            self.by_news.insert((now, *key));
+            incomplete.last_news = now;
+        }
+    }
+
+    /// The time at which the message is given up that was silent for longest.
+    fn given_up_at(&self, age: Duration) -> Option<Duration> {
+        self.by_news.first().map(|(last_news, _)| *last_news + age)
+    }
+
+    /// Takes out a message that nothing more came of for so long.
+    fn give_up(
+        &mut self,
+        now: Instant,
+        age: Duration,
+        fragment_bytes: usize,
+    ) -> Option<Incomplete> {
+        let now = self.watch.look(now);
+        if !self.watch.is_running() || self.given_up_at(age)? > now {
+            return None;
+        }
+        let (_, key) = *self.by_news.first()?;
+        self.remove(&key, fragment_bytes)
     }
 
     fn is_whole(&self, key: &Key) -> bool {
@@ -146,8 +212,42 @@ impl Shelf {
         let incomplete = self.incomplete.remove(key)?;
         self.by_begun.remove(&incomplete.begun);
         self.by_news.remove(&(incomplete.last_news, *key));
-        self.held_bytes -= incomplete.fragments.len() * fragment_bytes;
+        self.release(&key.0, incomplete.fragments.len() * fragment_bytes);
+        if let Some(share) = self.shares.get_mut(&key.0) {
+            share.incomplete -= 1;
+        }
+        self.forget_empty_share(&key.0);
         Some(incomplete)
+    }
+
+    fn hold(&mut self, origin: Origin, bytes: usize) {
+        self.held_bytes += bytes;
+        self.shares.entry(origin).or_default().held_bytes += bytes;
+    }
+
+    fn release(&mut self, origin: &Origin, bytes: usize) {
+        self.held_bytes -= bytes;
+        if let Some(share) = self.shares.get_mut(origin) {
+            share.held_bytes -= bytes;
+        }
+    }
+
+    fn forget_empty_share(&mut self, origin: &Origin) {
+        if self.shares.get(origin).is_some_and(|share| share.held_bytes + share.incomplete == 0) {
+            self.shares.remove(origin);
+        }
+    }
+
+    /// Whether this origin may hold so many bytes more and, if the fragment begins a message of several,
+    /// another incomplete one.
+    fn has_share(&self, origin: &Origin, bytes: usize, is_begun: bool) -> bool {
+        let (held, incomplete) =
+            self.shares.get(origin).map_or((0, 0), |share| (share.held_bytes, share.incomplete));
+        let fits = |own: usize, all: usize, max: usize| {
+            max.checked_sub(all).is_some_and(|left| own <= SHARE_OF_REST * left)
+        };
+        fits(held, self.held_bytes + bytes, MAX_HELD_BYTES)
+            && (!is_begun || fits(incomplete, self.incomplete.len() + 1, MAX_INCOMPLETE_REPLIES))
     }
 }
 
@@ -157,28 +257,33 @@ pub(super) struct Inbox {
     sizes: MessageSizes,
     deliveries: Shelf,
     replies: Shelf,
-    taken: Remembered,
+    taken: TakenIds,
+    taken_replies: TakenReplies,
     confirmations: VecDeque<u64>,
     /// Deliveries were dropped that are at the gateway still.
     has_dropped: bool,
-    /// Since when the gateway hands deliveries over.
-    receiving_since: Option<Instant>,
+    /// Messages were not taken in as no more ids could be remembered; the next hour allows it.
+    waits_for_hour: Option<Hour>,
+    /// The gateway was asked for what it keeps, over the present connection.
+    is_receiving: bool,
+    /// It was said that all has come, while no connection was known: over an earlier one, or over the
+    /// present one before that was known.
+    has_missed_caught_up: bool,
 }
 
 impl Inbox {
-    pub(super) fn new(sizes: MessageSizes, now: Instant, known: Vec<MessageId>) -> Self {
-        let mut taken = Remembered::default();
-        for id in known {
-            taken.insert(now, (Origin::Gateway, id));
-        }
+    pub(super) fn new(sizes: MessageSizes, now: Instant, taken: TakenIds) -> Self {
         Self {
             sizes,
             deliveries: Shelf::default(),
-            replies: Shelf::default(),
+            replies: Shelf { watch: Stopwatch::started(now), ..Shelf::default() },
             taken,
+            taken_replies: TakenReplies::default(),
             confirmations: VecDeque::new(),
             has_dropped: false,
-            receiving_since: None,
+            waits_for_hour: None,
+            is_receiving: false,
+            has_missed_caught_up: false,
         }
     }
 
@@ -190,7 +295,7 @@ impl Inbox {
             sum(|shelf| shelf.incomplete.len()),
             sum(|shelf| shelf.complete.len()),
             sum(|shelf| shelf.held_bytes),
-            self.taken.len(),
+            self.taken.len() + self.taken_replies.len(),
         )
     }
 
@@ -201,33 +306,73 @@ impl Inbox {
         }
     }
 
-    /// From now on the gateway hands over all that it keeps, from the oldest on; `None`: it does not.
-    /// Asking once more on the same connection makes nothing younger.
-    pub(super) fn set_receiving(&mut self, since: Option<Instant>) {
-        self.receiving_since = since.map(|now| self.receiving_since.unwrap_or(now));
-        if since.is_some() {
+    /// The gateway was asked for all that it keeps, or there is no connection with it any more. In both
+    /// cases pieces may be there that come much later, behind others: until [`Inbox::caught_up`] no time
+    /// passes.
+    pub(super) fn set_receiving(&mut self, now: Instant, is_receiving: bool) {
+        self.deliveries.watch.look(now);
+        self.deliveries.watch.stop();
+        let was_receiving = std::mem::replace(&mut self.is_receiving, is_receiving);
+        self.has_missed_caught_up &= !(was_receiving && is_receiving);
+        if is_receiving {
             self.has_dropped = false;
+            self.waits_for_hour = None;
+        }
+    }
+
+    /// All that the gateway kept when it was asked has come, and what it keeps from now on comes at once.
+    pub(super) fn caught_up(&mut self, now: Instant) {
+        match self.is_receiving {
+            true => self.deliveries.watch.start(now),
+            false => self.has_missed_caught_up = true,
         }
     }
 
     /// Whether the gateway is to be asked once more for what it keeps: there is room now for what was
-    /// dropped.
-    pub(super) fn wants_again(&self) -> bool {
-        self.has_dropped
-            && self.receiving_since.is_some()
-            && self.deliveries.held_bytes <= MAX_HELD_BYTES / 2
+    /// dropped, or it is not known whether all has come.
+    pub(super) fn wants_again(&self, hour: Hour) -> bool {
+        let has_room = self.waits_for_hour.is_none_or(|next| next <= hour)
+            && self.deliveries.held_bytes <= MAX_HELD_BYTES / 2;
+        self.is_receiving && (self.has_missed_caught_up || self.has_dropped && has_room)
+    }
+
+    /// The hour from which on more ids can be remembered, if they cannot now.
+    pub(super) fn waits_for_hour(&self) -> Option<Hour> {
+        self.waits_for_hour
+    }
+
+    fn is_taken(&self, key: &Key, hour: Hour) -> bool {
+        match key {
+            (Origin::Gateway, id) => self.taken.contains(&TakenId { hour, id: *id }),
+            (Origin::Replier(_), _) => self.taken_replies.contains(key),
+        }
+    }
+
+    /// Whether a message that begins may be taken in, so that it will be remembered when it is taken.
+    fn check_date(&mut self, this_hour: Hour, fragment: &Fragment<'_>) -> Result<(), Kept> {
+        let latest = this_hour.0.saturating_add(MAX_HOURS_AHEAD);
+        if fragment.hour < self.taken.refused_before() || fragment.hour.0 > latest {
+            return Err(Kept::Misdated);
+        }
+        let held = self.deliveries.incomplete.len() + self.deliveries.complete.len();
+        if !self.taken.has_room(held + 1, this_hour) {
+            self.waits_for_hour = Some(this_hour.next());
+            self.has_dropped = true;
+            return Err(Kept::NoRoom);
+        }
+        Ok(())
     }
 
     /// Takes in a fragment, which came as delivery `number` if it is from the gateway.
     pub(super) fn handle(
         &mut self,
-        now: Instant,
+        (now, this_hour): (Instant, Hour),
         origin: Origin,
         number: Option<u64>,
         fragment: &Fragment<'_>,
     ) -> Kept {
         let key = (origin, fragment.id);
-        if self.taken.contains(&key) {
+        if self.is_taken(&key, fragment.hour) {
             self.confirm(number);
             return Kept::Yes;
         }
@@ -235,6 +380,7 @@ impl Inbox {
             // The delivery whose number is known is confirmed when the message is taken.
             Place::Taken { is_known: true } => return Kept::Yes,
             Place::Taken { is_known: false } => {
+                self.shelf(&origin).touch(now, &key);
                 self.confirm(number);
                 return Kept::Yes;
             }
@@ -244,13 +390,22 @@ impl Inbox {
             }
             Place::New => {}
         }
+        if origin == Origin::Gateway
+            && !self.deliveries.incomplete.contains_key(&key)
+            && let Err(kept) = self.check_date(this_hour, fragment)
+        {
+            if kept == Kept::Misdated {
+                self.confirm(number);
+            }
+            return kept;
+        }
         if !self.make_room(&key, fragment.count) {
             self.has_dropped |= number.is_some();
             return Kept::NoRoom;
         }
         let fragment_bytes = self.sizes.fragment_bytes();
         let shelf = self.shelf(&origin);
-        shelf.held_bytes += fragment_bytes;
+        shelf.hold(origin, fragment_bytes);
         shelf.insert(now, key, number, fragment);
         if shelf.is_whole(&key) { Kept::Complete } else { Kept::Yes }
     }
@@ -259,11 +414,10 @@ impl Inbox {
     /// there is room for is completed, instead of a part of everything.
     fn make_room(&mut self, key: &Key, count: u16) -> bool {
         let fragment_bytes = self.sizes.fragment_bytes();
-        if let (Origin::Replier(_), _) = key {
+        if let (origin @ Origin::Replier(_), _) = key {
             // Fragments of replies were acknowledged: none makes room for another one.
-            let is_new = count > 1 && !self.replies.incomplete.contains_key(key);
-            return self.replies.held_bytes + fragment_bytes <= MAX_HELD_BYTES
-                && !(is_new && self.replies.incomplete.len() >= MAX_INCOMPLETE_REPLIES);
+            let is_begun = count > 1 && !self.replies.incomplete.contains_key(key);
+            return self.replies.has_share(origin, fragment_bytes, is_begun);
         }
         let shelf = &mut self.deliveries;
         let begun = shelf.incomplete.get(key).map(|incomplete| incomplete.begun);
@@ -285,21 +439,26 @@ impl Inbox {
         let shelf = self.shelf(&key.0);
         let incomplete = shelf.remove(&key, fragment_bytes)?;
         let held_bytes = incomplete.fragments.len() * fragment_bytes;
-        shelf.held_bytes += held_bytes;
-        let mut body = Vec::with_capacity(held_bytes);
-        for bytes in incomplete.fragments.into_values() {
-            body.extend_from_slice(&bytes);
+        shelf.hold(key.0, held_bytes);
+        let mut body = Zeroizing::new(Vec::with_capacity(held_bytes));
+        for bytes in incomplete.fragments.values() {
+            body.extend_from_slice(bytes);
         }
-        shelf.complete.insert(key, Complete { numbers: incomplete.numbers, held_bytes });
-        Some(Arrived { key, body })
+        let Incomplete { hour, numbers, .. } = incomplete;
+        shelf.complete.insert(key, Complete { hour, numbers, held_bytes });
+        Some(Arrived { key, hour, body })
     }
 
     /// The message needs to be kept no longer: the application has it, or it is good for nothing.
-    pub(super) fn taken(&mut self, now: Instant, key: Key) {
+    pub(super) fn taken(&mut self, key: Key) {
         let shelf = self.shelf(&key.0);
         let Some(complete) = shelf.complete.remove(&key) else { return };
-        shelf.held_bytes -= complete.held_bytes;
-        self.taken.insert(now, key);
+        shelf.release(&key.0, complete.held_bytes);
+        shelf.forget_empty_share(&key.0);
+        match key {
+            (Origin::Gateway, id) => self.taken.insert(TakenId { hour: complete.hour, id }),
+            (Origin::Replier(_), _) => self.taken_replies.insert(key),
+        }
         complete.numbers.into_iter().for_each(|number| self.confirm(Some(number)));
     }
 
@@ -317,36 +476,24 @@ impl Inbox {
 
     /// When [`Inbox::handle_timeout`] wants to be called.
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
-        [self.delivery_given_up_at(), self.reply_given_up_at()].into_iter().flatten().min()
+        let shelves = [(&self.deliveries, self.delivery_age()), (&self.replies, INCOMPLETE_AGE)];
+        let due = |(shelf, age): (&Shelf, _)| shelf.watch.due(shelf.given_up_at(age)?);
+        shelves.into_iter().filter_map(due).min()
     }
 
-    /// When the delivered message is given up that was silent for longest. While the gateway hands nothing
-    /// over, none is: the sender may have been told that it arrives.
-    fn delivery_given_up_at(&self) -> Option<Instant> {
-        let (last_news, _) = self.deliveries.by_news.first()?;
-        let age = if self.has_dropped { DROPPED_AGE } else { INCOMPLETE_AGE };
-        Some((*last_news).max(self.receiving_since?) + age)
-    }
-
-    fn reply_given_up_at(&self) -> Option<Instant> {
-        self.replies.by_news.first().map(|(last_news, _)| *last_news + INCOMPLETE_AGE)
+    fn delivery_age(&self) -> Duration {
+        if self.has_dropped { DROPPED_AGE } else { INCOMPLETE_AGE }
     }
 
     /// Gives up what nothing more comes of; returns how many messages that were.
     pub(super) fn handle_timeout(&mut self, now: Instant) -> usize {
-        let fragment_bytes = self.sizes.fragment_bytes();
+        let (age, fragment_bytes) = (self.delivery_age(), self.sizes.fragment_bytes());
         let mut given_up = 0;
-        while self.delivery_given_up_at().is_some_and(|at| at <= now)
-            && let Some((_, key)) = self.deliveries.by_news.first().copied()
-            && let Some(incomplete) = self.deliveries.remove(&key, fragment_bytes)
-        {
+        while let Some(incomplete) = self.deliveries.give_up(now, age, fragment_bytes) {
             incomplete.numbers.into_iter().for_each(|number| self.confirm(Some(number)));
             given_up += 1;
         }
-        while self.reply_given_up_at().is_some_and(|at| at <= now)
-            && let Some((_, key)) = self.replies.by_news.first().copied()
-            && self.replies.remove(&key, fragment_bytes).is_some()
-        {
+        while self.replies.give_up(now, INCOMPLETE_AGE, fragment_bytes).is_some() {
             given_up += 1;
         }
         given_up
@@ -373,12 +520,15 @@ pub enum Sender {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::remembered::MAX_REMEMBERED;
     use super::super::testing::address;
     use super::*;
 
     fn sizes() -> MessageSizes {
         MessageSizes::new(2031).unwrap()
     }
+
+    const HOUR: Hour = Hour(500_000);
 
     fn id(number: u32) -> MessageId {
         let mut id = [0; 16];
@@ -387,17 +537,28 @@ mod tests {
     }
 
     fn inbox(now: Instant) -> Inbox {
-        let mut inbox = Inbox::new(sizes(), now, Vec::new());
-        inbox.set_receiving(Some(now));
+        let mut inbox = Inbox::new(sizes(), now, TakenIds::default());
+        inbox.set_receiving(now, true);
+        inbox.caught_up(now);
         inbox
     }
 
+    /// Lets time pass as a shell does, and no longer than until then; how many were given up.
+    fn wait(inbox: &mut Inbox, until: Instant) -> usize {
+        let mut given_up = 0;
+        while let Some(at) = inbox.poll_timeout().filter(|at| *at <= until) {
+            given_up += inbox.handle_timeout(at);
+            assert!(inbox.poll_timeout().is_none_or(|next| next > at), "due means now");
+        }
+        given_up + inbox.handle_timeout(until)
+    }
+
     fn fragment(message: u32, index: u16, count: u16) -> Fragment<'static> {
-        Fragment { id: id(message), index, count, bytes: b"piece" }
+        Fragment { id: id(message), hour: HOUR, index, count, bytes: b"piece" }
     }
 
     fn handle(inbox: &mut Inbox, now: Instant, number: u64, fragment: &Fragment<'_>) -> Kept {
-        inbox.handle(now, Origin::Gateway, Some(number), fragment)
+        inbox.handle((now, HOUR), Origin::Gateway, Some(number), fragment)
     }
 
     #[test]
@@ -407,14 +568,14 @@ mod tests {
         assert_eq!(handle(&mut inbox, now, 1, &fragment(0, 0, 2)), Kept::Yes);
         assert_eq!(handle(&mut inbox, now, 2, &fragment(0, 1, 2)), Kept::Complete);
         let arrived = inbox.assemble((Origin::Gateway, id(0))).unwrap();
-        assert_eq!(arrived.body, b"piecepiece");
+        assert_eq!(arrived.body[..], *b"piecepiece");
         assert_eq!(inbox.confirmations(), []);
         // The same deliveries again, and a copy that the sender sent again.
         assert_eq!(handle(&mut inbox, now, 1, &fragment(0, 0, 2)), Kept::Yes);
         assert_eq!(inbox.confirmations(), []);
         assert_eq!(handle(&mut inbox, now, 3, &fragment(0, 0, 2)), Kept::Yes);
         assert_eq!(inbox.confirmations(), [3]);
-        inbox.taken(now, arrived.key);
+        inbox.taken(arrived.key);
         assert_eq!(inbox.confirmations(), [3, 1, 2]);
         assert_eq!(handle(&mut inbox, now, 4, &fragment(0, 1, 2)), Kept::Yes);
         assert_eq!(inbox.confirmations(), [3, 1, 2, 4]);
@@ -444,9 +605,61 @@ mod tests {
     #[test]
     fn ids_that_were_known_at_the_start_are_not_received_again() {
         let now = Instant::now();
-        let mut inbox = Inbox::new(sizes(), now, vec![id(7)]);
+        let mut known = TakenIds::default();
+        known.insert(TakenId { hour: HOUR, id: id(7) });
+        let mut inbox = Inbox::new(sizes(), now, known);
         assert_eq!(handle(&mut inbox, now, 1, &fragment(7, 0, 1)), Kept::Yes);
         assert_eq!((inbox.confirmations(), inbox.counts().1), (vec![1], 0));
+    }
+
+    /// A gateway that fills the memory with messages of its own, and hands an old box over again.
+    #[test]
+    fn a_message_is_not_taken_twice_however_many_others_come() {
+        let now = Instant::now();
+        let mut inbox = inbox(now);
+        let mut take = |hour: u32, message: u32| {
+            let (id, number) = (id(message), u64::from(message));
+            let fragment = Fragment { id, hour: Hour(hour), index: 0, count: 1, bytes: b"m" };
+            let kept = inbox.handle((now, HOUR), Origin::Gateway, Some(number), &fragment);
+            if kept == Kept::Complete {
+                let arrived = inbox.assemble((Origin::Gateway, id)).unwrap();
+                inbox.taken(arrived.key);
+            }
+            kept
+        };
+        assert_eq!(take(HOUR.0 - 2, 0), Kept::Complete);
+        let many = u32::try_from(MAX_REMEMBERED).unwrap();
+        for message in 1..=many {
+            assert_eq!(take(HOUR.0 - 1, message), Kept::Complete);
+        }
+        assert_eq!(take(HOUR.0 - 2, 0), Kept::Misdated);
+        assert_eq!(take(HOUR.0 - 1, 1), Kept::Yes, "it is remembered");
+        // So are those of this hour when they are as many, and further ones wait.
+        for message in 0..many {
+            assert_eq!(take(HOUR.0, message), Kept::Complete);
+        }
+        assert_eq!(take(HOUR.0, many), Kept::NoRoom);
+        assert_eq!(take(HOUR.0, 0), Kept::Yes);
+        assert_eq!((inbox.wants_again(HOUR), inbox.wants_again(HOUR.next())), (false, true));
+        assert_eq!(inbox.taken.len(), MAX_REMEMBERED);
+    }
+
+    #[test]
+    fn messages_from_the_future_are_refused() {
+        let now = Instant::now();
+        let mut inbox = inbox(now);
+        let latest = Hour(HOUR.0 + MAX_HOURS_AHEAD);
+        let good = Fragment { hour: latest, ..fragment(0, 0, 2) };
+        assert_eq!(handle(&mut inbox, now, 1, &good), Kept::Yes);
+        let bad = Fragment { hour: latest.next(), ..fragment(1, 0, 2) };
+        assert_eq!(handle(&mut inbox, now, 2, &bad), Kept::Misdated);
+        let other = Fragment { hour: HOUR, ..fragment(0, 1, 2) };
+        assert_eq!(
+            handle(&mut inbox, now, 3, &other),
+            Kept::Conflict,
+            "pieces of one are of one hour"
+        );
+        assert_eq!(inbox.confirmations(), [2, 3]);
     }
 
     #[test]
@@ -468,13 +681,15 @@ mod tests {
         assert!(inbox.counts().2 <= MAX_HELD_BYTES);
         assert_eq!(u32::from(index) + max / 2, max);
         assert_eq!(handle(&mut inbox, now, 99_000, &fragment(2, 0, 1)), Kept::NoRoom);
-        assert!(!inbox.wants_again(), "there is no room");
+        assert!(!inbox.wants_again(HOUR), "there is no room");
         let first = u16::try_from(max / 2).unwrap();
         assert_eq!(handle(&mut inbox, now, 99_001, &fragment(0, first, big)), Kept::Yes);
         assert_eq!(inbox.counts().0, 1, "the second has made room");
         assert_eq!(inbox.confirmations(), [], "what was dropped is at the gateway still");
-        assert!(!inbox.wants_again());
-        assert_eq!(inbox.poll_timeout(), Some(now + DROPPED_AGE), "more may be at the gateway");
+        assert!(!inbox.wants_again(HOUR));
+        let almost = now + DROPPED_AGE - Duration::from_millis(1);
+        assert_eq!(wait(&mut inbox, almost), 0, "more may be at the gateway");
+        assert_eq!(wait(&mut inbox, now + DROPPED_AGE), 1);
     }
 
     /// Whoever sends pieces of messages that never become whole keeps nobody out.
@@ -489,23 +704,52 @@ mod tests {
         assert_eq!(handle(&mut inbox, now, 20_000, &fragment(20_000, 0, 2)), Kept::Yes);
         assert_eq!(handle(&mut inbox, now, 20_001, &fragment(20_000, 1, 2)), Kept::Complete);
         assert!(inbox.assemble((Origin::Gateway, id(20_000))).is_some());
-        assert!(!inbox.wants_again());
-        assert_eq!(inbox.handle_timeout(now + INCOMPLETE_AGE), 10_000);
+        assert!(!inbox.wants_again(HOUR));
+        assert_eq!(wait(&mut inbox, now + INCOMPLETE_AGE), 10_000);
     }
 
     #[test]
     fn half_replies_are_bounded_in_number_and_keep_out_neither_whole_ones_nor_deliveries() {
         let now = Instant::now();
         let mut inbox = inbox(now);
-        let origin = Origin::Replier(address(&mut rand::rng()));
-        for message in 0..4096 {
-            assert_eq!(inbox.handle(now, origin, None, &fragment(message, 0, 2)), Kept::Yes);
+        let mut begun = 0;
+        let mut begin = |inbox: &mut Inbox, origin| {
+            begun += 1;
+            inbox.handle((now, HOUR), origin, None, &fragment(begun, 0, 2))
+        };
+        for _ in 0..7 {
+            let origin = Origin::Replier(address(&mut rand::rng()));
+            assert_eq!(begin(&mut inbox, origin), Kept::Yes, "others leave some room");
+            while begin(&mut inbox, origin) == Kept::Yes {}
         }
-        assert_eq!(inbox.handle(now, origin, None, &fragment(5000, 0, 2)), Kept::NoRoom);
-        assert_eq!(inbox.counts().0, MAX_INCOMPLETE_REPLIES);
-        assert!(!inbox.wants_again(), "the gateway has nothing of it");
-        assert_eq!(inbox.handle(now, origin, None, &fragment(5001, 0, 1)), Kept::Complete);
-        assert_eq!(handle(&mut inbox, now, 1, &fragment(5002, 0, 2)), Kept::Yes);
+        assert!(inbox.counts().0 <= MAX_INCOMPLETE_REPLIES);
+        assert!(!inbox.wants_again(HOUR), "the gateway has nothing of it");
+        let origin = Origin::Replier(address(&mut rand::rng()));
+        let whole = inbox.handle((now, HOUR), origin, None, &fragment(99_001, 0, 1));
+        assert_eq!(whole, Kept::Complete);
+        assert!(inbox.assemble((origin, id(99_001))).is_some());
+        assert_eq!(handle(&mut inbox, now, 1, &fragment(99_002, 0, 2)), Kept::Yes);
+        let incomplete = inbox.counts().0;
+        assert_eq!(wait(&mut inbox, now + INCOMPLETE_AGE), incomplete);
+        assert_eq!(inbox.replies.shares.len(), 1, "what is complete is held still");
+    }
+
+    /// Whoever begins replies and ends none, or sends long ones, keeps nobody else out.
+    #[test]
+    fn one_replier_leaves_room_for_the_replies_of_others() {
+        let now = Instant::now();
+        let mut inbox = inbox(now);
+        let [greedy, other] = [(); 2].map(|()| Origin::Replier(address(&mut rand::rng())));
+        let mut pieces = 0;
+        while inbox.handle((now, HOUR), greedy, None, &fragment(0, pieces, u16::MAX)) == Kept::Yes {
+            pieces += 1;
+        }
+        let body_pieces = super::super::MAX_BODY_BYTES.div_ceil(sizes().fragment_data_bytes());
+        assert!(usize::from(pieces) > 2 * body_pieces, "there is room for the longest messages");
+        let kept =
+            [0, 1].map(|index| inbox.handle((now, HOUR), other, None, &fragment(1, index, 2)));
+        assert_eq!(kept, [Kept::Yes, Kept::Complete]);
+        assert!(inbox.counts().2 <= MAX_HELD_BYTES);
     }
 
     /// Asking again does not keep pieces for ever, and pieces that were dropped do not either.
@@ -518,28 +762,76 @@ mod tests {
             handle(&mut inbox, start, index.into(), &fragment(0, index, u16::MAX));
         }
         assert_eq!(handle(&mut inbox, start, 99_000, &fragment(1, 0, 2)), Kept::NoRoom);
-        assert_eq!(inbox.poll_timeout(), Some(start + DROPPED_AGE));
-        inbox.set_receiving(Some(start + INCOMPLETE_AGE / 2));
-        assert_eq!(inbox.poll_timeout(), Some(start + INCOMPLETE_AGE), "nothing is dropped now");
-        assert_eq!(inbox.handle_timeout(start + INCOMPLETE_AGE), 1);
+        assert_eq!(wait(&mut inbox, start + INCOMPLETE_AGE), 0);
+        inbox.set_receiving(start + INCOMPLETE_AGE, true);
+        inbox.caught_up(start + INCOMPLETE_AGE);
+        assert_eq!(wait(&mut inbox, start + INCOMPLETE_AGE), 1, "nothing is dropped now");
         assert_eq!(inbox.counts().2, 0);
     }
 
     #[test]
-    fn incomplete_messages_are_given_up_only_while_the_gateway_hands_deliveries_over() {
+    fn incomplete_messages_are_given_up_only_while_the_gateway_has_handed_over_all_else() {
         let start = Instant::now();
         let mut inbox = inbox(start);
         handle(&mut inbox, start, 1, &fragment(0, 0, 2));
-        assert_eq!(inbox.poll_timeout(), Some(start + INCOMPLETE_AGE));
-        inbox.set_receiving(None);
+        let half = start + INCOMPLETE_AGE / 2;
+        assert_eq!(wait(&mut inbox, half), 0);
+        inbox.set_receiving(half, false);
         assert_eq!(inbox.poll_timeout(), None);
-        assert_eq!(inbox.handle_timeout(start + 9 * INCOMPLETE_AGE), 0);
-        let again = start + 10 * INCOMPLETE_AGE;
-        inbox.set_receiving(Some(again));
-        assert_eq!(inbox.poll_timeout(), Some(again + INCOMPLETE_AGE));
-        assert_eq!(inbox.handle_timeout(again + INCOMPLETE_AGE), 1);
+        inbox.caught_up(half);
+        assert_eq!(wait(&mut inbox, half + 9 * INCOMPLETE_AGE), 0, "it was said before the cut");
+        let again = half + 10 * INCOMPLETE_AGE;
+        inbox.set_receiving(again, true);
+        let caught_up = again + 10 * INCOMPLETE_AGE;
+        assert_eq!(wait(&mut inbox, caught_up), 0, "other deliveries come first");
+        inbox.caught_up(caught_up);
+        let almost = caught_up + INCOMPLETE_AGE / 2 - Duration::from_millis(1);
+        assert_eq!(wait(&mut inbox, almost), 0);
+        assert_eq!(wait(&mut inbox, caught_up + INCOMPLETE_AGE / 2), 1);
         assert_eq!((inbox.confirmations(), inbox.counts()), (vec![1], (0, 0, 0, 0)));
         assert_eq!(inbox.poll_timeout(), None);
+    }
+
+    #[test]
+    fn the_gateway_is_asked_again_when_it_was_missed_that_all_has_come() {
+        let now = Instant::now();
+        let mut inbox = inbox(now);
+        handle(&mut inbox, now, 1, &fragment(0, 0, 2));
+        inbox.set_receiving(now, false);
+        inbox.caught_up(now);
+        assert!(!inbox.wants_again(HOUR), "there is no connection");
+        inbox.set_receiving(now, true);
+        assert_eq!((inbox.wants_again(HOUR), inbox.poll_timeout()), (true, None));
+        inbox.set_receiving(now, true);
+        assert!(!inbox.wants_again(HOUR), "it was asked");
+        inbox.caught_up(now);
+        assert_eq!(wait(&mut inbox, now + INCOMPLETE_AGE), 1);
+    }
+
+    #[test]
+    fn a_copy_of_a_piece_shows_that_its_sender_still_tries() {
+        let start = Instant::now();
+        let mut inbox = inbox(start);
+        handle(&mut inbox, start, 1, &fragment(0, 0, 2));
+        let half = start + INCOMPLETE_AGE / 2;
+        assert_eq!(wait(&mut inbox, half), 0);
+        assert_eq!(handle(&mut inbox, half, 2, &fragment(0, 0, 2)), Kept::Yes);
+        assert_eq!(handle(&mut inbox, half + INCOMPLETE_AGE / 4, 1, &fragment(0, 0, 2)), Kept::Yes);
+        assert_eq!(wait(&mut inbox, start + INCOMPLETE_AGE), 0);
+        assert_eq!(wait(&mut inbox, half + INCOMPLETE_AGE), 1);
+    }
+
+    /// The clock of some systems goes on while the machine sleeps, and the connection seems to be there.
+    #[test]
+    fn nothing_is_given_up_because_the_machine_slept() {
+        let start = Instant::now();
+        let mut inbox = inbox(start);
+        handle(&mut inbox, start, 1, &fragment(0, 0, 2));
+        assert_eq!(inbox.handle_timeout(start + 20 * INCOMPLETE_AGE), 0);
+        assert_eq!(
+            handle(&mut inbox, start + 20 * INCOMPLETE_AGE, 2, &fragment(0, 1, 2)),
+            Kept::Complete
+        );
     }
 
     #[test]
@@ -564,13 +856,13 @@ mod tests {
             let order = order.into_iter().map(|index| index % count).chain((0..count).rev());
             let mut arrived = Vec::new();
             for (number, index) in (0..).zip(order) {
-                let fragment = Fragment::of_body(id(0), &body, index, sizes()).unwrap();
+                let fragment = Fragment::of_body((id(0), HOUR), &body, index, sizes()).unwrap();
                 if handle(&mut inbox, now, number, &fragment) == Kept::Complete {
                     arrived.extend(inbox.assemble((Origin::Gateway, id(0))));
                 }
             }
             prop_assert_eq!(arrived.len(), 1);
-            prop_assert_eq!(&arrived[0].body, &body);
+            prop_assert_eq!(&*arrived[0].body, &body);
             prop_assert_eq!(inbox.counts().2, usize::from(count) * 1587);
         }
     }

@@ -47,13 +47,17 @@ pub(super) struct Lane {
     pub(super) messages: usize,
     /// Of those, the ones with fragments to send.
     pub(super) waiting: VecDeque<MessageId>,
+    /// Fragments to send.
+    pub(super) unsent: usize,
+    /// When it is its turn, as a number that counts up.
+    pub(super) turn: u64,
     pub(super) under_way: usize,
     window: Window,
     queueing: Queueing,
     /// Waits in a row after which nothing had been heard, and when the last one ended.
     vain_waits: u32,
     last_vain: Option<Instant>,
-    last_stored: Option<Instant>,
+    last_progress: Option<Instant>,
     /// Obstacles in a row, and until when nothing is sent.
     obstacles: u32,
     obstacle: Option<Obstacle>,
@@ -61,16 +65,18 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    pub(super) fn new(now: Instant, unknown_delays: Duration) -> Self {
+    pub(super) fn new(now: Instant, unknown_delays: Duration, turn: u64) -> Self {
         Self {
             messages: 0,
             waiting: VecDeque::new(),
+            unsent: 0,
+            turn,
             under_way: 0,
             window: Window::new(now, INITIAL_WINDOW, MIN_WINDOW, MAX_WINDOW),
             queueing: Queueing::new(now, unknown_delays.as_secs_f64()),
             vain_waits: 0,
             last_vain: None,
-            last_stored: None,
+            last_progress: None,
             obstacles: 0,
             obstacle: None,
             paused_until: None,
@@ -100,20 +106,24 @@ impl Lane {
     }
 
     /// A fragment was acknowledged, so long after what the known delays take.
-    pub(super) fn on_stored(&mut self, now: Instant, trip: Duration) {
+    pub(super) fn on_trip(&mut self, now: Instant, trip: Duration) {
         self.queueing.update(trip.as_secs_f64(), now);
         self.window.steer(now, &self.queueing, 1);
-        self.last_stored = Some(now);
-        self.vain_waits = 0;
         self.obstacles = 0;
         self.obstacle = None;
         self.paused_until = None;
     }
 
+    /// A fragment was acknowledged for the first time, and in time: the way is there.
+    pub(super) fn on_progress(&mut self, now: Instant) {
+        self.last_progress = Some(now);
+        self.vain_waits = 0;
+    }
+
     /// A fragment was not heard of in time. If nothing was since it left, the next ones wait for longer;
     /// if all that left together doubled the wait, the last would take hours.
     pub(super) fn on_vain_wait(&mut self, now: Instant, sent: Instant) {
-        let is_silent = self.last_stored.is_none_or(|stored| stored < sent);
+        let is_silent = self.last_progress.is_none_or(|progress| progress < sent);
         if is_silent && self.last_vain.is_none_or(|vain| vain <= sent) {
             self.vain_waits = (self.vain_waits + 1).min(MAX_DOUBLINGS);
             self.last_vain = Some(now);
@@ -148,7 +158,7 @@ mod tests {
     #[test]
     fn silence_doubles_the_wait_once_for_all_that_left_together() {
         let start = Instant::now();
-        let mut lane = Lane::new(start, Duration::ZERO);
+        let mut lane = Lane::new(start, Duration::ZERO, 0);
         let first = lane.ack_wait();
         let later = start + first;
         for _ in 0..50 {
@@ -165,15 +175,17 @@ mod tests {
         assert_eq!(lane.ack_wait(), MAX_WAIT);
         lane.under_way = PROBE_PACKETS;
         assert!(!lane.may_send(now));
-        lane.on_stored(now, Duration::from_millis(50));
+        lane.on_trip(now, Duration::from_millis(50));
+        assert!(!lane.may_send(now), "that may have been late, or a copy");
+        lane.on_progress(now);
         assert!(lane.may_send(now));
     }
 
     #[test]
     fn losses_between_acknowledgements_double_nothing() {
         let start = Instant::now();
-        let mut lane = Lane::new(start, Duration::ZERO);
-        lane.on_stored(start + MARGIN, MARGIN);
+        let mut lane = Lane::new(start, Duration::ZERO, 0);
+        lane.on_progress(start + MARGIN);
         lane.on_vain_wait(start + 9 * MARGIN, start);
         assert_eq!(lane.vain_waits, 0);
     }
@@ -181,7 +193,7 @@ mod tests {
     #[test]
     fn refusals_pause_for_longer_each_time_up_to_the_most() {
         let mut now = Instant::now();
-        let mut lane = Lane::new(now, Duration::ZERO);
+        let mut lane = Lane::new(now, Duration::ZERO, 0);
         let mut pauses = Vec::new();
         for _ in 0..9 {
             lane.obstruct(now, Obstacle::ShareFull);

@@ -7,8 +7,10 @@
 
 mod awaited;
 mod body;
+mod clock;
 mod conversations;
 mod core;
+mod credit;
 pub mod fragment;
 mod inbox;
 mod lane;
@@ -19,6 +21,7 @@ mod replies;
 pub mod sealed_box;
 #[cfg(test)]
 mod simulation;
+mod stopwatch;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -28,14 +31,16 @@ pub use awaited::{AckSurbs, MadeSurb};
 pub use body::{Body, BodyError, ReplySurbs, SENDER_TAG_LEN, SenderTag};
 pub use conversations::{MAX_CONVERSATIONS, REFILL_ALLOWANCE, REFILL_FACTOR};
 pub use core::{
-    Counts, Dropped, GIVE_UP_AFTER, MAX_AWAITED_ACKS, MAX_AWAITED_REPLIES, MAX_OWED_ACKS,
-    MessageEvent, MessageOptions, Messages, Purpose, Received, ReceivedId, Refill, Transmit,
+    Counts, Dropped, GIVE_UP_AFTER, MAX_AWAITED_ACKS, MAX_AWAITED_REPLIES, MAX_GIVE_UP_AFTER,
+    MAX_OWED_ACKS, MessageEvent, MessageOptions, Messages, Purpose, Received, ReceivedId, Refill,
+    Transmit,
 };
 pub use inbox::{
-    DROPPED_AGE, INCOMPLETE_AGE, MAX_CONFIRMATIONS, MAX_HELD_BYTES, MAX_INCOMPLETE_REPLIES, Sender,
+    DROPPED_AGE, INCOMPLETE_AGE, MAX_CONFIRMATIONS, MAX_HELD_BYTES, MAX_HOURS_AHEAD,
+    MAX_INCOMPLETE_REPLIES, Sender,
 };
 pub use outbox::{MAX_OUTGOING_BYTES, MAX_OUTGOING_MESSAGES, MAX_UNDER_WAY};
-pub use remembered::{MAX_REMEMBERED, REMEMBERED_FOR};
+pub use remembered::{MAX_REMEMBERED, REMEMBERED_FOR, TakenId, TakenIds};
 pub use replies::{MAX_REPLY_SURBS_KEPT, MAX_SENDERS, MAX_SURBS_PER_SENDER, RESERVED_FOR_REQUESTS};
 
 use mixsocks_sphinx::SURB_LEN;

@@ -4,8 +4,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use mixsocks_sphinx::Identifier;
+use zeroize::Zeroizing;
 
-use super::fragment::{Fragment, MessageId, fragment_count};
+use super::awaited::MadeSurb;
+use super::credit::AckCredits;
+use super::fragment::{Fragment, Hour, MessageId, fragment_count};
 use super::lane::{Lane, Obstacle};
 use super::packet::{AckStatus, MessageSizes};
 use super::{FailReason, SendError, SenderTag};
@@ -19,6 +22,10 @@ pub const MAX_OUTGOING_BYTES: usize = 64 * 1024 * 1024;
 
 /// Most fragments under way to all destinations: four of the largest windows.
 pub const MAX_UNDER_WAY: usize = 8192;
+
+/// Packets with which a message begins that somebody else has asked for, and which is to be no burst;
+/// each acknowledgement lets two more go.
+const SLOW_BEGINNING: usize = 4;
 
 /// Where a message goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,6 +43,8 @@ pub(super) struct Piece {
     pub(super) index: u16,
     pub(super) destination: Destination,
     pub(super) sent: Instant,
+    /// How long the machine had slept before.
+    slept: Duration,
     /// The delays that are known, of the packet and of the SURB.
     pub(super) delays: Duration,
     due: Instant,
@@ -48,16 +57,28 @@ pub(super) enum Outcome {
     Failed(FailReason),
 }
 
+impl Piece {
+    fn position(&self) -> usize {
+        self.index.into()
+    }
+}
+
 #[derive(Debug)]
 struct Outgoing {
     destination: Destination,
-    body: Vec<u8>,
+    /// When it was sent; of replies zero.
+    hour: Hour,
+    body: Zeroizing<Vec<u8>>,
     acked: Vec<bool>,
     unacked: usize,
     /// The first fragment that was never sent, and those that must be sent again.
     next: u16,
     lost: BTreeSet<u16>,
+    /// It is among those that wait in its lane: it has something to send, and may.
     is_waiting: bool,
+    begins_slowly: bool,
+    under_way: usize,
+    /// As if no time that the machine has slept were missing.
     give_up_at: Instant,
 }
 
@@ -68,6 +89,12 @@ impl Outgoing {
 
     fn has_unsent(&self) -> bool {
         !self.lost.is_empty() || self.next < self.count()
+    }
+
+    /// Whether a fragment may leave now.
+    fn may_send(&self) -> bool {
+        let acked = self.acked.len() - self.unacked;
+        self.has_unsent() && (!self.begins_slowly || self.under_way < SLOW_BEGINNING + acked)
     }
 
     fn unsent(&self) -> usize {
@@ -92,15 +119,22 @@ pub(super) struct Outbox {
     sizes: MessageSizes,
     give_up_after: Duration,
     unknown_delays: Duration,
+    /// How long the machine has slept in all.
+    slept: Duration,
     messages: BTreeMap<MessageId, Outgoing>,
     bytes: usize,
     lanes: BTreeMap<Destination, Lane>,
+    credits: AckCredits,
     /// The destination that is asked first for the next packet.
-    turn: VecDeque<Destination>,
+    turns: BTreeMap<u64, Destination>,
+    next_turn: u64,
     under_way: HashMap<Identifier, Piece>,
     by_due: BTreeSet<(Instant, Identifier)>,
     by_give_up: BTreeSet<(Instant, MessageId)>,
     outcomes: VecDeque<(MessageId, Outcome)>,
+    /// Acknowledgements that did not come in time, and when their fragments had left: the newest, at most
+    /// [`MAX_UNDER_WAY`].
+    overdue: VecDeque<(Identifier, Instant)>,
 }
 
 impl Outbox {
@@ -113,14 +147,18 @@ impl Outbox {
             sizes,
             give_up_after,
             unknown_delays,
+            slept: Duration::ZERO,
             messages: BTreeMap::new(),
             bytes: 0,
             lanes: BTreeMap::new(),
-            turn: VecDeque::new(),
+            credits: AckCredits::default(),
+            turns: BTreeMap::new(),
+            next_turn: 0,
             under_way: HashMap::new(),
             by_due: BTreeSet::new(),
             by_give_up: BTreeSet::new(),
             outcomes: VecDeque::new(),
+            overdue: VecDeque::new(),
         }
     }
 
@@ -140,37 +178,49 @@ impl Outbox {
     pub(super) fn push(
         &mut self,
         now: Instant,
-        id: MessageId,
+        (id, hour): (MessageId, Hour),
         destination: Destination,
-        body: Vec<u8>,
+        body: Zeroizing<Vec<u8>>,
     ) {
         let count = fragment_count(body.len(), self.sizes).expect("bodies are short enough");
         self.bytes += body.len();
         let unknown_delays = self.unknown_delays;
         let lane = self.lanes.entry(destination).or_insert_with(|| {
-            self.turn.push_back(destination);
-            Lane::new(now, unknown_delays)
+            self.next_turn += 1;
+            self.turns.insert(self.next_turn, destination);
+            Lane::new(now, unknown_delays, self.next_turn)
         });
         lane.messages += 1;
+        lane.unsent += usize::from(count);
         lane.waiting.push_back(id);
-        let give_up_at = now + self.give_up_after;
+        let give_up_at = now + self.slept + self.give_up_after;
         self.by_give_up.insert((give_up_at, id));
         let outgoing = Outgoing {
             destination,
+            hour,
             body,
             acked: vec![false; count.into()],
             unacked: count.into(),
             next: 0,
             lost: BTreeSet::new(),
             is_waiting: true,
+            begins_slowly: false,
+            under_way: 0,
             give_up_at,
         };
         self.messages.insert(id, outgoing);
     }
 
+    /// A message that was just pushed is to be no burst.
+    pub(super) fn begin_slowly(&mut self, id: MessageId) {
+        if let Some(outgoing) = self.messages.get_mut(&id) {
+            outgoing.begins_slowly = true;
+        }
+    }
+
     /// Destinations in the order of their turns.
     pub(super) fn turns(&self) -> impl Iterator<Item = Destination> {
-        self.turn.iter().copied()
+        self.turns.values().copied()
     }
 
     /// Whether a fragment may go to the destination now, and how many wait there.
@@ -179,55 +229,54 @@ impl Outbox {
             return None;
         }
         let lane = self.lanes.get(&destination)?;
-        if !lane.may_send(now) {
+        if !lane.may_send(now) || !self.credits.may_give(now, &destination) {
             return None;
         }
-        let unsent = |id| self.messages.get(id).map_or(0, Outgoing::unsent);
-        let unsent: usize = lane.waiting.iter().map(unsent).sum();
-        (unsent > 0).then_some(unsent)
+        (!lane.waiting.is_empty()).then_some(lane.unsent)
     }
 
     /// The next fragment for the destination; the others have their turn first next time.
     pub(super) fn take_fragment(
         &mut self,
         destination: Destination,
-    ) -> Option<(MessageId, u16, Vec<u8>)> {
+    ) -> Option<(MessageId, u16, Zeroizing<Vec<u8>>)> {
         let lane = self.lanes.get_mut(&destination)?;
-        while let Some(id) = lane.waiting.pop_front() {
-            let Some(outgoing) = self.messages.get_mut(&id) else { continue };
-            let Some(index) = outgoing.take_unsent() else {
-                outgoing.is_waiting = false;
-                continue;
-            };
-            if outgoing.has_unsent() {
-                lane.waiting.push_back(id);
-            } else {
-                outgoing.is_waiting = false;
-            }
-            let fragment = Fragment::of_body(id, &outgoing.body, index, self.sizes)
-                .expect("an index below the count")
-                .to_bytes(self.sizes);
-            self.end_turn(destination);
-            return Some((id, index, fragment));
+        let id = lane.waiting.pop_front()?;
+        let outgoing = self.messages.get_mut(&id).expect("those that wait are there");
+        let index = outgoing.take_unsent().expect("those that wait have something to send");
+        lane.unsent -= 1;
+        outgoing.under_way += 1;
+        outgoing.is_waiting = outgoing.may_send();
+        if outgoing.is_waiting {
+            lane.waiting.push_back(id);
         }
-        None
+        let fragment = Fragment::of_body((id, outgoing.hour), &outgoing.body, index, self.sizes)
+            .expect("an index below the count")
+            .to_bytes(self.sizes);
+        self.end_turn(destination);
+        Some((id, index, Zeroizing::new(fragment)))
     }
 
     /// The others have their turn first next time.
     pub(super) fn end_turn(&mut self, destination: Destination) {
-        self.turn.retain(|other| *other != destination);
-        self.turn.push_back(destination);
+        if let Some(lane) = self.lanes.get_mut(&destination) {
+            self.turns.remove(&lane.turn);
+            self.next_turn += 1;
+            lane.turn = self.next_turn;
+            self.turns.insert(lane.turn, destination);
+        }
     }
 
-    /// A fragment leaves, with these delays known; its acknowledgement comes by the SURB named.
-    pub(super) fn sent(
+    /// A fragment leaves; its acknowledgement comes by this SURB, of which the delays are known.
+    pub(super) fn sent<R>(
         &mut self,
         now: Instant,
-        ack: Identifier,
+        surb: &MadeSurb<R>,
         (message, index): (MessageId, u16),
         destination: Destination,
-        delays: Duration,
     ) -> Piece {
+        let (ack, delays) = (surb.identifier, surb.delay);
+        self.credits.give(now, &destination, surb.key_epoch);
         let wait = match self.lanes.get_mut(&destination) {
             Some(lane) => {
                 lane.under_way += 1;
@@ -236,7 +285,8 @@ impl Outbox {
             None => Duration::ZERO,
         };
         let due = now + delays + self.unknown_delays + wait;
-        let piece = Piece { message, index, destination, sent: now, delays, due };
+        let slept = self.slept;
+        let piece = Piece { message, index, destination, sent: now, slept, delays, due };
         self.under_way.insert(ack, piece);
         self.by_due.insert((due, ack));
         piece
@@ -255,6 +305,7 @@ impl Outbox {
     /// The packet could not be made, as there is no route.
     pub(super) fn unsent(&mut self, now: Instant, ack: &Identifier) {
         if let Some(piece) = self.land(ack) {
+            self.credits.take_back(&piece.destination);
             self.lose(&piece);
             self.obstruct(now, piece.destination, Obstacle::NoRoute);
         }
@@ -268,9 +319,10 @@ impl Outbox {
         piece: &Piece,
         status: AckStatus,
     ) {
-        self.land(ack);
+        let is_in_time = self.land(ack).is_some();
+        self.credits.on_return(&piece.destination);
         match status {
-            AckStatus::Stored => self.on_stored(now, piece),
+            AckStatus::Stored => self.on_stored(now, piece, is_in_time),
             AckStatus::UnknownClient => {
                 self.end(piece.message, Outcome::Failed(FailReason::UnknownClient))
             }
@@ -286,22 +338,32 @@ impl Outbox {
         self.forget_idle_lane(piece.destination);
     }
 
-    fn on_stored(&mut self, now: Instant, piece: &Piece) {
+    fn on_stored(&mut self, now: Instant, piece: &Piece, is_in_time: bool) {
+        let mut outgoing = self.messages.get_mut(&piece.message);
+        let acked = outgoing.as_mut().and_then(|message| message.acked.get_mut(piece.position()));
+        let is_copy = acked.is_some_and(|acked| std::mem::replace(acked, true));
         if let Some(lane) = self.lanes.get_mut(&piece.destination) {
-            lane.on_stored(now, now.saturating_duration_since(piece.sent + piece.delays));
+            lane.on_trip(now, now.saturating_duration_since(piece.sent + piece.delays));
+            // Whoever answers late, or for one fragment several times, shows no way that works.
+            if is_in_time && !is_copy {
+                lane.on_progress(now);
+            }
         }
-        let Some(outgoing) = self.messages.get_mut(&piece.message) else { return };
-        let Some(acked) = outgoing.acked.get_mut(usize::from(piece.index)) else { return };
-        if std::mem::replace(acked, true) {
-            return;
-        }
-        outgoing.lost.remove(&piece.index);
+        let Some(outgoing) = outgoing.filter(|_| !is_copy) else { return };
         outgoing.unacked -= 1;
+        let was_lost = outgoing.lost.remove(&piece.index);
+        if was_lost && let Some(lane) = self.lanes.get_mut(&piece.destination) {
+            lane.unsent -= 1;
+        }
         self.by_give_up.remove(&(outgoing.give_up_at, piece.message));
-        outgoing.give_up_at = now + self.give_up_after;
+        // The recipient has had news at some time since it left; maybe long before the acknowledgement.
+        let give_up_at = piece.sent + piece.slept + self.give_up_after;
+        outgoing.give_up_at = outgoing.give_up_at.max(give_up_at);
         self.by_give_up.insert((outgoing.give_up_at, piece.message));
         if outgoing.unacked == 0 {
             self.end(piece.message, Outcome::Delivered);
+        } else {
+            self.queue(piece.message);
         }
     }
 
@@ -312,21 +374,36 @@ impl Outbox {
         if let Some(lane) = self.lanes.get_mut(&piece.destination) {
             lane.under_way -= 1;
         }
+        if let Some(outgoing) = self.messages.get_mut(&piece.message) {
+            outgoing.under_way -= 1;
+        }
+        self.queue(piece.message);
         Some(piece)
+    }
+
+    /// Has a message wait in its lane if it may send, and not if it has nothing to send any more.
+    fn queue(&mut self, id: MessageId) {
+        let Some(outgoing) = self.messages.get_mut(&id) else { return };
+        let Some(lane) = self.lanes.get_mut(&outgoing.destination) else { return };
+        let may_send = outgoing.may_send();
+        match (std::mem::replace(&mut outgoing.is_waiting, may_send), may_send) {
+            (false, true) => lane.waiting.push_front(id),
+            (true, false) => lane.waiting.retain(|waiting| *waiting != id),
+            (false, false) | (true, true) => {}
+        }
     }
 
     /// The fragment must be sent again, if it is still needed.
     fn lose(&mut self, piece: &Piece) {
         let Some(outgoing) = self.messages.get_mut(&piece.message) else { return };
-        if outgoing.acked.get(usize::from(piece.index)) != Some(&false) {
+        if outgoing.acked.get(piece.position()) != Some(&false) {
             return;
         }
-        outgoing.lost.insert(piece.index);
-        if !std::mem::replace(&mut outgoing.is_waiting, true)
-            && let Some(lane) = self.lanes.get_mut(&piece.destination)
-        {
-            lane.waiting.push_front(piece.message);
+        let is_new = outgoing.lost.insert(piece.index);
+        if is_new && let Some(lane) = self.lanes.get_mut(&piece.destination) {
+            lane.unsent += 1;
         }
+        self.queue(piece.message);
     }
 
     fn obstruct(&mut self, now: Instant, destination: Destination, obstacle: Obstacle) {
@@ -341,16 +418,20 @@ impl Outbox {
         self.by_give_up.remove(&(outgoing.give_up_at, id));
         if let Some(lane) = self.lanes.get_mut(&outgoing.destination) {
             lane.messages -= 1;
-            lane.waiting.retain(|waiting| *waiting != id);
+            lane.unsent -= outgoing.unsent();
+            if outgoing.is_waiting {
+                lane.waiting.retain(|waiting| *waiting != id);
+            }
         }
         self.outcomes.push_back((id, outcome));
         self.forget_idle_lane(outgoing.destination);
     }
 
     fn forget_idle_lane(&mut self, destination: Destination) {
-        if self.lanes.get(&destination).is_some_and(Lane::is_idle) {
-            self.lanes.remove(&destination);
-            self.turn.retain(|other| *other != destination);
+        if self.lanes.get(&destination).is_some_and(Lane::is_idle)
+            && let Some(lane) = self.lanes.remove(&destination)
+        {
+            self.turns.remove(&lane.turn);
         }
     }
 
@@ -358,12 +439,23 @@ impl Outbox {
         self.outcomes.pop_front()
     }
 
+    pub(super) fn poll_overdue(&mut self) -> Option<(Identifier, Instant)> {
+        self.overdue.pop_front()
+    }
+
     /// When [`Outbox::handle_timeout`] wants to be called.
     pub(super) fn poll_timeout(&self, now: Instant) -> Option<Instant> {
         let due = self.by_due.first().map(|(due, _)| *due);
-        let give_up = self.by_give_up.first().map(|(at, _)| *at);
+        let give_up = self.by_give_up.first().map(|(at, _)| *at - self.slept.min(*at - now));
         let pauses = self.lanes.values().filter_map(|lane| lane.paused_until(now));
-        due.into_iter().chain(give_up).chain(pauses).min()
+        let waiting = self.lanes.iter().filter(|(_, lane)| !lane.waiting.is_empty());
+        let credits = waiting.filter_map(|(destination, _)| self.credits.next(now, destination));
+        due.into_iter().chain(give_up).chain(pauses).chain(credits).min()
+    }
+
+    /// The machine has slept for so long, in which `now` stood still.
+    pub(super) fn handle_sleep(&mut self, slept: Duration) {
+        self.slept += slept;
     }
 
     /// Sends again what was not heard of in time, and gives up what has been for too long.
@@ -373,6 +465,10 @@ impl Outbox {
             && due <= now
         {
             let Some(piece) = self.land(&ack) else { break };
+            self.overdue.push_back((ack, piece.sent));
+            if self.overdue.len() > MAX_UNDER_WAY {
+                self.overdue.pop_front();
+            }
             if let Some(lane) = self.lanes.get_mut(&piece.destination) {
                 lane.on_vain_wait(now, piece.sent);
             }
@@ -380,7 +476,7 @@ impl Outbox {
             self.forget_idle_lane(piece.destination);
         }
         while let Some(&(at, id)) = self.by_give_up.first()
-            && at <= now
+            && at <= now + self.slept
         {
             let destination = self.messages.get(&id).map(|outgoing| outgoing.destination);
             let lane = destination.and_then(|destination| self.lanes.get(&destination));

@@ -255,7 +255,7 @@ mod tests {
     fn default_packets_have_the_documented_sizes() {
         assert_eq!(sizes().box_bytes(), 1635);
         assert_eq!(sizes().fragment_bytes(), 1587);
-        assert_eq!(sizes().fragment_data_bytes(), 1565);
+        assert_eq!(sizes().fragment_data_bytes(), 1561);
     }
 
     #[test]

@@ -64,7 +64,10 @@ pub fn seal_boxes(rng: &mut impl CryptoRng, fragments: &[(EncryptionKey, &[u8])]
 }
 
 /// Opens boxes that are for the key, in their order.
-pub fn open_boxes(key: &SecretKey, boxes: &[&[u8]]) -> Vec<Result<Vec<u8>, OpenBoxError>> {
+pub fn open_boxes(
+    key: &SecretKey,
+    boxes: &[&[u8]],
+) -> Vec<Result<Zeroizing<Vec<u8>>, OpenBoxError>> {
     let secret = key.to_bytes();
     let public = key.public_key();
     let split: Vec<_> = boxes.iter().map(|sealed| split_box(sealed)).collect();
@@ -119,13 +122,12 @@ fn seal(key: &LessSafeKey, ephemeral: &[u8; 32], fragment: &[u8]) -> Vec<u8> {
     out
 }
 
-fn open(key: &LessSafeKey, sealed: &[u8]) -> Result<Vec<u8>, OpenBoxError> {
+fn open(key: &LessSafeKey, sealed: &[u8]) -> Result<Zeroizing<Vec<u8>>, OpenBoxError> {
     let mut bytes = Zeroizing::new(sealed.to_vec());
     key.open_in_place(nonce(), Aad::empty(), &mut bytes).map_err(|_| OpenBoxError::Tag)?;
     let len = bytes.len() - BOX_TAG_LEN;
-    let mut fragment = std::mem::take(&mut *bytes);
-    fragment.truncate(len);
-    Ok(fragment)
+    bytes.truncate(len);
+    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -155,8 +157,9 @@ mod tests {
         assert_eq!(lens, [51, 51, 48]);
         let boxes: Vec<_> = boxes.iter().map(Vec::as_slice).collect();
         let opened = open_boxes(&secret, &boxes);
-        assert_eq!(opened, [Ok(b"one".to_vec()), Err(OpenBoxError::Tag), Ok(vec![])]);
-        assert_eq!(open_boxes(&other_secret, &boxes)[1], Ok(b"two".to_vec()));
+        let expected = [Ok(b"one".to_vec()), Err(OpenBoxError::Tag), Ok(vec![])];
+        assert_eq!(opened, expected.map(|opened| opened.map(Zeroizing::new)));
+        assert_eq!(open_boxes(&other_secret, &boxes)[1].as_deref(), Ok(&b"two".to_vec()));
     }
 
     /// The key by HKDF as RFC 5869 spells it, with HMAC as RFC 2104 does.

@@ -16,10 +16,18 @@ use super::packet::{AckStatus, MessageSizes, ReplyContents};
 use super::testing::{address, identifier, made_surb, surb_number};
 use super::*;
 use crate::address::Address;
+use crate::topology::UnixTime;
 
 const CLIENTS: usize = 3;
 const HOUR: Duration = Duration::from_secs(3600);
 const GIVE_UP: Duration = Duration::from_secs(600);
+
+/// What a slow line takes for a delivery: those that a gateway keeps take longer than incomplete messages
+/// are kept.
+const SLOW_LINE: Duration = Duration::from_secs(40);
+
+/// What the wall clock shows at first.
+const WALL: UnixTime = UnixTime(1_800_000_000);
 
 /// Boxes that a gateway keeps for a client: few, so that it is full at times.
 const SHARE: usize = 120;
@@ -47,6 +55,11 @@ enum Event {
         number: u64,
         fragment: Vec<u8>,
     },
+    /// All that the gateway kept when it was asked was handed over.
+    CaughtUp {
+        client: usize,
+        connection: u64,
+    },
     Confirmation {
         client: usize,
         connection: u64,
@@ -73,6 +86,19 @@ enum Event {
     Connect {
         client: usize,
     },
+    /// A client's machine sleeps for so long.
+    Sleep {
+        client: usize,
+        time: Duration,
+    },
+    Wake {
+        client: usize,
+        time: Duration,
+    },
+    /// A gateway hands all boxes that it ever kept over once more.
+    Replay {
+        client: usize,
+    },
     /// A client is killed and starts again: it knows what it has written down, and nothing else.
     Restart {
         client: usize,
@@ -83,9 +109,23 @@ enum Event {
 struct Gateway {
     pending: Vec<(Vec<u8>, u64)>,
     kept: BTreeMap<u64, Vec<u8>>,
+    /// All that was ever kept.
+    old: Vec<Vec<u8>>,
     next: u64,
     life: u64,
     down_until: Option<Instant>,
+    /// How long the client's line takes for a delivery, and when it is done with those that wait.
+    line: Duration,
+    line_free: Option<Instant>,
+}
+
+impl Gateway {
+    /// When something that is handed over now is at the client.
+    fn carried(&mut self, now: Instant, takes: Duration) -> Duration {
+        let begins = self.line_free.unwrap_or(now).max(now);
+        self.line_free = Some(begins + takes);
+        begins + takes - now
+    }
 }
 
 struct Client {
@@ -95,9 +135,12 @@ struct Client {
     /// Of its present connection; counts up.
     connection: u64,
     is_connected: bool,
+    is_asleep: bool,
+    /// How much its clock is behind, as it stands still while its machine sleeps.
+    behind: Duration,
     surbs: VecDeque<MadeSurb<u64>>,
     /// Ids that were written down before the application got their messages.
-    log: Vec<MessageId>,
+    log: TakenIds,
 }
 
 /// A message in the model.
@@ -113,6 +156,7 @@ struct Sent {
 }
 
 struct World {
+    start: Instant,
     now: Instant,
     rng: StdRng,
     loss: f64,
@@ -131,11 +175,22 @@ impl World {
         let mut rng = StdRng::seed_from_u64(seed);
         let clients = (0..CLIENTS).map(|_| Client::new(now, &mut rng)).collect();
         let (events, sent, ids) = Default::default();
-        let mut world = Self { now, rng, loss, clients, events, next: 0, next_surb: 0, sent, ids };
+        let start = now;
+        let mut world =
+            Self { start, now, rng, loss, clients, events, next: 0, next_surb: 0, sent, ids };
         for client in 0..CLIENTS {
             world.at(ms(0), Event::Connect { client });
         }
         world
+    }
+
+    fn wall(&self) -> UnixTime {
+        UnixTime(WALL.0 + (self.now - self.start).as_secs())
+    }
+
+    /// What the clock of a client shows.
+    fn clock(&self, client: usize) -> Instant {
+        self.now - self.clients[client].behind
     }
 
     fn at(&mut self, after: Duration, event: Event) {
@@ -163,7 +218,7 @@ impl World {
     /// A message that the model knows again.
     fn message(&mut self, client: usize) -> (u64, Vec<u8>) {
         let name = self.next + 1_000_000;
-        let len = *[8, 100, 1564, 1565, 9000, 40_000].get(self.rng.random_range(0..6)).unwrap();
+        let len = *[8, 100, 1560, 1561, 9000, 40_000].get(self.rng.random_range(0..6)).unwrap();
         let mut message = vec![0; len];
         self.rng.fill_bytes(&mut message);
         message[..8].copy_from_slice(&name.to_be_bytes());
@@ -186,15 +241,17 @@ impl World {
         let (name, message) = self.message(client);
         let surbs = *[0, 0, 1, 12].get(self.rng.random_range(0..4)).unwrap();
         let surbs = (0..surbs).map(|_| self.make_surb(client)).collect();
+        let now = self.clock(client);
         let core = &mut self.clients[client].core;
-        let id = core.send(self.now, &mut self.rng, recipient, &message, surbs).unwrap();
+        let id = core.send(now, &mut self.rng, recipient, &message, surbs).unwrap();
         self.ids.insert(id, name);
     }
 
     fn reply(&mut self, client: usize, tag: SenderTag) {
         let (name, message) = self.message(client);
+        let now = self.clock(client);
         let core = &mut self.clients[client].core;
-        let id = core.reply(self.now, &mut self.rng, tag, &message).unwrap();
+        let id = core.reply(now, &mut self.rng, tag, &message).unwrap();
         self.ids.insert(id, name);
     }
 
@@ -215,9 +272,17 @@ impl World {
             }
             Event::Stored { client, life } => self.store(client, life),
             Event::Delivery { client, connection, number, fragment } => {
+                let now = self.clock(client);
                 let client = &mut self.clients[client];
                 if client.is_connected && client.connection == connection {
                     client.core.handle_delivery(now, number, &fragment);
+                }
+            }
+            Event::CaughtUp { client, connection } => {
+                let now = self.clock(client);
+                let client = &mut self.clients[client];
+                if client.is_connected && client.connection == connection {
+                    client.core.caught_up(now);
                 }
             }
             Event::Confirmation { client, connection, number } => {
@@ -227,7 +292,9 @@ impl World {
                 }
             }
             Event::BySurb { surb, contents } => {
-                let client = &mut self.clients[usize::try_from(surb).unwrap() % CLIENTS];
+                let client = usize::try_from(surb).unwrap() % CLIENTS;
+                let now = self.clock(client);
+                let client = &mut self.clients[client];
                 if client.is_connected
                     && let Some((recovery, purpose)) = client.core.take_awaited(&identifier(surb))
                 {
@@ -235,7 +302,17 @@ impl World {
                     client.core.handle_by_surb(now, purpose, &contents);
                 }
             }
-            Event::Taken { client, received } => self.clients[client].core.taken(now, received),
+            Event::Taken { client, .. }
+            | Event::Send { client }
+            | Event::Connect { client }
+            | Event::Restart { client }
+                if self.clients[client].is_asleep =>
+            {
+                self.at(ms(60_000), event);
+            }
+            Event::Taken { client, received } => {
+                self.clients[client].core.taken(received);
+            }
             Event::Send { client } => self.send(client),
             Event::Crash { client } => {
                 let down = ms(self.rng.random_range(0..20_000));
@@ -247,17 +324,50 @@ impl World {
                 self.at(down + ms(1000), Event::Connect { client });
             }
             Event::Disconnect { client } => {
-                self.clients[client].is_connected = false;
-                self.clients[client].core.set_receiving(None);
+                let now = self.clock(client);
+                let client = &mut self.clients[client];
+                client.is_connected = false;
+                if !client.is_asleep {
+                    client.core.set_receiving(now, false);
+                }
             }
+            Event::Sleep { client, time } => {
+                self.clients[client].is_connected = false;
+                self.clients[client].is_asleep = true;
+                self.at(time, Event::Wake { client, time });
+            }
+            Event::Wake { client, time } => self.wake(client, time),
             Event::Connect { client } => self.receive(client),
             Event::Restart { client } => self.restart(client),
+            Event::Replay { client } => {
+                for fragment in self.clients[client].gateway.old.clone() {
+                    let number = self.clients[client].gateway.next;
+                    self.clients[client].gateway.next += 1;
+                    self.hand_over(client, number, fragment);
+                }
+            }
         }
     }
 
-    fn restart(&mut self, client: usize) {
+    /// The clock of one client in two has stood still. It takes a moment until the connection is known to
+    /// be dead.
+    fn wake(&mut self, client: usize, time: Duration) {
+        let wall = self.wall();
         let at = &mut self.clients[client];
-        at.core = Messages::new(self.now, options(at.log.clone()));
+        at.is_asleep = false;
+        if client.is_multiple_of(2) {
+            at.behind += time;
+        }
+        let now = self.clock(client);
+        self.clients[client].core.handle_clock(now, wall);
+        self.at(ms(3000), Event::Disconnect { client });
+        self.at(ms(5000), Event::Connect { client });
+    }
+
+    fn restart(&mut self, client: usize) {
+        let wall = self.wall();
+        let at = &mut self.clients[client];
+        at.core = Messages::new(self.now - at.behind, options(wall, at.log.clone()));
         at.is_connected = false;
         at.surbs.clear();
         for sent in self.sent.values_mut().filter(|sent| sent.client == client) {
@@ -276,23 +386,33 @@ impl World {
             let number = gateway.next;
             gateway.next += 1;
             gateway.kept.insert(number, fragment.clone());
+            gateway.old.push(fragment.clone());
             self.by_surb(ack, AckStatus::Stored.to_bytes().to_vec());
-            let connection = self.clients[client].connection;
-            self.at(ms(10), Event::Delivery { client, connection, number, fragment });
+            self.hand_over(client, number, fragment);
         }
+    }
+
+    fn hand_over(&mut self, client: usize, number: u64, fragment: Vec<u8>) {
+        let connection = self.clients[client].connection;
+        let gateway = &mut self.clients[client].gateway;
+        let after = gateway.carried(self.now, gateway.line);
+        self.at(after, Event::Delivery { client, connection, number, fragment });
     }
 
     /// A new connection on which the gateway hands over all that it keeps.
     fn receive(&mut self, client: usize) {
-        let now = self.now;
+        let now = self.clock(client);
         let at = &mut self.clients[client];
         at.is_connected = true;
         at.connection += 1;
-        at.core.set_receiving(Some(now));
-        let connection = at.connection;
+        at.core.set_receiving(now, true);
+        at.gateway.line_free = None;
         for (number, fragment) in at.gateway.kept.clone() {
-            self.at(ms(10), Event::Delivery { client, connection, number, fragment });
+            self.hand_over(client, number, fragment);
         }
+        let connection = self.clients[client].connection;
+        let after = self.clients[client].gateway.carried(self.now, ms(0));
+        self.at(after, Event::CaughtUp { client, connection });
     }
 
     fn by_surb(&mut self, surb: u64, contents: Vec<u8>) {
@@ -302,11 +422,19 @@ impl World {
 
     /// Does what a shell does for one client.
     fn drive(&mut self, client: usize) {
-        let now = self.now;
+        if self.clients[client].is_asleep {
+            return;
+        }
+        let (now, wall) = (self.clock(client), self.wall());
+        self.clients[client].core.handle_clock(now, wall);
         if self.clients[client].core.poll_timeout(now).is_some_and(|at| at <= now) {
             self.clients[client].core.handle_timeout(now);
             let next = self.clients[client].core.poll_timeout(now);
             assert!(next.is_none_or(|next| next > now), "a deadline survives its handling");
+        }
+        while let Some(received) = self.clients[client].core.poll_surbs() {
+            self.clients[client].write_down(received);
+            self.clients[client].core.taken(received);
         }
         while let Some(event) = self.clients[client].core.poll_event() {
             self.tell(client, event);
@@ -314,7 +442,7 @@ impl World {
         if !self.clients[client].is_connected {
             return;
         }
-        if self.clients[client].core.wants_receive() {
+        if self.clients[client].core.wants_receive(now) {
             self.receive(client);
         }
         while let Some(number) = self.clients[client].core.poll_confirmation() {
@@ -335,9 +463,10 @@ impl World {
                 let surb = self.make_surb(client);
                 self.clients[client].surbs.push_back(surb);
             }
+            let now = self.clock(client);
             let at = &mut self.clients[client];
-            let wants = at.core.wants_to_send(self.now);
-            let sent = at.core.poll_transmit(self.now, &mut self.rng, &mut at.surbs);
+            let wants = at.core.wants_to_send(now);
+            let sent = at.core.poll_transmit(now, &mut self.rng, &mut at.surbs);
             assert_eq!(wants, sent.is_some());
             match sent {
                 None => return,
@@ -346,7 +475,10 @@ impl World {
                     self.clients[client].core.sent(&ack, delay);
                     let to = self.clients.iter().position(|other| other.address == recipient);
                     let ack = surb_number(&ack_surb);
-                    self.mix(delay, Event::Box { client: to.unwrap(), fragment, ack });
+                    self.mix(
+                        delay,
+                        Event::Box { client: to.unwrap(), fragment: fragment.to_vec(), ack },
+                    );
                 }
                 Some(Transmit::Reply { surb, fragment, ack_surb }) => {
                     let contents = ReplyContents { ack_surb, fragment: &fragment }.compose();
@@ -364,7 +496,7 @@ impl World {
             MessageEvent::Received { received, message, sender } => {
                 let name = u64::from_be_bytes(*message.first_chunk().unwrap());
                 self.sent.get_mut(&name).unwrap().received += 1;
-                self.clients[client].log.extend(received.to_remember());
+                self.clients[client].write_down(received);
                 let after = ms(self.rng.random_range(0..3000));
                 self.at(after, Event::Taken { client, received });
                 if let Sender::Anonymous(tag) = sender {
@@ -376,7 +508,8 @@ impl World {
             }
             MessageEvent::Failed(id, reason) => {
                 let sent = self.sent.get_mut(&self.ids[&id]).unwrap();
-                assert!(self.now >= sent.at + GIVE_UP, "{reason} too early");
+                // Sleep is counted in seconds.
+                assert!(self.now + ms(1000) >= sent.at + GIVE_UP, "{reason} too early");
                 sent.failed = Some(reason);
             }
         }
@@ -388,8 +521,12 @@ impl World {
                 self.drive(client);
             }
             let event = self.events.first_key_value().map(|((at, _), _)| *at);
-            let now = self.now;
-            let timeouts = self.clients.iter().filter_map(|client| client.core.poll_timeout(now));
+            let timeout = |client: &Client| {
+                let at = client.core.poll_timeout(self.now - client.behind)?;
+                Some(at + client.behind)
+            };
+            let timeouts =
+                self.clients.iter().filter(|client| !client.is_asleep).filter_map(timeout);
             match event.into_iter().chain(timeouts).min() {
                 Some(at) if at <= end => self.now = at,
                 _ => return self.now = end,
@@ -407,10 +544,11 @@ impl World {
     }
 }
 
-fn options(known: Vec<MessageId>) -> MessageOptions {
+fn options(wall: UnixTime, known: TakenIds) -> MessageOptions {
     MessageOptions {
         sizes: MessageSizes::new(2031).unwrap(),
         give_up_after: GIVE_UP,
+        wall,
         unknown_delays: ms(100),
         known,
     }
@@ -419,9 +557,26 @@ fn options(known: Vec<MessageId>) -> MessageOptions {
 impl Client {
     fn new(now: Instant, rng: &mut StdRng) -> Self {
         let address = address(rng);
-        let core = Messages::new(now, options(Vec::new()));
-        let (gateway, surbs, log) = Default::default();
-        Self { core, address, gateway, connection: 0, is_connected: false, surbs, log }
+        let core = Messages::new(now, options(WALL, TakenIds::default()));
+        let (surbs, log) = Default::default();
+        let gateway = Gateway { line: ms(10), ..Gateway::default() };
+        Self {
+            core,
+            address,
+            gateway,
+            connection: 0,
+            is_connected: false,
+            is_asleep: false,
+            behind: ms(0),
+            surbs,
+            log,
+        }
+    }
+
+    fn write_down(&mut self, received: ReceivedId) {
+        if let Some(id) = received.to_remember() {
+            self.log.insert(id);
+        }
     }
 
     fn check_bounds(&self) {
@@ -460,7 +615,24 @@ fn run(seed: u64) -> (usize, usize, usize) {
             world.at(away + ms(500), Event::Send { client: sender });
         }
     }
-    let end = world.now + 3 * HOUR;
+    if seed % 10 == 1 {
+        let client = world.rng.random_range(0..CLIENTS);
+        world.clients[client].gateway.line = SLOW_LINE;
+    }
+    if seed % 5 == 3 {
+        for client in 0..CLIENTS {
+            let time = ms(world.rng.random_range(10_000..2 * 3_600_000));
+            let after = ms(world.rng.random_range(0..120_000));
+            world.at(after, Event::Sleep { client, time });
+        }
+    }
+    if seed % 7 == 2 {
+        for client in 0..CLIENTS {
+            let after = ms(world.rng.random_range(60_000..240_000));
+            world.at(after, Event::Replay { client });
+        }
+    }
+    let end = world.now + 8 * HOUR;
     world.run_until(end);
     for (name, sent) in &world.sent {
         assert!(sent.received <= 1, "seed {seed}: message {name} came {} times", sent.received);

@@ -3,16 +3,19 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use rand::SeedableRng;
 use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 
-use super::fragment::{Fragment, MessageId};
+use super::credit::{BARE_INTERVAL, INITIAL_CREDIT};
+use super::fragment::{Fragment, Hour, MessageId};
 use super::packet::{AckStatus, MessageSizes, ReplyContents};
 use super::testing::{identifier, made_surb};
 use super::*;
 use crate::address::Address;
+use crate::topology::UnixTime;
 
 const GIVE_UP: Duration = Duration::from_secs(600);
+const WALL: UnixTime = UnixTime(1_800_000_000);
 
 struct Fixture {
     now: Instant,
@@ -27,15 +30,25 @@ fn sizes() -> MessageSizes {
 
 impl Fixture {
     fn new() -> Self {
+        Self::with_give_up_after(GIVE_UP)
+    }
+
+    fn with_give_up_after(give_up_after: Duration) -> Self {
+        Self::with(give_up_after, TakenIds::default())
+    }
+
+    fn with(give_up_after: Duration, known: TakenIds) -> Self {
         let options = MessageOptions {
             sizes: sizes(),
-            give_up_after: GIVE_UP,
+            give_up_after,
+            wall: WALL,
             unknown_delays: Duration::ZERO,
-            known: Vec::new(),
+            known,
         };
         let now = Instant::now();
         let mut core = Messages::new(now, options);
-        core.set_receiving(Some(now));
+        core.set_receiving(now, true);
+        core.caught_up(now);
         Self { now, rng: StdRng::seed_from_u64(1), core, next_surb: 0 }
     }
 
@@ -78,12 +91,14 @@ impl Fixture {
     /// A body comes that fits one fragment.
     fn deliver(&mut self, number: u64, body: &[u8]) {
         let id = MessageId([u8::try_from(number).unwrap(); 16]);
-        let fragment = Fragment { id, index: 0, count: 1, bytes: body }.to_bytes(sizes());
+        let hour = Hour::of(WALL);
+        let fragment = Fragment { id, hour, index: 0, count: 1, bytes: body }.to_bytes(sizes());
         self.core.handle_delivery(self.now, number, &fragment);
     }
 
     fn reply_contents(&mut self, id: u8, body: &[u8]) -> Vec<u8> {
-        let fragment = Fragment { id: MessageId([id; 16]), index: 0, count: 1, bytes: body };
+        let id = MessageId([id; 16]);
+        let fragment = Fragment { id, hour: Hour(0), index: 0, count: 1, bytes: body };
         let ack_surb = self.surbs(1).remove(0).surb;
         ReplyContents { ack_surb, fragment: &fragment.to_bytes(sizes()) }.compose()
     }
@@ -172,6 +187,22 @@ fn an_overdue_fragment_is_sent_again_and_a_late_acknowledgement_counts() {
 }
 
 #[test]
+fn it_is_told_once_which_packets_were_not_acknowledged_in_time() {
+    let mut fixture = Fixture::new();
+    let (start, to) = (fixture.now, fixture.address());
+    fixture.send(to, &[7; 3000], 0).unwrap();
+    let acks = [(); 2].map(|()| fixture.transmit_message().unwrap());
+    assert!(fixture.by_surb(acks[0], &AckStatus::Stored.to_bytes()));
+    assert_eq!(fixture.core.poll_overdue(), None);
+    fixture.now = fixture.core.poll_timeout(fixture.now).unwrap();
+    fixture.core.handle_timeout(fixture.now);
+    assert_eq!(fixture.core.poll_overdue(), Some((&acks[1], start)));
+    assert_eq!(fixture.core.poll_overdue(), None);
+    let (_, purpose) = fixture.core.take_awaited(&identifier(acks[1])).unwrap();
+    assert_eq!(purpose.sent(), Some(start), "it may be late");
+}
+
+#[test]
 fn an_unknown_client_fails_at_once_and_others_after_the_stated_time_with_their_reason() {
     let refusals = [
         (AckStatus::ShareFull, FailReason::ShareFull),
@@ -222,6 +253,117 @@ fn without_a_route_a_message_waits_and_then_fails() {
     assert_eq!(fixture.core.poll_event(), Some(event));
 }
 
+/// SURBs for acknowledgements that a gateway was given and kept, when it acknowledges one fragment in
+/// `one_in`; and how long it took until the message was delivered or had failed.
+fn withhold(message: &[u8], one_in: u64) -> (u64, u64, Duration) {
+    let mut fixture = Fixture::new();
+    let (start, to) = (fixture.now, fixture.address());
+    fixture.send(to, message, 0).unwrap();
+    let (mut given, mut returned) = (0, 0);
+    while fixture.core.poll_event().is_none() {
+        let mut acks = Vec::new();
+        while let Some(ack) = fixture.transmit_message() {
+            given += 1;
+            if given % one_in == 0 {
+                acks.push(ack);
+            }
+        }
+        fixture.now += Duration::from_millis(100);
+        for ack in acks {
+            returned += 1;
+            assert!(fixture.by_surb(ack, &AckStatus::Stored.to_bytes()));
+        }
+        fixture.core.handle_timeout(fixture.now);
+    }
+    (given - returned, returned, fixture.now - start)
+}
+
+#[test]
+fn a_gateway_that_acknowledges_little_is_given_few_surbs() {
+    for one_in in [3, 10, 50] {
+        let (withheld, returned, time) = withhold(&[7; 2_000_000], one_in);
+        let bare = time.as_secs() / BARE_INTERVAL.as_secs() + 1;
+        let most = u64::from(INITIAL_CREDIT) + returned + bare;
+        assert!(withheld <= most, "{withheld} of {most}");
+    }
+}
+
+#[test]
+fn losses_of_a_third_of_all_round_trips_exhaust_no_credit() {
+    let mut fixture = Fixture::new();
+    let (start, to) = (fixture.now, fixture.address());
+    let id = fixture.send(to, &[7; 8_000_000], 0).unwrap();
+    let event = loop {
+        if let Some(event) = fixture.core.poll_event() {
+            break event;
+        }
+        let acks = Vec::from_iter(std::iter::from_fn(|| fixture.transmit_message()));
+        fixture.now += Duration::from_millis(100);
+        for ack in acks {
+            // A fifth of the packets is lost, and of the acknowledgements of the others.
+            if fixture.rng.random_bool(0.8 * 0.8) {
+                assert!(fixture.by_surb(ack, &AckStatus::Stored.to_bytes()));
+            }
+        }
+        fixture.core.handle_timeout(fixture.now);
+    };
+    assert_eq!(event, MessageEvent::Delivered(id));
+    // Whoever had to wait for credit would have waited half a minute for each fragment.
+    assert!(fixture.now - start < Duration::from_secs(120), "{:?}", fixture.now - start);
+}
+
+/// Recipients give incomplete messages up, whatever their senders are told.
+#[test]
+fn no_message_is_tried_for_longer_than_recipients_wait() {
+    let mut fixture = Fixture::with_give_up_after(INCOMPLETE_AGE * 10);
+    let to = fixture.address();
+    let id = fixture.send(to, b"m", 0).unwrap();
+    fixture.now += MAX_GIVE_UP_AFTER;
+    fixture.core.handle_timeout(fixture.now);
+    let event = MessageEvent::Failed(id, FailReason::NotConfirmed);
+    assert_eq!(fixture.core.poll_event(), Some(event));
+}
+
+/// The recipient had given the rest up long before.
+#[test]
+fn a_message_whose_sender_slept_fails_although_its_acknowledgement_comes() {
+    let mut fixture = Fixture::new();
+    let to = fixture.address();
+    let id = fixture.send(to, b"m", 0).unwrap();
+    let ack = fixture.transmit_message().unwrap();
+    let wake = UnixTime(WALL.0 + GIVE_UP.as_secs());
+    fixture.core.handle_clock(fixture.now, wake);
+    assert!(fixture.by_surb(ack, &AckStatus::Stored.to_bytes()));
+    let event = MessageEvent::Failed(id, FailReason::NotConfirmed);
+    assert_eq!(fixture.core.poll_event(), Some(event));
+    // The next one has its whole time, and a short sleep is taken off.
+    let id = fixture.send(to, b"m", 0).unwrap();
+    fixture.core.handle_clock(fixture.now, UnixTime(wake.0 + GIVE_UP.as_secs() / 2));
+    fixture.now += GIVE_UP / 2 - Duration::from_secs(1);
+    fixture.core.handle_timeout(fixture.now);
+    assert_eq!(fixture.core.poll_event(), None);
+    fixture.now = fixture.core.poll_timeout(fixture.now).unwrap();
+    fixture.core.handle_timeout(fixture.now);
+    let event = MessageEvent::Failed(id, FailReason::NotConfirmed);
+    assert_eq!(fixture.core.poll_event(), Some(event));
+}
+
+/// An acknowledgement may lie somewhere for long: what counts is when the fragment left.
+#[test]
+fn a_late_acknowledgement_lengthens_no_time() {
+    let mut fixture = Fixture::new();
+    let (start, to) = (fixture.now, fixture.address());
+    let id = fixture.send(to, &[7; 3000], 0).unwrap();
+    let ack = fixture.transmit_message().unwrap();
+    fixture.now += GIVE_UP - Duration::from_secs(1);
+    fixture.core.handle_timeout(fixture.now);
+    assert!(fixture.by_surb(ack, &AckStatus::Stored.to_bytes()));
+    fixture.now = start + GIVE_UP;
+    fixture.core.handle_timeout(fixture.now);
+    let event = MessageEvent::Failed(id, FailReason::NotConfirmed);
+    assert_eq!(fixture.core.poll_event(), Some(event));
+}
+
 #[test]
 fn what_is_malformed_is_confirmed_and_counted() {
     let mut fixture = Fixture::new();
@@ -233,6 +375,29 @@ fn what_is_malformed_is_confirmed_and_counted() {
     let confirmed: Vec<_> = std::iter::from_fn(|| fixture.core.poll_confirmation()).collect();
     assert_eq!(confirmed, [1, 2, 3, 4, 5]);
     assert_eq!((fixture.core.dropped().malformed, fixture.core.poll_event()), (5, None));
+}
+
+#[test]
+fn when_no_more_ids_can_be_remembered_messages_wait_for_the_next_hour() {
+    let mut known = TakenIds::default();
+    for number in 0..MAX_REMEMBERED {
+        let mut id = [0xff; 16];
+        id[..8].copy_from_slice(&number.to_be_bytes());
+        known.insert(TakenId { hour: Hour::of(WALL), id: MessageId(id) });
+    }
+    let mut fixture = Fixture::with(GIVE_UP, known);
+    let body = Body::Plain(b"m").to_bytes();
+    fixture.deliver(1, &body);
+    assert_eq!((fixture.core.poll_event(), fixture.core.poll_confirmation()), (None, None));
+    assert!(!fixture.core.wants_receive(fixture.now));
+    let next_hour = fixture.core.poll_timeout(fixture.now).unwrap();
+    assert_eq!(next_hour - fixture.now, Duration::from_secs(3600 - WALL.0 % 3600));
+    fixture.now = next_hour;
+    assert!(fixture.core.wants_receive(fixture.now));
+    assert_eq!(fixture.core.poll_timeout(fixture.now), None, "the shell is asked, not told");
+    fixture.core.set_receiving(fixture.now, true);
+    fixture.deliver(1, &body);
+    assert!(matches!(fixture.core.poll_event(), Some(MessageEvent::Received { .. })));
 }
 
 #[test]
@@ -258,6 +423,10 @@ fn requests_are_granted_up_to_the_allowance() {
     let mut fixture = Fixture::new();
     let to = fixture.address();
     fixture.send(to, b"m", 20).unwrap();
+    while let Some(ack) = fixture.transmit_message() {
+        assert!(fixture.by_surb(ack, &AckStatus::Stored.to_bytes()));
+    }
+    assert!(matches!(fixture.core.poll_event(), Some(MessageEvent::Delivered(_))));
     let mut granted = 0;
     for surb in 1..=20 {
         let body = Body::Request(u16::MAX).to_bytes();
@@ -266,10 +435,112 @@ fn requests_are_granted_up_to_the_allowance() {
         while let Some(refill) = fixture.core.poll_refill() {
             assert_eq!(refill.recipient, to);
             assert!(refill.surbs <= MAX_REPLY_SURBS);
-            granted += refill.surbs;
+            granted += fixture.refill(refill);
         }
     }
     assert_eq!(granted, REFILL_ALLOWANCE + REFILL_FACTOR * 20);
+}
+
+impl Fixture {
+    /// Asks for as many SURBs as may go with a message, by this SURB.
+    fn request(&mut self, surb: u64) -> Option<Refill> {
+        let body = Body::Request(u16::MAX).to_bytes();
+        let contents = self.reply_contents(u8::try_from(surb).unwrap(), &body);
+        assert!(self.by_surb(surb, &contents));
+        self.core.poll_refill()
+    }
+
+    /// Sends the SURBs and delivers them at once; how many.
+    fn refill(&mut self, Refill { recipient, surbs }: Refill) -> usize {
+        let made = self.surbs(surbs);
+        self.core.refill(self.now, &mut self.rng, recipient, made).unwrap();
+        while let Some(transmit) = self.transmit() {
+            if let Transmit::Message { ack, .. } = transmit {
+                let ack = u64::from_be_bytes(*ack.first_chunk().unwrap());
+                assert!(self.by_surb(ack, &AckStatus::Stored.to_bytes()));
+            }
+        }
+        assert_eq!(self.core.poll_event(), None, "the application knows nothing of it");
+        surbs
+    }
+}
+
+#[test]
+fn what_was_not_sent_is_not_counted_as_given() {
+    let mut fixture = Fixture::new();
+    let to = fixture.address();
+    fixture.send(to, b"m", 20).unwrap();
+    // There was no route for them: nothing is refilled.
+    for surb in 1..=10 {
+        assert_eq!(fixture.request(surb), Some(Refill { recipient: to, surbs: MAX_REPLY_SURBS }));
+    }
+}
+
+/// Whoever asks and watches the line of the client sees no burst.
+#[test]
+fn a_refill_begins_with_few_packets_and_grows_with_its_acknowledgements() {
+    let mut fixture = Fixture::new();
+    let to = fixture.address();
+    fixture.send(to, b"m", 1).unwrap();
+    let ack = fixture.transmit_message().unwrap();
+    assert!(fixture.by_surb(ack, &AckStatus::Stored.to_bytes()));
+    let refill = fixture.request(1).unwrap();
+    let made = fixture.surbs(refill.surbs);
+    fixture.core.refill(fixture.now, &mut fixture.rng, to, made).unwrap();
+    let mut flights = Vec::new();
+    while fixture.core.counts().outgoing.0 > 0 {
+        let mut acks = Vec::new();
+        while let Some(transmit) = fixture.transmit() {
+            if let Transmit::Message { ack, .. } = transmit {
+                acks.push(u64::from_be_bytes(*ack.first_chunk().unwrap()));
+            }
+        }
+        flights.push(acks.len());
+        for ack in acks {
+            assert!(fixture.by_surb(ack, &AckStatus::Stored.to_bytes()));
+        }
+    }
+    assert_eq!(flights[..4], [4, 8, 16, 32]);
+}
+
+#[test]
+fn surbs_are_taken_in_when_it_is_written_down_that_they_came() {
+    let mut fixture = Fixture::new();
+    let surbs: Vec<_> = fixture.surbs(2).iter().map(|made| *made.surb.as_bytes()).collect();
+    let given = ReplySurbs { sender_tag: SenderTag([5; 16]), key_epoch: 0, surbs: &surbs };
+    fixture.deliver(1, &Body::Surbs(given).to_bytes());
+    assert_eq!((fixture.core.poll_event(), fixture.core.poll_confirmation()), (None, None));
+    let received = fixture.core.poll_surbs().unwrap();
+    assert_eq!(received.to_remember().unwrap().id, MessageId([1; 16]));
+    assert_eq!((fixture.core.counts().reply_surbs, fixture.core.poll_surbs()), ((0, 0), None));
+    fixture.core.taken(received);
+    assert_eq!(fixture.core.counts().reply_surbs, (2, 1));
+    assert_eq!(fixture.core.poll_confirmation(), Some(1));
+    // The same box once more, also after a restart that knows what was written down.
+    fixture.deliver(1, &Body::Surbs(given).to_bytes());
+    assert_eq!((fixture.core.poll_surbs(), fixture.core.poll_confirmation()), (None, Some(1)));
+}
+
+/// Somebody who asks for SURBs again and again costs nobody else theirs.
+#[test]
+fn a_greedy_replier_drives_out_only_its_own() {
+    let mut fixture = Fixture::new();
+    let (modest, greedy) = (fixture.address(), fixture.address());
+    fixture.send(modest, b"m", 10).unwrap();
+    let mut now = 0;
+    while now <= MAX_AWAITED_REPLIES {
+        if fixture.send(greedy, b"m", MAX_REPLY_SURBS).is_err() {
+            panic!("there is room for {now}");
+        }
+        now += MAX_REPLY_SURBS;
+    }
+    assert_eq!(fixture.core.counts().awaited.1, MAX_AWAITED_REPLIES);
+    for surb in 1..=10 {
+        let contents = fixture.reply_contents(7, &Body::Plain(b"answer").to_bytes());
+        assert!(fixture.by_surb(surb, &contents));
+    }
+    let contents = fixture.reply_contents(8, &Body::Plain(b"answer").to_bytes());
+    assert!(!fixture.by_surb(11, &contents), "the first of the greedy one are gone");
 }
 
 #[test]
@@ -315,6 +586,8 @@ fn surbs_of_past_key_epochs_are_neither_used_nor_awaited() {
     let surbs: Vec<_> = given.iter().map(|made| *made.surb.as_bytes()).collect();
     let given = ReplySurbs { sender_tag: SenderTag([5; 16]), key_epoch: 0, surbs: &surbs };
     fixture.deliver(1, &Body::Surbs(given).to_bytes());
+    let received = fixture.core.poll_surbs().unwrap();
+    fixture.core.taken(received);
     let counts = fixture.core.counts();
     assert_eq!((counts.awaited, counts.reply_surbs), ((0, 3), (2, 1)));
     fixture.core.forget_key_epochs_before(1);

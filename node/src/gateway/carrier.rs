@@ -248,8 +248,8 @@ impl Carrier<'_> {
         }
     }
 
-    /// The next frames to write, at most [`WRITE_FRAMES`], and how many of them are packets; none
-    /// when there is nothing to do.
+    /// The next frames to write, at most [`WRITE_FRAMES`] and one, and how many of them are packets;
+    /// none when there is nothing to do.
     fn gather(&self, inbox: &mut Inbox) -> Result<(Vec<Message>, u64), End> {
         if self.attached.take_new()? {
             inbox.handle_new();
@@ -270,6 +270,10 @@ impl Carrier<'_> {
         {
             let delivery = GatewayMessage::Delivery(kept);
             let frame = control_frame(&self.codec, received, &delivery);
+            frames.push(frame.map_err(ConnectionError::from)?);
+        }
+        if inbox.take_caught_up() {
+            let frame = control_frame(&self.codec, received, &GatewayMessage::CaughtUp);
             frames.push(frame.map_err(ConnectionError::from)?);
         }
         let now = Instant::now().into_std();

@@ -64,6 +64,17 @@ impl Wishes {
 
 type Reading = JoinHandle<Result<Vec<KeptBox>, StoreError>>;
 
+/// How far the answer to the last RECEIVE is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    /// More of what was kept is to be read.
+    Begun,
+    /// The last of it was read.
+    Read,
+    /// It was sent, and the client was told so; or nobody has asked.
+    Complete,
+}
+
 /// Reads what a client is to be sent, each delivery once, a few at a time.
 pub(super) struct Inbox {
     client: ClientId,
@@ -74,6 +85,7 @@ pub(super) struct Inbox {
     cursor: Option<u64>,
     /// There may be more behind the cursor.
     has_more: bool,
+    answer: Answer,
     /// One at a time: however often the client asks, no reads pile up.
     reading: Option<Reading>,
     /// What is being read was asked for before the client wanted to begin again.
@@ -98,6 +110,7 @@ impl Inbox {
             at_once: (READ_BYTES / box_bytes.max(1)).max(1),
             cursor: None,
             has_more: false,
+            answer: Answer::Complete,
             reading: None,
             is_outdated: false,
             retry_at: None,
@@ -117,6 +130,16 @@ impl Inbox {
         Some(kept)
     }
 
+    /// Whether the client is to be told that it was sent all that was kept when it asked; once. What
+    /// has come since then is still to be read, or follows.
+    pub(super) fn take_caught_up(&mut self) -> bool {
+        let is_caught_up = self.answer == Answer::Read && self.ready.is_empty();
+        if is_caught_up {
+            self.answer = Answer::Complete;
+        }
+        is_caught_up
+    }
+
     /// Something new is kept for the client.
     pub(super) fn handle_new(&mut self) {
         self.has_more = true;
@@ -127,6 +150,7 @@ impl Inbox {
         if self.wishes.start.swap(false, Ordering::Relaxed) {
             self.cursor = Some(0);
             self.has_more = true;
+            self.answer = Answer::Begun;
             self.is_outdated = self.reading.is_some();
             self.ready.clear();
         }
@@ -159,7 +183,11 @@ impl Inbox {
     fn handle_read(&mut self, read: Result<Vec<KeptBox>, StoreError>) {
         match read {
             Ok(read) => {
-                self.has_more |= read.len() == self.at_once;
+                let is_end = read.len() < self.at_once;
+                self.has_more |= !is_end;
+                if is_end && self.answer == Answer::Begun {
+                    self.answer = Answer::Read;
+                }
                 if let Some(last) = read.last() {
                     self.cursor = Some(last.number);
                 }
@@ -280,6 +308,43 @@ mod tests {
         // What was asked for last is read from the beginning, after what was under way.
         assert_eq!(sent(&mut inbox).await, (1..=30).collect::<Vec<_>>());
         assert!(store.reads.load(Ordering::Relaxed) <= 4);
+    }
+
+    #[tokio::test]
+    async fn a_client_is_told_once_for_each_time_that_it_asks_and_after_all_that_was_kept() {
+        let (store, wishes, mut inbox) = inbox(45);
+        assert!(!inbox.take_caught_up(), "nobody has asked");
+        for boxes in [45, 60] {
+            store.boxes.store(boxes, Ordering::Relaxed);
+            wishes.receive();
+            let mut sent = 0;
+            while !inbox.take_caught_up() {
+                inbox.poll();
+                if inbox.reading.is_some() {
+                    inbox.changed().await;
+                }
+                sent += u64::from(inbox.next().is_some());
+            }
+            assert_eq!(sent, boxes);
+            store.boxes.store(boxes + 1, Ordering::Relaxed);
+            inbox.handle_new();
+            self::sent(&mut inbox).await;
+            assert!(!inbox.take_caught_up(), "it has been told");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_is_not_told_while_the_store_fails() {
+        let (store, wishes, mut inbox) = inbox(3);
+        store.fails.store(true, Ordering::Relaxed);
+        wishes.receive();
+        inbox.poll();
+        inbox.changed().await;
+        assert!(!inbox.take_caught_up());
+        store.fails.store(false, Ordering::Relaxed);
+        inbox.changed().await;
+        sent(&mut inbox).await;
+        assert!(inbox.take_caught_up());
     }
 
     #[test]

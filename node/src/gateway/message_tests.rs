@@ -106,9 +106,12 @@ impl GatewayNet {
 
 /// The next delivery.
 async fn delivery(link: &mut GatewayLink) -> KeptBox {
-    match soon(link.receiver.recv()).await.unwrap() {
-        Arrival::Delivery(kept) => kept,
-        Arrival::Packet(_) => panic!("a packet"),
+    loop {
+        match soon(link.receiver.recv()).await.unwrap() {
+            Arrival::Delivery(kept) => return kept,
+            Arrival::CaughtUp => {}
+            Arrival::Packet(_) => panic!("a packet"),
+        }
     }
 }
 
@@ -199,6 +202,7 @@ async fn streams_and_messages_share_a_connection() {
     while delivered.len() + numbers.len() < fills.len() + packets {
         match soon(link.receiver.recv()).await.unwrap() {
             Arrival::Delivery(kept) => delivered.push(kept.sealed[0]),
+            Arrival::CaughtUp => assert_eq!(delivered, fills, "all that was kept came before"),
             packet => numbers.push(number(&person, packet)),
         }
     }
@@ -295,6 +299,7 @@ impl RawClient {
                 mixsocks_common::link::FrameBody::Control(body) => {
                     match GatewayMessage::decode(body).unwrap() {
                         GatewayMessage::Delivery(kept) => return kept,
+                        GatewayMessage::CaughtUp => {}
                         message => panic!("{message:?}"),
                     }
                 }

@@ -47,6 +47,7 @@ fn gateway_messages() -> Vec<GatewayMessage> {
         GatewayMessage::Welcome { stream: StreamId::new(u64::MAX).unwrap(), received: 1 },
         GatewayMessage::Evicted,
         GatewayMessage::Goodbye,
+        GatewayMessage::CaughtUp,
     ];
     messages.extend(
         [
@@ -96,8 +97,8 @@ fn messages_round_trip_and_no_other_length_reads() {
 fn layouts_are_as_documented() {
     let lengths: Vec<_> = client_messages().iter().map(|m| m.encode().len()).collect();
     assert_eq!(lengths, [68 + 4, 68, 68 + 512, 49, 49, 1, 1, 10, 2 + 171 * 8]);
-    let lengths: Vec<_> = gateway_messages()[..6].iter().map(|m| m.encode().len()).collect();
-    assert_eq!(lengths, [35, 33, 17, 1, 1, 6]);
+    let lengths: Vec<_> = gateway_messages()[..7].iter().map(|m| m.encode().len()).collect();
+    assert_eq!(lengths, [35, 33, 17, 1, 1, 1, 6]);
     let hello = client_messages()[0].encode();
     assert_eq!(&hello[..3], &[1, 0, 1]);
     assert_eq!(&hello[35..67], &[3; 32]);
