@@ -190,7 +190,8 @@ impl Codec for Real {
     }
 
     fn unseal(&self, keys: &BoxKeys, sealed: &[u8]) -> Option<Vec<u8>> {
-        open_boxes(&keys.secret, &[sealed]).remove(0).ok()
+        let opened = open_boxes(&keys.secret, &[sealed]).remove(0).ok()?;
+        Some(opened.to_vec())
     }
 }
 

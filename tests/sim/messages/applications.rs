@@ -74,7 +74,7 @@ impl<C: Codec> World<C> {
                 self.model.check_sender(number, &sender, address)?;
                 self.note(format!("{client} gets {number}"));
                 let at = &mut self.clients[client];
-                at.log.extend(received.to_remember());
+                at.write_down(received);
                 let life = at.life;
                 if let Sender::Anonymous(tag) = sender {
                     self.plan_replies(client, self.model.sent[number].from, tag);

@@ -7,11 +7,10 @@ use mixsocks_client::health::Way;
 use mixsocks_common::address::Address;
 use mixsocks_common::gateway::message::StreamId;
 use mixsocks_common::keys::{Identity, IdentityKey};
-use mixsocks_common::message::fragment::MessageId;
 use mixsocks_common::message::packet::{AckStatus, MessageContents, MessageSizes, ReplyContents};
 use mixsocks_common::message::{
     GIVE_UP_AFTER, MAX_AWAITED_ACKS, MAX_AWAITED_REPLIES, MAX_HELD_BYTES, MAX_OUTGOING_BYTES,
-    MAX_UNDER_WAY, MadeSurb, MessageOptions, Messages, Refill, Transmit,
+    MAX_UNDER_WAY, MadeSurb, MessageOptions, Messages, ReceivedId, Refill, TakenIds, Transmit,
 };
 use mixsocks_common::replay::{Admission, RecentTags};
 use mixsocks_common::topology::{
@@ -50,7 +49,7 @@ pub(crate) struct Client<C: Codec> {
     surbs: VecDeque<MadeSurb<C::Recovery>>,
     tags: RecentTags,
     /// What it has written down before its application got it.
-    pub(crate) log: Vec<MessageId>,
+    log: TakenIds,
     /// Counts up with each time that it is killed.
     pub(crate) life: u32,
     /// The process runs, on a machine that is switched on.
@@ -69,7 +68,7 @@ pub(crate) struct Client<C: Codec> {
 impl<C: Codec> Client<C> {
     pub(crate) fn new(
         rng: &mut StdRng,
-        now: Instant,
+        (now, wall): (Instant, UnixTime),
         document: &Document,
         (gateway, gateway_identity): (usize, Identity),
     ) -> Self {
@@ -82,7 +81,8 @@ impl<C: Codec> Client<C> {
             sizes: sizes(document),
             give_up_after: GIVE_UP_AFTER,
             unknown_delays: delay_quantile(parameters.mean_delay, layers),
-            known: Vec::new(),
+            wall,
+            known: TakenIds::default(),
         };
         let key = SecretKey::from_bytes(*secret.to_bytes());
         Self {
@@ -94,7 +94,7 @@ impl<C: Codec> Client<C> {
             options,
             surbs: VecDeque::new(),
             tags: RecentTags::new(now, REPLAY_SPAN, REPLAY_TAGS, rng),
-            log: Vec::new(),
+            log: TakenIds::default(),
             life: 0,
             is_running: true,
             connection: None,
@@ -114,9 +114,11 @@ impl<C: Codec> Client<C> {
     // --- Its life.
 
     /// It is killed. What it will know is what is in its log.
-    pub(crate) fn kill(&mut self, now: Instant, rng: &mut StdRng) {
-        self.core =
-            Messages::new(now, MessageOptions { known: self.log.clone(), ..self.options.clone() });
+    pub(crate) fn kill(&mut self, now: Instant, wall: UnixTime, rng: &mut StdRng) {
+        self.core = Messages::new(
+            now,
+            MessageOptions { wall, known: self.log.clone(), ..self.options.clone() },
+        );
         self.surbs.clear();
         self.tags = RecentTags::new(now, REPLAY_SPAN, REPLAY_TAGS, rng);
         self.life += 1;
@@ -125,9 +127,9 @@ impl<C: Codec> Client<C> {
         self.connection = None;
     }
 
-    pub(crate) fn cut(&mut self) {
+    pub(crate) fn cut(&mut self, now: Instant) {
         self.connection = None;
-        self.core.set_receiving(None);
+        self.core.set_receiving(now, false);
     }
 
     pub(crate) fn resume(&self) -> Option<(StreamId, u64)> {
@@ -146,7 +148,7 @@ impl<C: Codec> Client<C> {
     }
 
     fn ask_for_deliveries(&mut self, now: Instant) {
-        self.core.set_receiving(Some(now));
+        self.core.set_receiving(now, true);
         self.wants_receive = true;
     }
 
@@ -160,11 +162,29 @@ impl<C: Codec> Client<C> {
                     Some(fragment) => self.core.handle_delivery(now, kept.number, &fragment),
                     None => self.core.handle_unreadable(kept.number),
                 },
+                Down::CaughtUp => self.core.caught_up(now),
             }
         }
-        if self.core.wants_receive() {
+    }
+
+    /// What came is written down before it is taken in.
+    pub(crate) fn write_down(&mut self, received: ReceivedId) {
+        if let Some(id) = received.to_remember() {
+            self.log.insert(id);
+        }
+    }
+
+    /// Takes SURBs in, and asks for more deliveries if there is room again.
+    pub(crate) fn settle(&mut self, now: Instant) {
+        while let Some(received) = self.core.poll_surbs() {
+            self.write_down(received);
+            self.core.taken(received);
+        }
+        if self.connection.is_some() && self.core.wants_receive(now) {
             self.ask_for_deliveries(now);
         }
+        // Whose way through the mixnet is judged is not simulated.
+        while self.core.poll_overdue().is_some() {}
     }
 
     fn handle_packet(&mut self, codec: &C, now: Instant, packet: Packet) {

@@ -28,6 +28,7 @@ const READ_AT_ONCE: usize = 20;
 pub(crate) enum Down {
     Packet(Packet),
     Delivery(KeptBox),
+    CaughtUp,
 }
 
 /// A frame of a client.
@@ -59,6 +60,8 @@ struct Line {
     /// Up to which delivery all were sent; `None` until the client asks.
     cursor: Option<u64>,
     has_more: bool,
+    /// The client is to be told when all was sent.
+    owes_caught_up: bool,
     ready: VecDeque<KeptBox>,
     unconfirmed: u64,
     /// A turn is planned in which it writes.
@@ -163,6 +166,7 @@ impl Gateway {
             delivery: Delivery::new(new_stream, packet_bytes),
             cursor: None,
             has_more: false,
+            owes_caught_up: false,
             ready: VecDeque::new(),
             unconfirmed: 0,
             is_writing: false,
@@ -171,6 +175,7 @@ impl Gateway {
         line.connection = Some(connection);
         (line.cursor, line.unconfirmed, line.is_writing) = (None, 0, false);
         line.ready.clear();
+        line.owes_caught_up = false;
         match resume {
             Some((stream, received)) if stream == line.delivery.stream() => {
                 line.delivery.resume(received).expect("an honest count");
@@ -212,6 +217,7 @@ impl Gateway {
                 Up::Receive => {
                     line.cursor = Some(0);
                     line.has_more = true;
+                    line.owes_caught_up = true;
                     line.ready.clear();
                 }
                 Up::Confirm(mut numbers) => {
@@ -258,6 +264,10 @@ impl Gateway {
         {
             line.unconfirmed += 1;
             frames.push(Down::Delivery(kept));
+        }
+        let has_all = !line.has_more && line.ready.is_empty();
+        if has_all && std::mem::take(&mut line.owes_caught_up) {
+            frames.push(Down::CaughtUp);
         }
         frames
     }

@@ -1,7 +1,7 @@
 //! What each message should come to, and what it has come to.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mixsocks_common::address::Address;
 use mixsocks_common::message::fragment::MessageId;
@@ -126,7 +126,8 @@ impl Model {
             // Others have time until it is over; so has whoever cannot ask about a stranger.
             let is_right = match reason {
                 FailReason::UnknownClient => sent.kind == Kind::ToStranger,
-                _ => now >= sent.at + GIVE_UP_AFTER,
+                // Clocks are compared in seconds.
+                _ => now + Duration::from_secs(1) >= sent.at + GIVE_UP_AFTER,
             };
             if !is_right {
                 return Err(format!("message {number} has failed, {reason:?}: {sent:?}"));
@@ -144,7 +145,7 @@ impl Model {
         message: &[u8],
     ) -> Result<usize, String> {
         let number = match received.to_remember() {
-            Some(id) => self.ids.get(&id).copied(),
+            Some(taken) => self.ids.get(&taken.id).copied(),
             None => message.first_chunk().and_then(|name| {
                 usize::try_from(u64::from_be_bytes(*name)).ok().filter(|at| *at < self.sent.len())
             }),

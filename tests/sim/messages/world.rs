@@ -193,7 +193,9 @@ impl<C: Codec> World<C> {
         let clients: Vec<_> = (0..CLIENTS)
             .map(|number| {
                 let gateway = number % GATEWAYS;
-                Client::new(rng, start, &document, (gateway, gateways[gateway].identity))
+                let wall = UnixTime(WALL_START_MS / 1000);
+                let at = (gateway, gateways[gateway].identity);
+                Client::new(rng, (start, wall), &document, at)
             })
             .collect();
         for client in &clients {
@@ -342,7 +344,7 @@ impl<C: Codec> World<C> {
             }
             Event::Taken { client, life, received } => {
                 if self.clients[client].life == life {
-                    self.clients[client].core.taken(self.now, received);
+                    self.clients[client].core.taken(received);
                     return self.settle_client(client);
                 }
             }
@@ -406,12 +408,14 @@ impl<C: Codec> World<C> {
     pub(super) fn settle_client(&mut self, number: usize) -> Result<(), String> {
         let (now, wall) = (self.now, self.wall());
         let core = &mut self.clients[number].core;
+        core.handle_clock(now, wall);
         if core.poll_timeout(now).is_some_and(|at| at <= now) {
             core.handle_timeout(now);
             if core.poll_timeout(now).is_some_and(|at| at <= now) {
                 return Err(format!("a deadline of client {number} survives its handling"));
             }
         }
+        self.clients[number].settle(now);
         while let Some(event) = self.clients[number].core.poll_event() {
             self.tell(number, event)?;
         }
@@ -470,7 +474,7 @@ impl<C: Codec> World<C> {
         if at.connection.is_none() {
             return;
         }
-        at.cut();
+        at.cut(self.now);
         if is_noticed {
             self.gateways[at.gateway].detach(&at.name(), self.now);
         }
@@ -486,7 +490,8 @@ impl<C: Codec> World<C> {
         presence.away_since.get_or_insert(self.now);
         presence.has_left = true;
         if is_killed {
-            self.clients[client].kill(self.now, &mut self.rng);
+            let wall = self.wall();
+            self.clients[client].kill(self.now, wall, &mut self.rng);
             self.model.on_killed(client);
         }
         self.settle_client(client)
