@@ -127,7 +127,8 @@ pub(crate) struct ReceiveArgs {
     /// senderTag, if it can be answered.
     #[arg(long)]
     pub(crate) json: bool,
-    /// Write the bytes of messages as they are, and nothing between them.
+    /// Write the bytes of messages as they are, and nothing between them. Without this and --json a line
+    /// ends each, so that a message can look like several.
     #[arg(long, conflicts_with = "json")]
     pub(crate) raw: bool,
     #[command(flatten)]

@@ -14,6 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use mixsocks_common::address::Address;
 use mixsocks_common::message::{MAX_MESSAGE_BYTES, ReceivedId, SenderTag};
+use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use self::own::Own;
@@ -22,6 +23,9 @@ use crate::cli::{AddressArgs, ByArgs, ReceiveArgs, SendArgs};
 use crate::data_dir::DataDir;
 use crate::proxy;
 use crate::signals::Signals;
+
+/// After a signal, how long the message that is just being printed may take.
+const PRINT_TIME: Duration = Duration::from_secs(1);
 
 /// What came.
 struct Incoming {
@@ -78,10 +82,12 @@ impl By {
     }
 
     /// The message was printed.
-    fn taken(&self, received: Option<ReceivedId>) {
-        if let (Self::Own(own), Some(received)) = (self, received) {
-            own.taken(received);
+    async fn taken(&mut self, received: Option<ReceivedId>) -> Result<()> {
+        match self {
+            Self::Own(own) => received.into_iter().for_each(|received| own.taken(received)),
+            Self::Program(program) => program.taken().await?,
         }
+        Ok(())
     }
 
     async fn shutdown(self) {
@@ -128,45 +134,76 @@ fn read_message(path: &Path) -> Result<Vec<u8>> {
     Ok(message)
 }
 
-/// Prints what comes.
+/// Prints what comes. A message is let go once it was printed.
 pub(crate) async fn receive(args: ReceiveArgs) -> Result<()> {
     let mut signals = Signals::new()?;
     let mut by = tokio::select! {
         by = Box::pin(By::connect(&args.by, true)) => by?,
         () = signals.next() => return Ok(()),
     };
-    let wait = if args.follow { Duration::MAX } else { args.wait };
-    let received = loop {
-        let incoming = tokio::select! {
-            incoming = timeout(wait, by.receive()) => incoming,
-            () = signals.next() => break Ok(()),
-        };
-        match incoming {
-            Ok(Ok(incoming)) => match print(&args, &incoming) {
-                Ok(()) => by.taken(incoming.received),
-                Err(error) => break Err(error).context("cannot print a message"),
-            },
-            Ok(Err(error)) => break Err(error),
-            Err(_) => break Ok(()),
-        }
-    };
+    let received = print_all(&mut by, &args, &mut signals).await;
     by.shutdown().await;
     received
 }
 
-fn print(args: &ReceiveArgs, incoming: &Incoming) -> io::Result<()> {
+/// Prints messages until none has come for a while, or a signal comes.
+async fn print_all(by: &mut By, args: &ReceiveArgs, signals: &mut Signals) -> Result<()> {
+    let wait = if args.follow { Duration::MAX } else { args.wait };
+    let form = Form::of(args);
+    loop {
+        let incoming = tokio::select! {
+            incoming = timeout(wait, by.receive()) => incoming,
+            () = signals.next() => return Ok(()),
+        };
+        // Nothing has come for a while.
+        let Ok(incoming) = incoming else { return Ok(()) };
+        let incoming = incoming?;
+        let received = incoming.received;
+        let mut printing = spawn_blocking(move || print(form, &incoming));
+        let printed = tokio::select! {
+            printed = &mut printing => printed,
+            // Whoever reads the output may take it slowly, or not at all.
+            () = signals.next() => match timeout(PRINT_TIME, printing).await {
+                Ok(printed) => printed,
+                Err(_) => return Ok(()),
+            },
+        };
+        printed?.context("a message cannot be printed, and waits for the next start")?;
+        by.taken(received).await?;
+    }
+}
+
+/// How messages are printed.
+#[derive(Debug, Clone, Copy)]
+enum Form {
+    Json,
+    Raw,
+    Lines,
+}
+
+impl Form {
+    fn of(args: &ReceiveArgs) -> Self {
+        match (args.json, args.raw) {
+            (true, _) => Self::Json,
+            (_, true) => Self::Raw,
+            _ => Self::Lines,
+        }
+    }
+}
+
+fn print(form: Form, incoming: &Incoming) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
-    if args.json {
-        writeln!(stdout, "{}", show::json(incoming))?;
-    } else if args.raw {
-        stdout.write_all(&incoming.message)?;
-    } else if stdout.is_terminal() {
-        writeln!(stdout, "{}", show::for_terminal(&incoming.message))?;
-    } else {
-        stdout.write_all(&incoming.message)?;
-        if !incoming.message.ends_with(b"\n") {
+    let message = &incoming.message;
+    match form {
+        Form::Json => writeln!(stdout, "{}", show::json(incoming))?,
+        Form::Lines if stdout.is_terminal() => {
+            writeln!(stdout, "{}", show::for_terminal(message))?;
+        }
+        Form::Lines if !message.ends_with(b"\n") => {
+            stdout.write_all(message)?;
             stdout.write_all(b"\n")?;
         }
+        Form::Raw | Form::Lines => stdout.write_all(message)?,
     }
     stdout.flush()
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
 use mixsocks_client::EndpointConfig;
-use mixsocks_client::messages::Messenger;
+use mixsocks_client::messages::{Messenger, MessengerOptions, WriteDown};
 use mixsocks_common::address::Address;
 use mixsocks_common::message::{ReceivedId, Sender};
 use mixsocks_directory::Following;
@@ -42,7 +42,9 @@ impl Own {
             mean_delay: None,
             receives_messages: receives,
         };
-        let options = proxy::messenger_options(&network.dir)?;
+        // What cannot be printed comes again.
+        let write_down = WriteDown::WhenTaken;
+        let options = MessengerOptions { write_down, ..proxy::messenger_options(&network.dir)? };
         let messenger =
             Messenger::connect(config, options).await.context("the client cannot connect")?;
         Ok(Self { messenger, _following: network.following, _dir: network.dir })

@@ -17,7 +17,7 @@ use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{WebSocketStream, client_async_with_config};
 
-use super::Incoming;
+use super::{Incoming, show};
 use crate::cli::TokenText;
 
 /// A client on this machine answers at once.
@@ -35,6 +35,7 @@ const OWN_ADDRESS: u8 = 2;
 const DELIVERED: u8 = 128;
 const FAILED: u8 = 129;
 const ERROR_WITH_ID: u8 = 130;
+const TAKEN: u8 = 129;
 
 /// The id of the only message that is sent.
 const ID: [u8; 8] = [0; 8];
@@ -43,6 +44,8 @@ const ID: [u8; 8] = [0; 8];
 pub(super) struct Program {
     socket: WebSocketStream<TcpStream>,
     address: Address,
+    /// A message that came before the address.
+    early: Option<Incoming>,
 }
 
 /// Why there is no connection.
@@ -85,7 +88,8 @@ impl Program {
             ErrorKind::ConnectionRefused => ConnectError::Refused,
             _ => ConnectError::Io(error),
         })?;
-        let receive = if receives { "yes" } else { "no" };
+        // What cannot be printed is not lost.
+        let receive = if receives { "confirm" } else { "no" };
         let uri = Uri::builder()
             .scheme("ws")
             .authority(listener.to_string())
@@ -101,9 +105,10 @@ impl Program {
             .max_frame_size(Some(MAX_REQUEST_BYTES));
         let (mut socket, _) =
             client_async_with_config(request, stream, Some(config)).await.map_err(refused)?;
-        let address =
-            ask_address(&mut socket).await.map_err(|e| ConnectError::Other(e.to_string()));
-        Ok(Self { socket, address: address? })
+        let (address, early) = ask_address(&mut socket)
+            .await
+            .map_err(|error| ConnectError::Other(error.to_string()))?;
+        Ok(Self { socket, address, early })
     }
 
     pub(super) fn address(&self) -> Address {
@@ -122,7 +127,7 @@ impl Program {
             Some((&(FAILED | ERROR_WITH_ID), rest)) => {
                 // An id, a number and a length.
                 let text = rest.get(ID.len() + 1 + 8..).unwrap_or_default();
-                bail!("{}", String::from_utf8_lossy(text))
+                bail!("{}", show::for_terminal(text))
             }
             _ => Err(strange()),
         }
@@ -130,8 +135,16 @@ impl Program {
 
     /// Waits for a message. Nothing is lost when the future is dropped.
     pub(super) async fn receive(&mut self) -> Result<Incoming> {
+        if let Some(early) = self.early.take() {
+            return Ok(early);
+        }
         let answer = next(&mut self.socket).await?;
         received(&answer).ok_or_else(strange)
+    }
+
+    /// The message is printed: the next one may come.
+    pub(super) async fn taken(&mut self) -> Result<()> {
+        self.socket.send(Message::binary(vec![TAKEN])).await.map_err(broken)
     }
 
     pub(super) async fn close(mut self) {
@@ -160,13 +173,20 @@ fn refused(error: Error) -> ConnectError {
     }
 }
 
-async fn ask_address(socket: &mut WebSocketStream<TcpStream>) -> Result<Address> {
+/// The address of the client, and a message that waited for longer than the client waits for requests.
+async fn ask_address(
+    socket: &mut WebSocketStream<TcpStream>,
+) -> Result<(Address, Option<Incoming>)> {
     socket.send(Message::binary(vec![SELF_ADDRESS])).await.map_err(broken)?;
-    // It comes before messages that wait.
-    let answer = next(socket).await?;
+    let mut answer = next(socket).await?;
+    let early = received(&answer);
+    if early.is_some() {
+        answer = next(socket).await?;
+    }
     let bytes = answer.strip_prefix(&[OWN_ADDRESS]).and_then(|rest| rest.first_chunk());
     let bytes: &[u8; ADDRESS_LEN] = bytes.ok_or_else(strange)?;
-    Address::from_bytes(bytes).context("the client's address is wrong")
+    let address = Address::from_bytes(bytes).context("the client's address is wrong")?;
+    Ok((address, early))
 }
 
 /// The next answer.

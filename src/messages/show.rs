@@ -1,5 +1,7 @@
 //! How messages and addresses look.
 
+use std::fmt::Write as _;
+
 use anyhow::{Context, Result};
 use data_encoding::BASE64;
 use mixsocks_common::address::Address;
@@ -27,7 +29,20 @@ pub(super) fn json(Incoming { message, sender_tag, .. }: &Incoming) -> String {
         base64: text.is_none().then(|| BASE64.encode(message)),
         sender_tag: sender_tag.map(|tag| bs58::encode(tag.0).into_string()),
     };
-    serde_json::to_string(&line).expect("texts have a form in JSON")
+    let json = serde_json::to_string(&line).expect("texts have a form in JSON");
+    let mut shown = String::with_capacity(json.len());
+    for letter in json.chars() {
+        if is_obeyed(letter) {
+            let mut units = [0; 2];
+            for unit in letter.encode_utf16(&mut units) {
+                // Writing to a text does not fail.
+                let _ = write!(shown, "\\u{unit:04x}");
+            }
+        } else {
+            shown.push(letter);
+        }
+    }
+    shown
 }
 
 /// A message as text without what a terminal would obey: strangers write it.
@@ -37,25 +52,33 @@ pub(super) fn for_terminal(message: &[u8]) -> String {
     for letter in text.trim_end_matches('\n').chars() {
         match letter {
             '\n' | '\t' => shown.push(letter),
-            _ if letter.is_control() || is_direction(letter) => {
-                shown.extend(letter.escape_unicode())
-            }
+            _ if is_obeyed(letter) => shown.extend(letter.escape_unicode()),
             _ => shown.push(letter),
         }
     }
     shown
 }
 
-/// What makes text run the other way, so that it reads as something else.
-fn is_direction(letter: char) -> bool {
-    matches!(letter, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+/// What a terminal obeys instead of showing it: control characters, and those that break lines, make text
+/// run the other way, or are not seen.
+fn is_obeyed(letter: char) -> bool {
+    letter.is_control()
+        || matches!(
+            letter,
+            '\u{61c}'
+                | '\u{200b}'..='\u{200f}'
+                | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{2069}'
+                | '\u{feff}'
+                | '\u{e0000}'..='\u{e007f}'
+        )
 }
 
 /// An address for the camera of another device. Light on dark, as most terminals are, with the quiet zone.
 pub(super) fn qr_code(address: &Address) -> Result<String> {
     let code = QrCode::new(address.to_string()).context("the address has no QR code")?;
-    let (dark, light) = (Dense1x2::Light, Dense1x2::Dark);
-    Ok(code.render::<Dense1x2>().dark_color(dark).light_color(light).build())
+    let mut renderer = code.render::<Dense1x2>();
+    Ok(renderer.dark_color(Dense1x2::Light).light_color(Dense1x2::Dark).build())
 }
 
 #[cfg(test)]
@@ -72,6 +95,10 @@ mod tests {
     fn json_keeps_every_byte() {
         let text = json(&incoming("ä\n\"".as_bytes(), None));
         assert_eq!(text, r#"{"message":"ä\n\"","senderTag":null}"#);
+        let hidden = json(&incoming("\u{9b}\u{e0001}".as_bytes(), None));
+        assert_eq!(hidden, r#"{"message":"\u009b\udb40\udc01","senderTag":null}"#);
+        let parsed: serde_json::Value = serde_json::from_str(&hidden).unwrap();
+        assert_eq!(parsed["message"], "\u{9b}\u{e0001}");
         let bytes = json(&incoming(b"\xff\0", Some(SenderTag([0xff; 16]))));
         assert_eq!(bytes, r#"{"base64":"/wA=","senderTag":"YcVfxkQb6JRzqk5kF2tNLv"}"#);
     }

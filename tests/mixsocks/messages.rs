@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use mixsocks_client::messages::{MAX_UNFETCHED, Messenger, MessengerOptions, RECEIVED_LOG_FILE};
+use mixsocks_client::messages::{
+    MAX_UNFETCHED, Messenger, MessengerOptions, RECEIVED_LOG_FILE, WriteDown,
+};
 use mixsocks_client::{Client, ClientConfig, EndpointConfig};
 use mixsocks_common::address::Address;
 use mixsocks_common::keys::{Identity, IdentityKey};
@@ -250,6 +252,23 @@ async fn who_is_away_gets_messages_later_and_each_at_most_once() {
     let messenger = person.connect().await;
     sender.send(person.address(), b"the next one", 0).await.unwrap();
     assert_eq!(take(&messenger).await.0, b"the next one", "and the first one not again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_writes_down_what_was_taken_gets_each_message_at_least_once() {
+    let network = Network::start();
+    let person = network.person(0);
+    let options = || MessengerOptions { write_down: WriteDown::WhenTaken, ..person.options() };
+    let messenger = person.connect_with(options()).await;
+    messenger.send(person.address(), b"once more", 0).await.unwrap();
+    assert_eq!(received(&messenger).await.0, b"once more");
+    drop(messenger);
+    let messenger = person.connect_with(options()).await;
+    assert_eq!(take(&messenger).await.0, b"once more");
+    drop(messenger);
+    let messenger = person.connect_with(options()).await;
+    messenger.send(person.address(), b"the next one", 0).await.unwrap();
+    assert_eq!(take(&messenger).await.0, b"the next one");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -64,6 +64,15 @@ fn two_people_write_to_each_other_without_a_running_client() {
     // Each comes once.
     assert_eq!(line(&mut alone("receive", folder.path(), bert.path())), "");
 
+    // What cannot be printed comes again.
+    run(alone("send", folder.path(), anna.path()).arg(&to_bert).arg(&file));
+    let (read, write) = std::io::pipe().unwrap();
+    drop(read);
+    let mut receive = alone("receive", folder.path(), bert.path());
+    assert!(!receive.arg("--follow").stdout(Stdio::from(write)).status().unwrap().success());
+    let ended = run(alone("receive", folder.path(), bert.path()).args(["--json", "--wait", "10s"]));
+    assert_eq!(ended.stdout.lines().count(), 1, "{ended:?}");
+
     // As they are, and waiting for more until it is stopped.
     let out = std::fs::File::create(bert.path().join("out")).unwrap();
     let mut follow = alone("receive", folder.path(), bert.path());
@@ -102,6 +111,16 @@ fn the_terminal_uses_a_client_that_runs() {
     assert_eq!(receiving.wait_for("through"), " both");
     receiving.signal("INT");
     assert!(receiving.wait().status.success());
+
+    // What cannot be printed waits for the next start.
+    let ended = typed(by("send", anna).arg(&people.bert.proxy.client), b"printed at last");
+    assert!(ended.stdout.starts_with("delivered"), "{ended:?}");
+    let (read, write) = std::io::pipe().unwrap();
+    drop(read);
+    let mut receive = by("receive", bert);
+    let status = receive.arg("--follow").stdout(Stdio::from(write)).status().unwrap();
+    assert!(!status.success());
+    assert_eq!(line(by("receive", bert).args(["--wait", "10s"])), "printed at last");
 
     // What goes wrong there is told here.
     let (_, at) = people.bert.proxy.client.split_once('.').unwrap();

@@ -24,7 +24,7 @@ use crate::core::ClientCore;
 use crate::drops::DropReason;
 use crate::endpoint::{Endpoint, unix_time};
 use crate::health::{Mixes, Way};
-use crate::messages::{MAX_UNFETCHED, MessengerOptions, ReceivedLog};
+use crate::messages::{MAX_UNFETCHED, MessengerOptions, ReceivedLog, WriteDown};
 use crate::surbs::ReadySurb;
 
 /// SURBs for acknowledgements that are kept ready while much is to be sent.
@@ -60,6 +60,7 @@ pub(super) struct Returned {
 pub(super) struct Mail {
     core: Mutex<Core>,
     log: Mutex<Log>,
+    write_down: WriteDown,
     /// The message that is handed out next, once it is written down.
     next_received: tokio::sync::Mutex<Option<Received>>,
     /// There may be an outcome.
@@ -117,13 +118,14 @@ impl Mail {
         };
         // Whoever is replied to takes the network's delays too.
         let unknown_delays = delay_quantile(endpoint.mean_delay(), MIXES);
-        let give_up_after = options.give_up_after;
+        let MessengerOptions { give_up_after, write_down, .. } = options;
         let wall = unix_time();
         let options = MessageOptions { sizes, give_up_after, wall, unknown_delays, known };
         let messages = Messages::new(Instant::now(), options);
         Ok(Self {
             core: Mutex::new(Core { messages, unfetched: 0, oldest_key_epoch: 0 }),
             log: Mutex::new(Log { file: log, told: false }),
+            write_down,
             next_received: tokio::sync::Mutex::default(),
             has_outcomes: Notify::new(),
             has_received: Notify::new(),
@@ -306,7 +308,8 @@ impl Shared {
             }
             match &*next {
                 Some(came) => {
-                    if mail.write_down(came.received) {
+                    let may_come_again = mail.write_down == WriteDown::WhenTaken;
+                    if may_come_again || mail.write_down(came.received) {
                         return next.take();
                     }
                     if self.lock().closed {
@@ -322,6 +325,10 @@ impl Shared {
 
     pub(crate) fn message_taken(&self, received: ReceivedId) {
         let Some(mail) = &self.mail else { return };
+        if mail.write_down == WriteDown::WhenTaken {
+            // If that fails the user is told, and the message may come again after a restart.
+            mail.write_down(received);
+        }
         mail.lock().messages.taken(received);
         self.receive_again_if_wanted(mail);
         mail.wake();

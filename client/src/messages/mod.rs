@@ -27,12 +27,25 @@ pub const RECEIVED_LOG_FILE: &str = "received-messages.log";
 /// sends waits.
 pub const MAX_UNFETCHED: usize = 4096;
 
+/// When it is written down that a message was received, which decides what a killed program loses.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum WriteDown {
+    /// Before the application gets it: it comes at most once, and not again to a program that was killed
+    /// before it had done its work.
+    #[default]
+    First,
+    /// When the application has taken it: it comes at least once.
+    WhenTaken,
+}
+
 /// How messages are handled.
 #[derive(Debug, Clone)]
 pub struct MessengerOptions {
     /// Where it is written down which messages were received, so that none is received again after a
     /// restart; `None` remembers it only while the program runs. Its directory must exist.
     pub received_log: Option<PathBuf>,
+    /// When that is written.
+    pub write_down: WriteDown,
     /// How long after its last progress a message is given up; at most
     /// [`MAX_GIVE_UP_AFTER`](mixsocks_common::message::MAX_GIVE_UP_AFTER), as recipients wait no longer
     /// for the rest of a message.
@@ -41,7 +54,7 @@ pub struct MessengerOptions {
 
 impl Default for MessengerOptions {
     fn default() -> Self {
-        Self { received_log: None, give_up_after: GIVE_UP_AFTER }
+        Self { received_log: None, write_down: WriteDown::First, give_up_after: GIVE_UP_AFTER }
     }
 }
 

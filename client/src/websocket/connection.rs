@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
-use mixsocks_common::message::{Received, Sender};
+use mixsocks_common::message::{Received, ReceivedId, Sender};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc::{self, OwnedPermit};
 use tokio::sync::{Mutex, Notify, OwnedMutexGuard, watch};
@@ -23,6 +23,7 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 use tracing::debug;
 
 use super::answer::{Answer, Form};
+use super::gate::Receiving;
 use super::request::{Destination, Outgoing, Request, RequestError};
 use super::service::MessageService;
 use super::tracker::{ConnectionNumber, Tracked, Tracker};
@@ -49,8 +50,7 @@ pub(super) enum Writing {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Program {
     pub(super) number: ConnectionNumber,
-    /// Whether it takes messages that come.
-    pub(super) receives: bool,
+    pub(super) receiving: Receiving,
 }
 
 /// What all connections share.
@@ -59,6 +59,8 @@ pub(super) struct Shared<S> {
     tracker: Tracker,
     /// Whoever holds it gets the messages. The lock is fair: that is who connected first.
     arrivals: Arc<Mutex<Arrivals>>,
+    /// The last message that was confirmed. Its program may have left before it was let go.
+    confirmed: std::sync::Mutex<Option<ReceivedId>>,
 }
 
 /// A message that came and was not written yet.
@@ -77,7 +79,8 @@ enum End {
 
 impl<S: MessageService> Shared<S> {
     pub(super) fn new(service: S) -> Self {
-        Self { service, tracker: Tracker::default(), arrivals: Arc::default() }
+        let confirmed = std::sync::Mutex::default();
+        Self { service, tracker: Tracker::default(), arrivals: Arc::default(), confirmed }
     }
 
     /// Tells programs what becomes of their messages, until the service stops.
@@ -90,6 +93,8 @@ impl<S: MessageService> Shared<S> {
     /// Waits until a message has come; `false` when the service has stopped. Nothing is lost when it is
     /// dropped.
     async fn next_arrival(&self, arrivals: &mut Arrivals) -> bool {
+        let confirmed = *lock(&self.confirmed);
+        arrivals.0 = arrivals.0.take().filter(|arrived| Some(arrived.received) != confirmed);
         if arrivals.0.is_none() {
             arrivals.0 = self.service.next_received().await;
         }
@@ -100,19 +105,22 @@ impl<S: MessageService> Shared<S> {
 /// Serves a program until it leaves, breaks the websocket protocol, or `stop` loses its other end.
 pub(super) async fn serve<S: MessageService, T: AsyncRead + AsyncWrite + Send + Unpin>(
     shared: &Shared<S>,
-    Program { number, receives }: Program,
+    Program { number, receiving }: Program,
     socket: WebSocketStream<T>,
     mut stop: watch::Receiver<()>,
 ) {
     let (mut sink, mut stream) = socket.split();
     let (answers, mut to_write) = mpsc::channel(MAX_ANSWERS);
     let (speaks_text, is_unfinished) = (AtomicBool::new(false), AtomicBool::new(false));
+    let (unconfirmed, confirmed) = (std::sync::Mutex::default(), Notify::new());
     let spoke = Notify::new();
     let connection = Connection {
         shared,
         number,
-        receives,
+        receiving,
         spoke: &spoke,
+        unconfirmed: &unconfirmed,
+        confirmed: &confirmed,
         speaks_text: &speaks_text,
         is_unfinished: &is_unfinished,
     };
@@ -137,11 +145,15 @@ pub(super) async fn serve<S: MessageService, T: AsyncRead + AsyncWrite + Send + 
 struct Connection<'a, S> {
     shared: &'a Shared<S>,
     number: ConnectionNumber,
-    receives: bool,
+    receiving: Receiving,
     /// The program has made a request.
     spoke: &'a Notify,
     /// Whether the last request was text: messages that come are given in the same form.
     speaks_text: &'a AtomicBool,
+    /// A message that was written and that the program has not confirmed yet.
+    unconfirmed: &'a std::sync::Mutex<Option<ReceivedId>>,
+    /// It has confirmed it.
+    confirmed: &'a Notify,
     /// Whether a message that came is written in part.
     is_unfinished: &'a AtomicBool,
 }
@@ -188,6 +200,7 @@ impl<S: MessageService> Connection<'_, S> {
                 return Ok(Some(Answer::SelfAddress(self.shared.service.address())));
             }
             Request::ClosedConnection => return Ok(None),
+            Request::Taken => return self.handle_taken().map(|()| None),
             Request::QueueLength(connection_id) => connection_id,
             Request::Send(outgoing) => {
                 let connection_id = outgoing.connection_id;
@@ -198,6 +211,16 @@ impl<S: MessageService> Connection<'_, S> {
         };
         let packets = self.shared.tracker.queue_length(self.number, connection_id);
         Ok(Some(Answer::QueueLength { connection_id, packets }))
+    }
+
+    fn handle_taken(&self) -> Result<(), RequestError> {
+        let received =
+            lock(self.unconfirmed).take().ok_or_else(RequestError::nothing_to_confirm)?;
+        // At once: the program may leave right after.
+        self.shared.service.taken(received);
+        *lock(&self.shared.confirmed) = Some(received);
+        self.confirmed.notify_one();
+        Ok(())
     }
 
     async fn send(
@@ -237,20 +260,32 @@ impl<S: MessageService> Connection<'_, S> {
         // It keeps its place among those who wait.
         let mut turn = pin!(self.turn());
         let mut arrivals = None;
+        // Whether the message that came was written, and is to be confirmed.
+        let mut is_written = false;
         loop {
             // In this order, so that the first answer comes before messages that waited.
             let written = tokio::select! {
                 biased;
                 Some(writing) = to_write.recv() => write_one(sink, writing).await,
-                guard = &mut turn, if self.receives && arrivals.is_none() => {
+                guard = &mut turn, if self.receiving != Receiving::No && arrivals.is_none() => {
                     arrivals = Some(guard);
                     Ok(())
                 }
-                is_running = self.next_arrival(arrivals.as_mut()) => {
+                () = self.confirmed.notified() => {
+                    is_written = false;
+                    Ok(())
+                }
+                is_running = self.next_arrival(arrivals.as_mut()), if !is_written => {
                     if !is_running {
                         return End::Close(CloseCode::Away, "the client stops");
                     }
-                    self.write_arrived(sink, arrivals.as_mut()).await
+                    let written = self.write_arrived(sink, arrivals.as_mut()).await;
+                    if self.receiving == Receiving::Confirm {
+                        is_written = true;
+                    } else if written.is_ok() {
+                        self.arrival_taken(arrivals.as_mut());
+                    }
+                    written
                 }
             };
             if let Err(error) = written {
@@ -274,6 +309,13 @@ impl<S: MessageService> Connection<'_, S> {
         }
     }
 
+    /// The program has the message.
+    fn arrival_taken(&self, arrivals: Option<&mut OwnedMutexGuard<Arrivals>>) {
+        if let Some(Received { received, .. }) = arrivals.and_then(|arrivals| arrivals.0.take()) {
+            self.shared.service.taken(received);
+        }
+    }
+
     /// Writes the message that came. If that fails or is given up, the next program gets it: it was not
     /// written whole.
     async fn write_arrived<T: AsyncRead + AsyncWrite + Unpin>(
@@ -291,12 +333,18 @@ impl<S: MessageService> Connection<'_, S> {
         let form = if is_text { Form::Text } else { Form::Binary };
         let answer = Answer::Received { message, sender_tag };
         self.is_unfinished.store(true, Ordering::Relaxed);
+        if self.receiving == Receiving::Confirm {
+            // It may be confirmed before this returns.
+            *lock(self.unconfirmed) = Some(*received);
+        }
         sink.send(answer.to_message(form)).await?;
         self.is_unfinished.store(false, Ordering::Relaxed);
-        self.shared.service.taken(*received);
-        arrivals.0 = None;
         Ok(())
     }
+}
+
+fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 async fn write_one<T: AsyncRead + AsyncWrite + Unpin>(

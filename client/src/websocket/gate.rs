@@ -174,9 +174,25 @@ fn shown_token(request: &Request) -> Option<&str> {
     bearer.or_else(|| in_query(request, "token"))
 }
 
-/// Whether a program takes the messages that come: unless its URL says `receive=no`.
-pub(super) fn receives(request: &Request) -> bool {
-    in_query(request, "receive") != Some("no")
+/// What a program does about messages that come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Receiving {
+    /// It only sends: `?receive=no` in its URL.
+    No,
+    /// It has them when they are written to its connection.
+    Yes,
+    /// It says of each that it has it: `?receive=confirm`.
+    Confirm,
+}
+
+impl Receiving {
+    pub(super) fn of(request: &Request) -> Self {
+        match in_query(request, "receive") {
+            Some("no") => Self::No,
+            Some("confirm") => Self::Confirm,
+            _ => Self::Yes,
+        }
+    }
 }
 
 /// The first field of this name in `?name=value&…`.

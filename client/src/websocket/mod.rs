@@ -18,7 +18,7 @@ mod testing;
 mod tests;
 mod tracker;
 
-use std::future::{Future, pending};
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -28,7 +28,7 @@ use std::time::Duration;
 use mixsocks_common::message::MAX_MESSAGE_BYTES;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_tungstenite::tungstenite::handshake::server::{ErrorResponse, Request, Response};
@@ -37,7 +37,7 @@ use tokio_tungstenite::{WebSocketStream, accept_hdr_async_with_config};
 use tracing::{debug, error, warn};
 
 use self::connection::{Program, Shared};
-use self::gate::Gate;
+use self::gate::{Gate, Receiving};
 pub use self::gate::{TOKEN_LENGTHS, Token, TokenError};
 pub use self::request::{MAX_ERROR_BYTES, MAX_ID_BYTES};
 pub use self::service::MessageService;
@@ -125,21 +125,30 @@ impl WebsocketListener {
         self.listener.local_addr()
     }
 
-    /// Serves programs until `shutdown` resolves; then closes the connections that are left.
+    /// Serves programs until `shutdown` resolves or the service stops; then closes the connections that are left.
     pub async fn serve<S: MessageService>(
         self,
         service: S,
         shutdown: impl Future<Output = ()> + Send,
     ) {
         let shared = Arc::new(Shared::new(service));
+        let (has_stopped, stopped) = oneshot::channel();
         let tell_outcomes = async {
             shared.tell_outcomes().await;
-            // The connections end by themselves when the service has stopped.
-            pending::<()>().await;
+            // Nobody listens any more if the port has been closed before.
+            let _ = has_stopped.send(());
         };
+        let ended = async {
+            tokio::select! {
+                () = shutdown => {}
+                _ = stopped => {}
+            }
+        };
+        let accept = self.accept(&shared, ended);
+        tokio::pin!(accept, tell_outcomes);
         tokio::select! {
-            () = self.accept(&shared, shutdown) => {}
-            () = tell_outcomes => {}
+            () = &mut accept => {}
+            () = &mut tell_outcomes => accept.await,
         }
     }
 
@@ -174,9 +183,9 @@ impl WebsocketListener {
                     let (shared, gate) = (shared.clone(), gate.clone());
                     let (number, stopped) = (ConnectionNumber(number), stopped.clone());
                     connections.spawn(async move {
-                        if let Some((socket, receives)) = Box::pin(shake_hands(stream, gate)).await
+                        if let Some((socket, receiving)) = Box::pin(shake_hands(stream, gate)).await
                         {
-                            let program = Program { number, receives };
+                            let program = Program { number, receiving };
                             Box::pin(connection::serve(&shared, program, socket, stopped)).await;
                         }
                     });
@@ -204,17 +213,17 @@ impl WebsocketListener {
     }
 }
 
-/// From the first byte to a websocket, and whether the program takes messages that come; `None` if it does
-/// not come to that.
+/// From the first byte to a websocket, and what the program does about messages; `None` if it does not come
+/// to that.
 async fn shake_hands(
     stream: TcpStream,
     gate: Arc<Gate>,
-) -> Option<(WebSocketStream<TcpStream>, bool)> {
+) -> Option<(WebSocketStream<TcpStream>, Receiving)> {
     prepare(&stream);
-    let mut receives = true;
+    let mut receiving = Receiving::Yes;
     #[expect(clippy::result_large_err, reason = "the websocket library wants it so")]
     let check = |request: &Request, response: Response| -> Result<Response, ErrorResponse> {
-        receives = gate::receives(request);
+        receiving = Receiving::of(request);
         gate.check(request).map(|()| response).map_err(|refused| {
             debug!("a program may not use the websocket port: {refused}");
             refused.response()
@@ -222,7 +231,7 @@ async fn shake_hands(
     };
     let handshake = accept_hdr_async_with_config(stream, check, Some(config()));
     match timeout(HANDSHAKE_TIMEOUT, handshake).await {
-        Ok(Ok(socket)) => Some((socket, receives)),
+        Ok(Ok(socket)) => Some((socket, receiving)),
         Ok(Err(error)) => {
             debug!(%error, "a program did not get a websocket");
             None

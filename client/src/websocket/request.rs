@@ -12,6 +12,7 @@
 //! | 4 | connection closed | connection id |
 //! | 5 | queue of a connection | connection id |
 //! | 128 | with an id | id u64, and one of the requests 0 to 2 with its tag |
+//! | 129 | the message that came is taken | none |
 //!
 //! A text request is a JSON object with a `type`; see `docs/websocket-api.md`.
 
@@ -38,6 +39,7 @@ const CLOSED_CONNECTION: u8 = 4;
 const QUEUE_LENGTH: u8 = 5;
 /// Far from the tags of the existing client, which may get more.
 const WITH_ID: u8 = 128;
+const TAKEN: u8 = 129;
 
 /// What a program asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +50,8 @@ pub(super) enum Request {
     Send(Outgoing),
     /// How many packets of a program's connection wait.
     QueueLength(u64),
+    /// The program has the message that came, and may get the next one.
+    Taken,
     /// A program's connection has ended. Nothing hangs on it here.
     ClosedConnection,
 }
@@ -134,6 +138,11 @@ impl RequestError {
         Self { id, ..self }
     }
 
+    /// The program has all that came.
+    pub(super) fn nothing_to_confirm() -> Self {
+        Self::new(ErrorCode::Malformed, "no message waits to be confirmed")
+    }
+
     /// The client does not take the message in.
     pub(super) fn refused(error: SendError, id: Option<RequestId>) -> Self {
         let code = match error {
@@ -203,6 +212,11 @@ impl Request {
             SELF_ADDRESS => Ok(Self::SelfAddress),
             CLOSED_CONNECTION => rest.only_connection_id().map(|_| Self::ClosedConnection),
             QUEUE_LENGTH => rest.only_connection_id().map(Self::QueueLength),
+            TAKEN if rest.0.is_empty() => Ok(Self::Taken),
+            TAKEN => {
+                let text = "the request has no fields";
+                Err(RequestError::new(ErrorCode::Malformed, text))
+            }
             WITH_ID => {
                 let id = u64::from_be_bytes(rest.take()?);
                 Self::with_id(id, rest.0)
@@ -235,6 +249,7 @@ impl Fields {
     fn request(self, id: Option<RequestId>) -> Result<Request, RequestError> {
         let to = match self.r#type.as_str() {
             "selfAddress" => return Ok(Request::SelfAddress),
+            "taken" => return Ok(Request::Taken),
             "send" => self.recipient(0)?,
             "sendAnonymous" => {
                 let reply_surbs = present("replySurbs", self.reply_surbs)?;
@@ -361,6 +376,8 @@ mod tests {
         let Ok(Request::Send(sent)) = Request::from_binary(&with_id) else { panic!() };
         assert_eq!(sent.id, Some(RequestId::Binary(258)));
         assert_eq!(Request::Send(Outgoing { id: None, ..sent }), outgoing(to(0), b"hi", Some(9)));
+        assert_eq!(Request::from_binary(&[129]), Ok(Request::Taken));
+        assert_eq!(code(&[129, 0]), ErrorCode::Malformed);
         let queue = [5, 0, 0, 0, 0, 0, 0, 1, 5];
         assert_eq!(Request::from_binary(&queue), Ok(Request::QueueLength(261)));
     }
@@ -368,7 +385,7 @@ mod tests {
     #[test]
     fn wrong_binary_requests_have_their_codes() {
         assert_eq!(code(&[]), ErrorCode::Empty);
-        for tag in (6..=u8::MAX).filter(|tag| *tag != WITH_ID) {
+        for tag in (6..=u8::MAX).filter(|tag| ![WITH_ID, TAKEN].contains(tag)) {
             assert_eq!(code(&[tag, 1, 2]), ErrorCode::Unknown);
         }
         let recipient = address().to_bytes();

@@ -264,6 +264,44 @@ async fn who_only_sends_gets_no_messages_and_hears_of_its_own() {
 }
 
 #[tokio::test]
+async fn who_confirms_gets_one_message_at_a_time_and_loses_none_when_it_dies() {
+    let mut port = Port::start().await;
+    let mut program = port.try_connect("/?receive=confirm", None).await.unwrap();
+    let answer = ask(&mut program, r#"{"type":"taken"}"#).await;
+    assert!(answer.contains("no message waits"), "{answer}");
+    for number in 1..=3 {
+        port.control.arrive(number, format!("m{number}").as_bytes(), Sender::Unknown);
+    }
+    assert!(next_text(&mut program).await.contains("m1"));
+    assert!(ask(&mut program, r#"{"type":"selfAddress"}"#).await.contains("address"));
+    assert!(port.control.nothing_was_taken());
+    say(&mut program, r#"{"type":"taken"}"#).await;
+    port.control.taken(1).await;
+    assert!(next_text(&mut program).await.contains("m2"));
+    leave(program).await;
+    let mut next_one = port.try_connect("/?receive=confirm", None).await.unwrap();
+    assert!(next_binary(&mut next_one).await.ends_with(b"m2"));
+    // It may leave at once.
+    say(&mut next_one, vec![129]).await;
+    within(next_one.close(None)).await.unwrap();
+    while within(next_one.next()).await.is_some_and(|message| message.is_ok()) {}
+    port.control.taken(2).await;
+    let mut last = port.connect().await;
+    assert!(next_binary(&mut last).await.ends_with(b"m3"));
+    port.control.taken(3).await;
+}
+
+#[tokio::test]
+async fn a_service_that_stops_closes_all_connections() {
+    let port = Port::start().await;
+    let mut sender = port.try_connect("/?receive=no", None).await.unwrap();
+    assert!(ask(&mut sender, r#"{"type":"selfAddress"}"#).await.contains("address"));
+    drop(port.control);
+    assert_eq!(closing_code(&mut sender).await, CloseCode::Away);
+    within(port.task).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_connection_id_asks_for_the_length_of_its_queue() {
     let port = Port::start().await;
     let mut program = port.connect().await;
