@@ -10,6 +10,7 @@ mod faults;
 mod gateway;
 mod model;
 mod nodes;
+mod single;
 mod store;
 mod world;
 

@@ -45,7 +45,7 @@ pub(crate) struct Sent {
     length: usize,
     at: Instant,
     pub(crate) fate: Fate,
-    received: u32,
+    pub(crate) received: u32,
 }
 
 /// All messages of a run.

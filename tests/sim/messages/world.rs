@@ -152,7 +152,16 @@ pub(crate) struct World<C: Codec> {
 }
 
 impl<C: Codec> World<C> {
+    /// All that the seed plans.
     pub(crate) fn new(seed: u64) -> Self {
+        Self::with_plan(seed, faults::draw)
+    }
+
+    /// What `plan` has happen, and nothing else; each event with its time.
+    pub(crate) fn with_plan(
+        seed: u64,
+        plan: impl FnOnce(&mut StdRng) -> Vec<(Duration, Event)>,
+    ) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let rng = &mut rng;
         let start = Instant::now();
@@ -204,7 +213,7 @@ impl<C: Codec> World<C> {
             let store = &gateways[client.gateway].store;
             store.apply(&[registered], UnixTime(0)).expect("it works");
         }
-        let plan = faults::draw(rng);
+        let plan = plan(rng);
         let mut world = Self {
             now: start,
             start,
