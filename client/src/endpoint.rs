@@ -21,7 +21,7 @@ use mixsocks_sphinx::{
     open_headers, use_surbs,
 };
 use rand::RngExt;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use zeroize::Zeroizing;
@@ -30,7 +30,7 @@ use crate::documents::Documents;
 use crate::drops::{DropReason, Drops};
 use crate::gateway::{
     self, Arrival, Confirmations, GatewayLink, GatewayLinkConfig, GatewayLinkError,
-    GatewayReceiver, GatewaySender, GatewayState,
+    GatewayReceiver, GatewaySender, GatewayState, Receiving,
 };
 use crate::headers::ReadyHeader;
 use crate::health::Way;
@@ -94,8 +94,8 @@ pub trait Arrivals: Send + Sync + 'static {
         drop(deliveries);
     }
 
-    /// All that the gateway kept when it was asked last has been delivered.
-    fn caught_up(&self) {}
+    /// All that the gateway kept when it was asked by this number has been delivered.
+    fn caught_up(&self, _number: u32) {}
 }
 
 /// A connected endpoint.
@@ -110,7 +110,7 @@ pub struct Endpoint {
     drops: Drops,
     sender: GatewaySender,
     confirmations: Confirmations,
-    receive_again: Arc<Notify>,
+    receiving: Arc<Receiving>,
     state: GatewayState,
 }
 
@@ -152,7 +152,7 @@ impl Endpoint {
             receives_messages,
         };
         let documents = Documents::new(topology);
-        let GatewayLink { sender, receiver, confirmations, receive_again, state } =
+        let GatewayLink { sender, receiver, confirmations, receiving, state } =
             gateway::connect(link).await?;
         let endpoint = Self {
             mean_delay,
@@ -169,7 +169,7 @@ impl Endpoint {
             drops: Drops::default(),
             sender,
             confirmations,
-            receive_again,
+            receiving,
             state,
         };
         Ok((Arc::new(endpoint), receiver))
@@ -233,7 +233,12 @@ impl Endpoint {
 
     /// Asks the gateway anew for the messages that it keeps, from the oldest on.
     pub fn receive_again(&self) {
-        self.receive_again.notify_one();
+        self.receiving.again();
+    }
+
+    /// Whether the gateway was asked for them by this number last.
+    pub fn is_last_receive(&self, number: u32) -> bool {
+        self.receiving.is_last(number)
     }
 
     /// Opens the boxes of deliveries, in their order.
@@ -410,19 +415,19 @@ impl Endpoint {
                 return;
             }
             let (mut packets, mut deliveries) = (Vec::with_capacity(received), Vec::new());
-            let mut is_caught_up = false;
+            let mut caught_up = None;
             for arrival in batch.drain(..) {
                 match arrival {
                     Arrival::Packet(packet) => packets.push(packet),
                     Arrival::Delivery(kept) => deliveries.push(kept),
-                    Arrival::CaughtUp => is_caught_up = true,
+                    Arrival::CaughtUp(number) => caught_up = Some(number),
                 }
             }
             if !deliveries.is_empty() {
                 arrivals.delivered(deliveries);
             }
-            if is_caught_up {
-                arrivals.caught_up();
+            if let Some(number) = caught_up {
+                arrivals.caught_up(number);
             }
             let mut arrived = Vec::with_capacity(packets.len());
             for peeled in finish(self.admit(open_headers(&self.key, packets))) {

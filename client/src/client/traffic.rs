@@ -284,7 +284,7 @@ impl Arrivals for Shared {
         self.handle_deliveries(&deliveries);
     }
 
-    fn caught_up(&self) {
-        self.handle_caught_up();
+    fn caught_up(&self, number: u32) {
+        self.handle_caught_up(number);
     }
 }

@@ -15,6 +15,7 @@ mod token_file;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use mixsocks_common::gateway::message::{Invitation, KeptBox};
 use mixsocks_common::keys::{Identity, IdentityKey};
@@ -63,9 +64,39 @@ pub struct GatewayLink {
     /// Takes the numbers of deliveries that the gateway may let go.
     pub confirmations: Confirmations,
     /// Asks the gateway anew for the messages that it keeps, from the oldest on.
-    pub receive_again: Arc<Notify>,
+    pub receiving: Arc<Receiving>,
     /// Tells how the connection is.
     pub state: GatewayState,
+}
+
+/// What the gateway was asked for. Each time has a number, which the answer repeats: an answer that has
+/// been under way since an earlier time is none to the last one.
+#[derive(Debug, Default)]
+pub struct Receiving {
+    number: AtomicU32,
+    again: Notify,
+}
+
+impl Receiving {
+    /// Asks the gateway anew for the messages that it keeps, from the oldest on.
+    pub fn again(&self) {
+        self.next();
+        self.again.notify_one();
+    }
+
+    /// Whether the gateway was asked by this number last, or is about to be.
+    pub fn is_last(&self, number: u32) -> bool {
+        self.last() == number
+    }
+
+    /// It is asked over a new connection.
+    fn next(&self) {
+        self.number.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn last(&self) -> u32 {
+        self.number.load(Ordering::Relaxed)
+    }
 }
 
 /// What comes from the gateway.
@@ -76,8 +107,8 @@ pub enum Arrival {
     /// A box that the gateway keeps for this client. It comes again after every cut until it has been
     /// confirmed, and it may come again although it was.
     Delivery(KeptBox),
-    /// All that the gateway kept when it was asked last has come.
-    CaughtUp,
+    /// All that the gateway kept when it was asked by this number has come.
+    CaughtUp(u32),
 }
 
 /// Takes the numbers of deliveries, of this connection or an earlier one. [`mpsc::Sender::send`] waits
@@ -126,12 +157,32 @@ pub enum LinkState {
 pub async fn connect(config: GatewayLinkConfig) -> Result<GatewayLink, GatewayLinkError> {
     let (sender, packets) = mpsc::channel(UPLINK_QUEUE_PACKETS);
     let (confirmations, confirmed) = mpsc::channel(CONFIRMATION_QUEUE);
-    let receive_again = Arc::new(Notify::new());
-    let uplink = session::Uplink { packets, confirmed, receive_again: receive_again.clone() };
+    let receiving = Arc::new(Receiving::default());
+    let uplink = session::Uplink { packets, confirmed, receiving: receiving.clone() };
     let (downlink, receiver) = mpsc::channel(DOWNLINK_QUEUE_PACKETS);
     let (states, state) = watch::channel(LinkState::Connected);
     let mut session = session::Session::new(config)?;
     let connection = Box::pin(session.log_in()).await?;
     tokio::spawn(session.run(connection, uplink, downlink, states));
-    Ok(GatewayLink { sender, receiver, confirmations, receive_again, state })
+    Ok(GatewayLink { sender, receiver, confirmations, receiving, state })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_answer_to_an_earlier_receive_is_none_to_the_last_one() {
+        let receiving = Receiving::default();
+        receiving.next();
+        let first = receiving.last();
+        assert!(receiving.is_last(first));
+        // It is known before the task that asks has been woken.
+        receiving.again();
+        assert!(!receiving.is_last(first));
+        receiving.again.notified().await;
+        let second = receiving.last();
+        receiving.next();
+        assert!(!receiving.is_last(second), "another connection has begun");
+    }
 }

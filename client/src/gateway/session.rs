@@ -26,7 +26,7 @@ use tokio_tungstenite::tungstenite::Message;
 use tracing::{debug, info, warn};
 
 use super::connection::{Connection, Dialler, Socket, control_frame, next_frame};
-use super::{Arrival, GatewayLinkConfig, GatewayLinkError, LinkState, token_file};
+use super::{Arrival, GatewayLinkConfig, GatewayLinkError, LinkState, Receiving, token_file};
 use crate::documents::Documents;
 
 /// From the first TCP packet to the end of the login: a dozen round trips around the world.
@@ -47,8 +47,8 @@ pub(super) struct Uplink {
     pub(super) packets: mpsc::Receiver<Outgoing>,
     /// Numbers of deliveries.
     pub(super) confirmed: mpsc::Receiver<u64>,
-    /// RECEIVE is to be said once more.
-    pub(super) receive_again: Arc<Notify>,
+    /// Tells when RECEIVE is to be said once more.
+    pub(super) receiving: Arc<Receiving>,
 }
 
 /// What is to be sent next.
@@ -57,8 +57,8 @@ struct Batch {
     packets: Vec<Outgoing>,
     /// At most [`MAX_CONFIRMED`].
     confirmed: Vec<u64>,
-    /// RECEIVE has to be said.
-    receive: bool,
+    /// RECEIVE has to be said, with this number.
+    receive: Option<u32>,
 }
 
 pub(super) struct Session {
@@ -410,7 +410,9 @@ impl<'a> Carrier<'a> {
                         false => Err(GatewayLinkError::Unexpected("box size")),
                     }
                 }
-                GatewayMessage::CaughtUp if self.receives_messages => Ok(Some(Arrival::CaughtUp)),
+                GatewayMessage::CaughtUp(number) if self.receives_messages => {
+                    Ok(Some(Arrival::CaughtUp(number)))
+                }
                 message => Err(GatewayLinkError::Unexpected(message.name())),
             },
         }
@@ -422,8 +424,10 @@ impl<'a> Carrier<'a> {
         uplink: &mut Uplink,
         downlink: &mpsc::Sender<Arrival>,
     ) -> GatewayLinkError {
-        let Uplink { packets, confirmed, receive_again } = uplink;
-        let mut batch = Batch { receive: self.receives_messages, ..Batch::default() };
+        let Uplink { packets, confirmed, receiving } = uplink;
+        receiving.next();
+        let receive = self.receives_messages.then(|| receiving.last());
+        let mut batch = Batch { receive, ..Batch::default() };
         let mut senders_are_gone = false;
         let mut confirmers_are_gone = false;
         loop {
@@ -445,8 +449,8 @@ impl<'a> Carrier<'a> {
                     {
                         confirmers_are_gone = count == 0;
                     }
-                    () = receive_again.notified(), if self.receives_messages => {
-                        batch.receive = true;
+                    () = receiving.again.notified(), if self.receives_messages => {
+                        batch.receive = Some(receiving.last());
                     }
                     () = self.wake.notified() => {}
                     () = sleep_until(due.into()) => {}
@@ -512,8 +516,8 @@ impl<'a> Carrier<'a> {
             }
         }
         let mut frames = Vec::new();
-        if std::mem::take(&mut batch.receive) {
-            frames.push(control_frame(&self.codec, *received, &ClientMessage::Receive)?);
+        if let Some(number) = batch.receive.take() {
+            frames.push(control_frame(&self.codec, *received, &ClientMessage::Receive(number))?);
         }
         if let Some(confirmed) = Confirmed::new(std::mem::take(&mut batch.confirmed)) {
             let confirm = ClientMessage::Confirm(confirmed);

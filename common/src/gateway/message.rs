@@ -306,9 +306,9 @@ pub enum ClientMessage {
     },
     /// Kind 9: the client closes on purpose. Nothing else is in it.
     Goodbye,
-    /// Kind 10: the client wants what is kept for it, from the oldest on, and from now on what comes.
-    /// Nothing else is in it.
-    Receive,
+    /// Kind 10: number u32 (1..5), by which it is told from others: the client wants what is kept for it,
+    /// from the oldest on, and from now on what comes.
+    Receive(u32),
     /// Kind 12: how many numbers u8 (1), the numbers u64 each (from 2 on): the client has taken these
     /// deliveries. There is no answer.
     Confirm(Confirmed),
@@ -348,9 +348,9 @@ pub enum GatewayMessage {
     Goodbye,
     /// Kind 11: number u64 (1..9), the box (from 9 on), which is never empty.
     Delivery(KeptBox),
-    /// Kind 13: all that was kept when RECEIVE came has been sent; said once for each RECEIVE, unless
-    /// another one comes before. Nothing else is in it.
-    CaughtUp,
+    /// Kind 13: the number of a RECEIVE u32 (1..5): all that was kept when that came has been sent; said
+    /// once for each RECEIVE, unless another one comes before.
+    CaughtUp(u32),
 }
 
 impl ClientMessage {
@@ -388,7 +388,10 @@ impl ClientMessage {
                 body.extend(received.to_be_bytes());
             }
             Self::Goodbye => body.push(GOODBYE),
-            Self::Receive => body.push(RECEIVE),
+            Self::Receive(number) => {
+                body.push(RECEIVE);
+                body.extend(number.to_be_bytes());
+            }
             Self::Confirm(Confirmed(numbers)) => {
                 let count = u8::try_from(numbers.len()).expect("at most 171 numbers");
                 body.extend([CONFIRM, count]);
@@ -441,7 +444,7 @@ impl ClientMessage {
                 Self::Authenticate { token, resume }
             }
             GOODBYE => Self::Goodbye,
-            RECEIVE => Self::Receive,
+            RECEIVE => Self::Receive(reader.u32()?),
             CONFIRM => {
                 let count = reader.byte()?;
                 if !(1..=MAX_CONFIRMED).contains(&count.into()) {
@@ -463,7 +466,7 @@ impl ClientMessage {
             Self::Register { .. } => "REGISTER",
             Self::Authenticate { .. } => "AUTHENTICATE",
             Self::Goodbye => "GOODBYE",
-            Self::Receive => "RECEIVE",
+            Self::Receive(_) => "RECEIVE",
             Self::Confirm(_) => "CONFIRM",
         }
     }
@@ -502,7 +505,10 @@ impl GatewayMessage {
                 body.extend(number.to_be_bytes());
                 body.extend(sealed);
             }
-            Self::CaughtUp => body.push(CAUGHT_UP),
+            Self::CaughtUp(number) => {
+                body.push(CAUGHT_UP);
+                body.extend(number.to_be_bytes());
+            }
         }
         Zeroizing::new(body)
     }
@@ -546,7 +552,7 @@ impl GatewayMessage {
                 }
                 Self::Delivery(KeptBox { number, sealed: sealed.to_vec() })
             }
-            CAUGHT_UP => Self::CaughtUp,
+            CAUGHT_UP => Self::CaughtUp(reader.u32()?),
             kind => return Err(MessageError::UnknownKind(kind)),
         };
         reader.finish()?;
@@ -563,7 +569,7 @@ impl GatewayMessage {
             Self::Evicted => "EVICTED",
             Self::Goodbye => "GOODBYE",
             Self::Delivery(_) => "DELIVERY",
-            Self::CaughtUp => "CAUGHT_UP",
+            Self::CaughtUp(_) => "CAUGHT_UP",
         }
     }
 }
@@ -589,6 +595,10 @@ impl<'a> Reader<'a> {
 
     fn byte(&mut self) -> Result<u8, MessageError> {
         self.array::<1>().map(|[byte]| byte)
+    }
+
+    fn u32(&mut self) -> Result<u32, MessageError> {
+        self.array().map(u32::from_be_bytes)
     }
 
     fn u64(&mut self) -> Result<u64, MessageError> {

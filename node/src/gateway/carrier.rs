@@ -203,8 +203,8 @@ impl Carrier<'_> {
             }
             FrameBody::Control(body) => {
                 match ClientMessage::decode(body).map_err(ConnectionError::from)? {
-                    ClientMessage::Receive => {
-                        self.wishes.receive();
+                    ClientMessage::Receive(number) => {
+                        self.wishes.receive(number);
                         self.attached.wake();
                         Ok(Vec::new())
                     }
@@ -272,8 +272,8 @@ impl Carrier<'_> {
             let frame = control_frame(&self.codec, received, &delivery);
             frames.push(frame.map_err(ConnectionError::from)?);
         }
-        if inbox.take_caught_up() {
-            let frame = control_frame(&self.codec, received, &GatewayMessage::CaughtUp);
+        if let Some(number) = inbox.take_caught_up() {
+            let frame = control_frame(&self.codec, received, &GatewayMessage::CaughtUp(number));
             frames.push(frame.map_err(ConnectionError::from)?);
         }
         let now = Instant::now().into_std();

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::mem;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -26,8 +25,8 @@ const MAX_UNCONFIRMED: usize = 65_536;
 /// What both halves of a connection know of its deliveries.
 #[derive(Debug, Default)]
 pub(super) struct Wishes {
-    /// RECEIVE has come: begin with the oldest.
-    start: AtomicBool,
+    /// RECEIVE has come, with this number: begin with the oldest.
+    start: Mutex<Option<u32>>,
     /// Deliveries that were sent over this connection and not yet confirmed. Those that a client
     /// confirms from an older connection are not among them, unless they were sent again. Locked for
     /// a few of them, never across an await.
@@ -36,8 +35,12 @@ pub(super) struct Wishes {
 
 impl Wishes {
     /// The client wants what is kept for it, from the oldest on.
-    pub(super) fn receive(&self) {
-        self.start.store(true, Ordering::Relaxed);
+    pub(super) fn receive(&self, number: u32) {
+        *self.start() = Some(number);
+    }
+
+    fn start(&self) -> MutexGuard<'_, Option<u32>> {
+        self.start.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Leaves of the numbers those that were sent over this connection and not confirmed: others need
@@ -67,10 +70,10 @@ type Reading = JoinHandle<Result<Vec<KeptBox>, StoreError>>;
 /// How far the answer to the last RECEIVE is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Answer {
-    /// More of what was kept is to be read.
-    Begun,
+    /// More of what was kept is to be read. This is its number.
+    Begun(u32),
     /// The last of it was read.
-    Read,
+    Read(u32),
     /// It was sent, and the client was told so; or nobody has asked.
     Complete,
 }
@@ -130,14 +133,14 @@ impl Inbox {
         Some(kept)
     }
 
-    /// Whether the client is to be told that it was sent all that was kept when it asked; once. What
-    /// has come since then is still to be read, or follows.
-    pub(super) fn take_caught_up(&mut self) -> bool {
-        let is_caught_up = self.answer == Answer::Read && self.ready.is_empty();
-        if is_caught_up {
+    /// The number of the RECEIVE of which the client is to be told that it was sent all that was kept when
+    /// it asked; once. What has come since then is still to be read, or follows.
+    pub(super) fn take_caught_up(&mut self) -> Option<u32> {
+        let Answer::Read(number) = self.answer else { return None };
+        self.ready.is_empty().then(|| {
             self.answer = Answer::Complete;
-        }
-        is_caught_up
+            number
+        })
     }
 
     /// Something new is kept for the client.
@@ -147,10 +150,11 @@ impl Inbox {
 
     /// Looks what the client wants, and begins to read if there is nothing left to send.
     pub(super) fn poll(&mut self) {
-        if self.wishes.start.swap(false, Ordering::Relaxed) {
+        let start = self.wishes.start().take();
+        if let Some(number) = start {
             self.cursor = Some(0);
             self.has_more = true;
-            self.answer = Answer::Begun;
+            self.answer = Answer::Begun(number);
             self.is_outdated = self.reading.is_some();
             self.ready.clear();
         }
@@ -185,8 +189,8 @@ impl Inbox {
             Ok(read) => {
                 let is_end = read.len() < self.at_once;
                 self.has_more |= !is_end;
-                if is_end && self.answer == Answer::Begun {
-                    self.answer = Answer::Read;
+                if is_end && let Answer::Begun(number) = self.answer {
+                    self.answer = Answer::Read(number);
                 }
                 if let Some(last) = read.last() {
                     self.cursor = Some(last.number);
@@ -205,7 +209,7 @@ impl Inbox {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicU64;
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     use std::time::Duration;
 
     use futures_util::FutureExt;
@@ -288,13 +292,13 @@ mod tests {
     async fn each_delivery_is_sent_once_and_few_are_held() {
         let (store, wishes, mut inbox) = inbox(100);
         assert!(sent(&mut inbox).await.is_empty(), "nobody has asked");
-        wishes.receive();
+        wishes.receive(1);
         assert_eq!(sent(&mut inbox).await, (1..=100).collect::<Vec<_>>());
         assert!(sent(&mut inbox).await.is_empty());
         store.boxes.store(103, Ordering::Relaxed);
         inbox.handle_new();
         assert_eq!(sent(&mut inbox).await, [101, 102, 103]);
-        wishes.receive();
+        wishes.receive(1);
         assert_eq!(sent(&mut inbox).await, (1..=103).collect::<Vec<_>>());
     }
 
@@ -302,7 +306,7 @@ mod tests {
     async fn however_often_a_client_asks_one_read_is_under_way() {
         let (store, wishes, mut inbox) = inbox(30);
         for _ in 0..100 {
-            wishes.receive();
+            wishes.receive(1);
             inbox.poll();
         }
         // What was asked for last is read from the beginning, after what was under way.
@@ -313,23 +317,28 @@ mod tests {
     #[tokio::test]
     async fn a_client_is_told_once_for_each_time_that_it_asks_and_after_all_that_was_kept() {
         let (store, wishes, mut inbox) = inbox(45);
-        assert!(!inbox.take_caught_up(), "nobody has asked");
-        for boxes in [45, 60] {
+        assert_eq!(inbox.take_caught_up(), None, "nobody has asked");
+        for (number, boxes) in [(7, 45), (8, 60)] {
             store.boxes.store(boxes, Ordering::Relaxed);
-            wishes.receive();
+            wishes.receive(0);
+            inbox.poll();
+            wishes.receive(number);
             let mut sent = 0;
-            while !inbox.take_caught_up() {
+            let caught_up = loop {
+                if let Some(number) = inbox.take_caught_up() {
+                    break number;
+                }
                 inbox.poll();
                 if inbox.reading.is_some() {
                     inbox.changed().await;
                 }
                 sent += u64::from(inbox.next().is_some());
-            }
-            assert_eq!(sent, boxes);
+            };
+            assert_eq!((sent, caught_up), (boxes, number));
             store.boxes.store(boxes + 1, Ordering::Relaxed);
             inbox.handle_new();
             self::sent(&mut inbox).await;
-            assert!(!inbox.take_caught_up(), "it has been told");
+            assert_eq!(inbox.take_caught_up(), None, "it has been told");
         }
     }
 
@@ -337,14 +346,14 @@ mod tests {
     async fn a_client_is_not_told_while_the_store_fails() {
         let (store, wishes, mut inbox) = inbox(3);
         store.fails.store(true, Ordering::Relaxed);
-        wishes.receive();
+        wishes.receive(1);
         inbox.poll();
         inbox.changed().await;
-        assert!(!inbox.take_caught_up());
+        assert_eq!(inbox.take_caught_up(), None);
         store.fails.store(false, Ordering::Relaxed);
         inbox.changed().await;
         sent(&mut inbox).await;
-        assert!(inbox.take_caught_up());
+        assert_eq!(inbox.take_caught_up(), Some(1));
     }
 
     #[test]
@@ -357,12 +366,12 @@ mod tests {
     async fn only_what_was_sent_can_be_confirmed_and_once() {
         let (_, wishes, mut inbox) = inbox(5);
         assert!(wishes.confirm(vec![1, 2]).is_empty());
-        wishes.receive();
+        wishes.receive(1);
         sent(&mut inbox).await;
         assert_eq!(wishes.confirm(vec![1, 2, 9]), [1, 2]);
         assert_eq!(wishes.confirm(vec![2, 3, 4, 4]), [3, 4]);
         // Asking again sends what is left once more, and nothing can be confirmed twice for it.
-        wishes.receive();
+        wishes.receive(1);
         sent(&mut inbox).await;
         assert_eq!(wishes.confirm(vec![5, 5]), [5]);
     }
@@ -373,7 +382,7 @@ mod tests {
     async fn confirmations_of_an_older_connection_leave_those_of_the_new_one_alone() {
         let (store, wishes, mut inbox) = inbox(60);
         store.first.store(31, Ordering::Relaxed);
-        wishes.receive();
+        wishes.receive(1);
         assert_eq!(sent(&mut inbox).await, (31..=60).collect::<Vec<_>>());
         assert!(wishes.confirm((1..=30).collect()).is_empty());
         assert_eq!(wishes.confirm((31..=60).collect()), (31..=60).collect::<Vec<_>>());
@@ -392,7 +401,7 @@ mod tests {
     async fn a_store_that_fails_is_asked_again_after_a_while() {
         let (store, wishes, mut inbox) = inbox(3);
         store.fails.store(true, Ordering::Relaxed);
-        wishes.receive();
+        wishes.receive(1);
         let start = Instant::now();
         inbox.poll();
         inbox.changed().await;

@@ -109,7 +109,7 @@ async fn delivery(link: &mut GatewayLink) -> KeptBox {
     loop {
         match soon(link.receiver.recv()).await.unwrap() {
             Arrival::Delivery(kept) => return kept,
-            Arrival::CaughtUp => {}
+            Arrival::CaughtUp(_) => {}
             Arrival::Packet(_) => panic!("a packet"),
         }
     }
@@ -202,7 +202,7 @@ async fn streams_and_messages_share_a_connection() {
     while delivered.len() + numbers.len() < fills.len() + packets {
         match soon(link.receiver.recv()).await.unwrap() {
             Arrival::Delivery(kept) => delivered.push(kept.sealed[0]),
-            Arrival::CaughtUp => assert_eq!(delivered, fills, "all that was kept came before"),
+            Arrival::CaughtUp(_) => assert_eq!(delivered, fills, "all that was kept came before"),
             packet => numbers.push(number(&person, packet)),
         }
     }
@@ -299,7 +299,7 @@ impl RawClient {
                 mixsocks_common::link::FrameBody::Control(body) => {
                     match GatewayMessage::decode(body).unwrap() {
                         GatewayMessage::Delivery(kept) => return kept,
-                        GatewayMessage::CaughtUp => {}
+                        GatewayMessage::CaughtUp(_) => {}
                         message => panic!("{message:?}"),
                     }
                 }
@@ -328,7 +328,7 @@ async fn only_what_was_sent_can_be_confirmed_and_asking_again_starts_over() {
     // Nothing was sent yet: it is ignored, also when the client guesses right.
     raw.send(raw.control(&confirm(&numbers))).await;
     for round in 0..2 {
-        raw.send(raw.control(&ClientMessage::Receive)).await;
+        raw.send(raw.control(&ClientMessage::Receive(1))).await;
         for kept in &stored {
             assert_eq!(raw.next_delivery().await, *kept, "{round}");
         }
@@ -336,6 +336,6 @@ async fn only_what_was_sent_can_be_confirmed_and_asking_again_starts_over() {
     }
     raw.send(raw.control(&confirm(&numbers[..1]))).await;
     until(|| gateway.store.usage().boxes == 2).await;
-    raw.send(raw.control(&ClientMessage::Receive)).await;
+    raw.send(raw.control(&ClientMessage::Receive(1))).await;
     assert_eq!(raw.next_delivery().await, stored[1]);
 }

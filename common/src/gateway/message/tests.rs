@@ -30,7 +30,7 @@ fn client_messages() -> Vec<ClientMessage> {
             resume: Some(Resume { stream, received: 77 }),
         },
         ClientMessage::Goodbye,
-        ClientMessage::Receive,
+        ClientMessage::Receive(0x0102_0304),
         ClientMessage::Confirm(Confirmed::new(vec![u64::MAX]).unwrap()),
         ClientMessage::Confirm(Confirmed::new(vec![7; MAX_CONFIRMED]).unwrap()),
     ]
@@ -47,7 +47,7 @@ fn gateway_messages() -> Vec<GatewayMessage> {
         GatewayMessage::Welcome { stream: StreamId::new(u64::MAX).unwrap(), received: 1 },
         GatewayMessage::Evicted,
         GatewayMessage::Goodbye,
-        GatewayMessage::CaughtUp,
+        GatewayMessage::CaughtUp(0x0102_0304),
     ];
     messages.extend(
         [
