@@ -1,5 +1,6 @@
 //! The messages of a client: its core, and what its tasks do for that.
 
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -105,13 +106,20 @@ fn made_surb(ready: ReadySurb<ReplyRecovery>) -> MadeSurb<Recovery> {
     MadeSurb { surb, identifier, recovery, delay: way.delay, key_epoch }
 }
 
+/// Whatever a wrong clock shows, it is some time in which the network's document is valid.
+fn validity(topology: &Topology) -> RangeInclusive<UnixTime> {
+    topology.valid_from..=topology.valid_until
+}
+
 impl Mail {
     pub(super) fn new(endpoint: &Endpoint, options: MessengerOptions) -> Result<Self, ClientError> {
         let sizes =
             MessageSizes::new(endpoint.max_contents_bytes()).ok_or(ClientError::NoMessages)?;
+        let (wall, validity) = (unix_time(), validity(&endpoint.topology()));
         let (log, known) = match options.received_log {
             Some(path) => {
-                let (log, known) = ReceivedLog::open(&path, Hour::of(unix_time()))?;
+                let hour = Hour::of(wall.min(*validity.end()).max(*validity.start()));
+                let (log, known) = ReceivedLog::open(&path, hour)?;
                 (Some(log), known)
             }
             None => (None, TakenIds::default()),
@@ -119,8 +127,8 @@ impl Mail {
         // Whoever is replied to takes the network's delays too.
         let unknown_delays = delay_quantile(endpoint.mean_delay(), MIXES);
         let MessengerOptions { give_up_after, write_down, .. } = options;
-        let wall = unix_time();
-        let options = MessageOptions { sizes, give_up_after, wall, unknown_delays, known };
+        let options =
+            MessageOptions { sizes, give_up_after, wall, validity, unknown_delays, known };
         let messages = Messages::new(Instant::now(), options);
         Ok(Self {
             core: Mutex::new(Core { messages, unfetched: 0, oldest_key_epoch: 0 }),
@@ -159,7 +167,8 @@ impl Mail {
     /// Writes down that a message is received, if it has to be. Whether it is.
     fn write_down(&self, received: ReceivedId) -> bool {
         let Some(id) = received.to_remember() else { return true };
-        self.log.lock().unwrap_or_else(PoisonError::into_inner).append(id)
+        let hour = self.lock().messages.hour(Instant::now());
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).append(id, hour)
     }
 }
 
@@ -343,9 +352,9 @@ impl Shared {
 }
 
 impl Log {
-    fn append(&mut self, id: TakenId) -> bool {
+    fn append(&mut self, id: TakenId, now: Hour) -> bool {
         let Some(log) = &mut self.file else { return true };
-        match log.append(id, Hour::of(unix_time())) {
+        match log.append(id, now) {
             Ok(()) => self.told = false,
             Err(error) => {
                 if !std::mem::replace(&mut self.told, true) {
@@ -539,17 +548,21 @@ impl Shared {
         let opened = self.endpoint.open_boxes(deliveries);
         {
             let (mut core, now) = (mail.lock(), Instant::now());
-            let misdated = core.messages.dropped().misdated;
+            let misdated = |core: &Core| {
+                let dropped = core.messages.dropped();
+                dropped.misdated + dropped.too_early
+            };
+            let before = misdated(&core);
             for (kept, fragment) in deliveries.iter().zip(opened) {
                 match fragment {
                     Ok(fragment) => core.messages.handle_delivery(now, kept.number, &fragment),
                     Err(_) => core.messages.handle_unreadable(kept.number),
                 }
             }
-            if misdated == 0 && core.messages.dropped().misdated > 0 {
+            if before == 0 && misdated(&core) > 0 {
                 tracing::warn!(
-                    "a message was refused, as it is dated far in the future or may have been received \
-                     before; is the clock of this machine right?"
+                    "a message waits or was refused, as it is dated in the future or may have been \
+                     received before; is the clock of this machine right?"
                 );
             }
         }
@@ -559,10 +572,17 @@ impl Shared {
         self.wake_senders.notify_one();
     }
 
-    /// All that the gateway kept for this client when it was asked last has come.
-    pub(super) fn handle_caught_up(&self) {
+    /// All that the gateway kept for this client when it was asked by this number has come. If it was asked
+    /// again since then, this tells nothing.
+    pub(super) fn handle_caught_up(&self, number: u32) {
         let Some(mail) = &self.mail else { return };
-        mail.lock().messages.caught_up(Instant::now());
+        {
+            let mut core = mail.lock();
+            if !self.endpoint.is_last_receive(number) {
+                return;
+            }
+            core.messages.caught_up(Instant::now());
+        }
         // An incomplete message may have to be given up in time.
         self.wake_senders.notify_one();
     }
@@ -583,11 +603,12 @@ impl Shared {
         }
     }
 
-    /// Nodes keep the keys of a key epoch for the overlap after it.
+    /// Takes in what a document says: nodes keep the keys of a key epoch for the overlap after it.
     pub(super) fn forget_old_key_epochs(&self, topology: &Arc<Topology>, wall: UnixTime) {
         let Some(mail) = &self.mail else { return };
         let oldest = topology.oldest_key_epoch(wall);
         let mut core = mail.lock();
+        core.messages.set_validity(validity(topology));
         if oldest > core.oldest_key_epoch {
             core.oldest_key_epoch = oldest;
             core.messages.forget_key_epochs_before(oldest);

@@ -2,9 +2,14 @@
 //!
 //! | offset | bytes | field |
 //! |--:|--:|---|
-//! | 0 | 8 | `mixrecv2` |
-//! | 8 | 4 | hour since 1970 u32 big-endian, before which everything is refused |
-//! | 12 | 20 each | hour in which a message was sent (4), its id (16) |
+//! | 0 | 8 | `mixrecv3` |
+//! | 8 | 4 | hour before which everything is refused |
+//! | 12 | 4 | number r of later hours of which everything is refused, at most 800 |
+//! | 16 | 4r | these |
+//! | 16 + 4r | 20 each | hour in which a message was sent (4), its id (16) |
+//!
+//! Hours are counted since 1970; they and the number are u32 big-endian. Which further hours are refused as
+//! there are too many entries follows from these in their order.
 //!
 //! An entry is written before the application gets its message, and survives the end of the process
 //! then, but not of the machine: that is left to the system, as an fsync for each message would cost more
@@ -15,18 +20,16 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use mixsocks_common::message::fragment::{Hour, MESSAGE_ID_LEN, MessageId};
-use mixsocks_common::message::{MAX_REMEMBERED, REMEMBERED_FOR, TakenId, TakenIds};
+use mixsocks_common::message::{
+    MAX_REFUSED_HOURS, MAX_REMEMBERED, TakenId, TakenIds, oldest_remembered,
+};
 
-const MAGIC: &[u8; 8] = b"mixrecv2";
-const HEADER_LEN: usize = MAGIC.len() + 4;
+const MAGIC: &[u8; 8] = b"mixrecv3";
+/// Without the refused hours.
+const HEADER_LEN: usize = MAGIC.len() + 8;
 const ENTRY_LEN: usize = 4 + MESSAGE_ID_LEN;
 
-/// [`REMEMBERED_FOR`] in hours.
-const REMEMBERED_HOURS: u32 = 31 * 24;
-const _: () = assert!(REMEMBERED_HOURS as u64 * 3600 == REMEMBERED_FOR.as_secs());
-
-/// Entries at which the file is written anew, with the newest [`MAX_REMEMBERED`] that are not too old:
-/// 10 MB.
+/// Entries at which the file is written anew, with at most [`MAX_REMEMBERED`] that are not too old: 10 MB.
 pub const MAX_LOGGED: usize = 2 * MAX_REMEMBERED;
 
 /// Why the log cannot be used.
@@ -52,6 +55,8 @@ pub enum ReceivedLogError {
 pub struct ReceivedLog {
     path: PathBuf,
     file: File,
+    /// Where the entries begin.
+    header_len: usize,
     entries: usize,
 }
 
@@ -75,7 +80,8 @@ impl ReceivedLog {
             }
         };
         let file = replace(path, &taken).map_err(io)?;
-        Ok((Self { path: path.to_owned(), file, entries: taken.len() }, taken))
+        let (header_len, entries) = (header_len(&taken), taken.len());
+        Ok((Self { path: path.to_owned(), file, header_len, entries }, taken))
     }
 
     /// Writes down that a message is received.
@@ -87,10 +93,10 @@ impl ReceivedLog {
             let taken = parse(&read(&self.path)?, now)
                 .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
             self.file = replace(&self.path, &taken)?;
-            self.entries = taken.len();
+            (self.header_len, self.entries) = (header_len(&taken), taken.len());
         }
         // What a try that failed has left is written over.
-        let end = (HEADER_LEN + self.entries * ENTRY_LEN) as u64;
+        let end = (self.header_len + self.entries * ENTRY_LEN) as u64;
         self.file.seek(SeekFrom::Start(end))?;
         self.file.write_all(&entry(id))?;
         self.entries += 1;
@@ -106,22 +112,34 @@ fn is_cut_short(bytes: &[u8]) -> bool {
 
 /// The whole file, but no more than a log may have.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
-    let most = HEADER_LEN + (MAX_LOGGED + 1) * ENTRY_LEN;
+    let most = HEADER_LEN + 4 * MAX_REFUSED_HOURS + (MAX_LOGGED + 1) * ENTRY_LEN;
     let mut bytes = Vec::new();
     File::open(path)?.take(most as u64).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
+fn header_len(taken: &TakenIds) -> usize {
+    HEADER_LEN + 4 * taken.refused_hours().len()
+}
+
 /// What a file remembers that is not too old; `None` if it is no log.
 fn parse(bytes: &[u8], now: Hour) -> Option<TakenIds> {
-    let (&refused_before, entries) = bytes.strip_prefix(MAGIC)?.split_first_chunk()?;
-    let mut taken = TakenIds::new(Hour(u32::from_be_bytes(refused_before)));
+    let (&refused_before, rest) = bytes.strip_prefix(MAGIC)?.split_first_chunk()?;
+    let (&refused, rest) = rest.split_first_chunk()?;
+    let refused = usize::try_from(u32::from_be_bytes(refused)).ok()?;
+    if refused > MAX_REFUSED_HOURS {
+        return None;
+    }
+    let (refused, entries) = rest.split_at_checked(4 * refused)?;
+    let (refused, _) = refused.as_chunks::<4>();
+    let refused = refused.iter().map(|hour| Hour(u32::from_be_bytes(*hour)));
+    let mut taken = TakenIds::new(Hour(u32::from_be_bytes(refused_before)), refused);
     let (entries, _) = entries.as_chunks::<ENTRY_LEN>();
     for [a, b, c, d, id @ ..] in entries {
         let hour = Hour(u32::from_be_bytes([*a, *b, *c, *d]));
         taken.insert(TakenId { hour, id: MessageId(*id) });
     }
-    taken.forget_before(Hour(now.0.saturating_sub(REMEMBERED_HOURS)));
+    taken.forget_before(oldest_remembered(now));
     Some(taken)
 }
 
@@ -140,9 +158,13 @@ fn replace(path: &Path, taken: &TakenIds) -> io::Result<File> {
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
     let mut file = options.open(&temporary)?;
-    let mut bytes = Vec::with_capacity(HEADER_LEN + taken.len() * ENTRY_LEN);
+    let mut bytes = Vec::with_capacity(header_len(taken) + taken.len() * ENTRY_LEN);
     bytes.extend(MAGIC);
     bytes.extend(taken.refused_before().0.to_be_bytes());
+    let refused = taken.refused_hours();
+    let count = u32::try_from(refused.len()).expect("refused hours are few");
+    bytes.extend(count.to_be_bytes());
+    bytes.extend(refused.flat_map(|hour| hour.0.to_be_bytes()));
     bytes.extend(taken.iter().flat_map(entry));
     file.write_all(&bytes)?;
     file.sync_all()?;
@@ -176,11 +198,11 @@ mod tests {
             log.append(id(number), NOW).unwrap();
         }
         let whole = std::fs::read(&path).unwrap();
-        assert_eq!(whole.len(), 12 + 3 * 20);
+        assert_eq!(whole.len(), 16 + 3 * 20);
         for cut in 0..=whole.len() {
             std::fs::write(&path, &whole[..cut]).unwrap();
             let (mut log, known) = ReceivedLog::open(&path, NOW).unwrap();
-            let expected: Vec<_> = (0..cut.saturating_sub(12) / 20).map(id).collect();
+            let expected: Vec<_> = (0..cut.saturating_sub(16) / 20).map(id).collect();
             assert_eq!(ids(&known), expected);
             log.append(id(9), NOW).unwrap();
             drop(log);
@@ -204,24 +226,48 @@ mod tests {
         }
     }
 
+    /// Whoever fills the memory has one hour refused, before and after a restart.
     #[test]
-    fn the_file_is_bounded_and_says_what_it_has_forgotten() {
+    fn the_file_is_bounded_and_leads_to_the_same_refused_hours() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
-        let (mut log, _) = ReceivedLog::open(&path, NOW).unwrap();
+        let (mut log, mut taken) = ReceivedLog::open(&path, NOW).unwrap();
         let old = TakenId { hour: Hour(NOW.0 - 1), ..id(0) };
-        log.append(old, NOW).unwrap();
+        let mut append = |log: &mut ReceivedLog, id| {
+            log.append(id, NOW).unwrap();
+            taken.insert(id);
+        };
+        append(&mut log, old);
         for number in 1..=MAX_REMEMBERED {
-            log.append(id(number), NOW).unwrap();
+            append(&mut log, id(number));
         }
-        // Copies take room in the file, but are no ids.
+        let reopened = |path: &Path| {
+            let (_, known) = ReceivedLog::open(path, NOW).unwrap();
+            assert_eq!(Vec::from_iter(known.refused_hours()), [NOW]);
+            assert_eq!((ids(&known), known.refused_before()), (vec![old], Hour(0)));
+            known
+        };
+        let copy = folder.path().join("copy");
+        std::fs::copy(&path, &copy).unwrap();
+        assert_eq!(reopened(&copy), taken);
+        // Ids of the refused hour take room in the file until it is full, but are not remembered.
         for _ in MAX_REMEMBERED..MAX_LOGGED {
             log.append(id(1), NOW).unwrap();
         }
-        assert_eq!(log.entries, MAX_REMEMBERED + 1);
-        let (_, known) = ReceivedLog::open(&path, NOW).unwrap();
-        assert_eq!((known.len(), known.refused_before()), (MAX_REMEMBERED, NOW));
-        assert!(!known.contains(&old));
+        assert_eq!((log.entries, log.header_len), (2, 20));
+        drop(log);
+        assert_eq!(reopened(&path), taken);
+        let (_, known) = ReceivedLog::open(&path, Hour(NOW.0 + 31 * 24 + 1)).unwrap();
+        assert_eq!((known.refused_hours().len(), known.refused_before()), (0, NOW.next()));
+    }
+
+    #[test]
+    fn a_file_that_says_too_many_refused_hours_is_none() {
+        let mut bytes = [&MAGIC[..], &[0; 4], &801_u32.to_be_bytes()].concat();
+        bytes.resize(bytes.len() + 4 * 801, 0);
+        assert_eq!(parse(&bytes, NOW), None);
+        bytes[12..16].copy_from_slice(&800_u32.to_be_bytes());
+        assert!(parse(&bytes, NOW).is_some());
     }
 
     #[test]

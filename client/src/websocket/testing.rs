@@ -37,6 +37,7 @@ fn received_id(number: u64) -> ReceivedId {
         sizes,
         give_up_after: Duration::from_secs(1),
         wall: UnixTime(0),
+        validity: UnixTime(0)..=UnixTime(u64::MAX),
         unknown_delays: Duration::ZERO,
         known: TakenIds::default(),
     };

@@ -1,6 +1,7 @@
 //! Both ends of messages in one core.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 use mixsocks_sphinx::{Identifier, Surb};
@@ -50,6 +51,8 @@ pub struct MessageOptions {
     pub give_up_after: Duration,
     /// What the wall clock shows.
     pub wall: UnixTime,
+    /// How long the network's document is valid: see [`Messages::set_validity`].
+    pub validity: RangeInclusive<UnixTime>,
     /// Longest time (p99.9) that the mixes of a reply hold it, whose delays the replier does not know.
     pub unknown_delays: Duration,
     /// Messages that the application has had, also before the last start.
@@ -198,8 +201,10 @@ pub struct Dropped {
     pub malformed: u64,
     /// Fragments whose message has another count.
     pub conflicting: u64,
-    /// Fragments of messages that were sent too long ago, or in the future.
+    /// Fragments of messages that were sent too long ago, in an hour that is refused, or far in the future.
     pub misdated: u64,
+    /// Fragments of messages from the future, which wait at the gateway.
+    pub too_early: u64,
     /// Fragments that there was no room for.
     pub no_room: u64,
     /// Messages of which not all came.
@@ -253,11 +258,12 @@ pub struct Messages<R> {
 impl<R> Messages<R> {
     /// Nothing to send, and nothing came yet.
     pub fn new(now: Instant, options: MessageOptions) -> Self {
-        let MessageOptions { sizes, give_up_after, wall, unknown_delays, known } = options;
+        let MessageOptions { sizes, give_up_after, wall, validity, unknown_delays, known } =
+            options;
         let give_up_after = give_up_after.min(MAX_GIVE_UP_AFTER);
         Self {
             sizes,
-            clock: Clock::new(now, wall),
+            clock: Clock::new(now, wall, validity),
             outbox: Outbox::new(sizes, give_up_after, unknown_delays),
             inbox: Inbox::new(sizes, now, known),
             stock: ReplyStock::default(),
@@ -686,6 +692,10 @@ impl<R> Messages<R> {
                 self.dropped.no_room += 1;
                 false
             }
+            Kept::TooEarly => {
+                self.dropped.too_early += 1;
+                false
+            }
             Kept::Conflict => {
                 self.dropped.conflicting += 1;
                 true
@@ -719,7 +729,8 @@ impl<R> Messages<R> {
             }
             (_, Ok(_) | Err(_)) => {
                 self.dropped.malformed += 1;
-                return self.inbox.taken(key);
+                self.inbox.discard(key);
+                return;
             }
         };
         let (message, received) = (message.to_vec(), ReceivedId { key, hour });
@@ -730,20 +741,28 @@ impl<R> Messages<R> {
 
     /// Takes in what the wall clock shows: to be called before anything else whenever time may have
     /// passed. What the machine has slept counts like any other time for those who wait for the rest of
-    /// a message, so it counts here too, before anything that came in the meantime.
+    /// a message, so it counts here too, before anything that came in the meantime; what is over by that is
+    /// tried anew for a minute.
     /// Whether it has slept, so that there may be news.
     pub fn handle_clock(&mut self, now: Instant, wall: UnixTime) -> bool {
         let slept = self.clock.look(now, wall);
         let has_slept = !slept.is_zero();
         if has_slept {
-            self.outbox.handle_sleep(slept);
+            self.outbox.handle_sleep(now, slept);
             self.handle_timeout(now);
         }
         has_slept
     }
 
-    fn hour(&self, now: Instant) -> Hour {
-        Hour::of(self.clock.wall(now))
+    /// There is another document of the network: however wrong the clock is, the hour is held within
+    /// that document's validity, so that those of sender and recipient are not far from each other.
+    pub fn set_validity(&mut self, validity: RangeInclusive<UnixTime>) {
+        self.clock.set_validity(validity);
+    }
+
+    /// The hour, as messages are dated.
+    pub fn hour(&self, now: Instant) -> Hour {
+        self.clock.hour(now)
     }
 
     /// Nodes have no keys of earlier key epochs any more: SURBs of those lead to nowhere.

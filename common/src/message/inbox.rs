@@ -8,7 +8,7 @@ use zeroize::Zeroizing;
 use super::SenderTag;
 use super::fragment::{Fragment, Hour, MessageId};
 use super::packet::MessageSizes;
-use super::remembered::{TakenId, TakenIds, TakenReplies};
+use super::remembered::{TakenId, TakenIds, TakenReplies, oldest_remembered};
 use super::stopwatch::Stopwatch;
 use crate::address::Address;
 
@@ -34,9 +34,25 @@ pub const INCOMPLETE_AGE: Duration = Duration::from_secs(30 * 60);
 /// room there must be at last.
 pub const DROPPED_AGE: Duration = Duration::from_secs(2 * 60 * 60);
 
-/// How far in the future a message may have been sent: clocks of machines in wrong time zones are not
-/// further from each other.
-pub const MAX_HOURS_AHEAD: u32 = 24;
+/// How old a message may become that is incomplete still, since its first fragment came, whatever comes of
+/// it: this, and [`TIME_PER_FRAGMENT`] more for each fragment that came. Its sender has given up half an hour
+/// before, by the same arithmetic.
+pub(super) const WHOLE_AGE: Duration = Duration::from_secs(2 * 60 * 60);
+
+/// See [`WHOLE_AGE`]: some 1 kB/s, and 4½ hours for the longest message.
+pub(super) const TIME_PER_FRAGMENT: Duration = Duration::from_millis(1500);
+
+/// How far in the future a message may have been sent that is taken in. What is dated later waits at the
+/// gateway.
+pub const MAX_HOURS_AHEAD: u32 = 2;
+
+/// How far in the future a message may have been sent that waits: nobody is further ahead whose clock is
+/// held within the validity of the network's documents. What is dated later is refused.
+pub const MAX_HOURS_WAITING: u32 = 24;
+
+/// Most deliveries from the future that wait at the gateway, an eighth of the number and a fifth of the
+/// bytes that it keeps for a client. More are refused: they would keep out what is dated right.
+pub const MAX_WAITING_FOR_HOUR: usize = 8 * 1024;
 
 /// Most numbers of deliveries that wait to be confirmed. Older ones come again, and are confirmed then.
 pub const MAX_CONFIRMATIONS: usize = 64 * 1024;
@@ -63,7 +79,9 @@ pub(super) enum Kept {
     NoRoom,
     /// Its message has another count of fragments, or another hour.
     Conflict,
-    /// Its message was sent so long ago that it may have been taken, or in the future.
+    /// Its message was sent in the future: it must come again.
+    TooEarly,
+    /// Its message was sent so long ago that it may have been taken, or far in the future.
     Misdated,
 }
 
@@ -75,8 +93,17 @@ struct Incomplete {
     numbers: BTreeSet<u64>,
     /// Counts up, to tell the newest.
     begun: u64,
-    /// By the stopwatch of its shelf.
+    /// When the first fragment came and the last one, by the stopwatch of its shelf.
+    first_came: Duration,
     last_news: Duration,
+}
+
+impl Incomplete {
+    /// When it has become too old, if nothing was dropped that the gateway still has.
+    fn whole_age_ends(&self) -> Duration {
+        let fragments = u32::try_from(self.fragments.len()).unwrap_or(u32::MAX);
+        self.first_came + WHOLE_AGE + TIME_PER_FRAGMENT.saturating_mul(fragments)
+    }
 }
 
 /// A message that is complete, until the application has taken it.
@@ -106,6 +133,20 @@ enum Place {
     Conflict,
 }
 
+/// For how long messages may be incomplete.
+#[derive(Debug, Clone, Copy)]
+struct Patience {
+    /// Since something came of it.
+    age: Duration,
+    /// In all, beyond its own time, as pieces were dropped that the gateway still has.
+    dropped: Duration,
+}
+
+impl Patience {
+    const USUAL: Self = Self { age: INCOMPLETE_AGE, dropped: Duration::ZERO };
+    const DROPPED: Self = Self { age: DROPPED_AGE, dropped: DROPPED_AGE };
+}
+
 /// What one origin holds.
 #[derive(Debug, Default)]
 struct Share {
@@ -120,6 +161,8 @@ struct Shelf {
     incomplete: BTreeMap<Key, Incomplete>,
     by_begun: BTreeMap<u64, Key>,
     by_news: BTreeSet<(Duration, Key)>,
+    /// By [`Incomplete::whole_age_ends`].
+    by_age: BTreeSet<(Duration, Key)>,
     /// Goes while more can be expected at once of whatever is incomplete.
     watch: Stopwatch,
     begun: u64,
@@ -162,17 +205,21 @@ impl Shelf {
                 fragments: BTreeMap::new(),
                 numbers: BTreeSet::new(),
                 begun: self.begun,
+                first_came: now,
                 last_news: now,
             }
         });
+        self.by_age.remove(&(incomplete.whole_age_ends(), key));
         self.by_news.remove(&(incomplete.last_news, key));
         self.by_news.insert((now, key));
         incomplete.last_news = now;
         incomplete.numbers.extend(number);
         incomplete.fragments.insert(fragment.index, Zeroizing::new(fragment.bytes.to_vec()));
+        self.by_age.insert((incomplete.whole_age_ends(), key));
     }
 
-    /// A piece came once more that is there already: its sender still tries.
+    /// A piece came once more that is there already: its sender still tries. That does not make the
+    /// message any younger.
     fn touch(&mut self, now: Instant, key: &Key) {
         let now = self.watch.look(now);
         if let Some(incomplete) = self.incomplete.get_mut(key) {
@@ -182,23 +229,25 @@ impl Shelf {
         }
     }
 
-    /// The time at which the message is given up that was silent for longest.
-    fn given_up_at(&self, age: Duration) -> Option<Duration> {
-        self.by_news.first().map(|(last_news, _)| *last_news + age)
+    /// The message that is given up first, and when.
+    fn given_up_first(&self, patience: Patience) -> Option<(Duration, Key)> {
+        let silent = self.by_news.first().map(|(last_news, key)| (*last_news + patience.age, *key));
+        let old = self.by_age.first().map(|(ends, key)| (*ends + patience.dropped, *key));
+        silent.into_iter().chain(old).min()
     }
 
-    /// Takes out a message that nothing more came of for so long.
+    /// Takes out a message that nothing more came of for too long, or that is too old.
     fn give_up(
         &mut self,
         now: Instant,
-        age: Duration,
+        patience: Patience,
         fragment_bytes: usize,
     ) -> Option<Incomplete> {
         let now = self.watch.look(now);
-        if !self.watch.is_running() || self.given_up_at(age)? > now {
+        let (at, key) = self.given_up_first(patience)?;
+        if !self.watch.is_running() || at > now {
             return None;
         }
-        let (_, key) = *self.by_news.first()?;
         self.remove(&key, fragment_bytes)
     }
 
@@ -212,6 +261,7 @@ impl Shelf {
         let incomplete = self.incomplete.remove(key)?;
         self.by_begun.remove(&incomplete.begun);
         self.by_news.remove(&(incomplete.last_news, *key));
+        self.by_age.remove(&(incomplete.whole_age_ends(), *key));
         self.release(&key.0, incomplete.fragments.len() * fragment_bytes);
         if let Some(share) = self.shares.get_mut(&key.0) {
             share.incomplete -= 1;
@@ -262,7 +312,9 @@ pub(super) struct Inbox {
     confirmations: VecDeque<u64>,
     /// Deliveries were dropped that are at the gateway still.
     has_dropped: bool,
-    /// Messages were not taken in as no more ids could be remembered; the next hour allows it.
+    /// Deliveries from the future that are at the gateway still, and the hour from which on some of them
+    /// may be taken in.
+    too_early: BTreeSet<u64>,
     waits_for_hour: Option<Hour>,
     /// The gateway was asked for what it keeps, over the present connection.
     is_receiving: bool,
@@ -281,6 +333,7 @@ impl Inbox {
             taken_replies: TakenReplies::default(),
             confirmations: VecDeque::new(),
             has_dropped: false,
+            too_early: BTreeSet::new(),
             waits_for_hour: None,
             is_receiving: false,
             has_missed_caught_up: false,
@@ -316,6 +369,7 @@ impl Inbox {
         self.has_missed_caught_up &= !(was_receiving && is_receiving);
         if is_receiving {
             self.has_dropped = false;
+            self.too_early.clear();
             self.waits_for_hour = None;
         }
     }
@@ -329,14 +383,14 @@ impl Inbox {
     }
 
     /// Whether the gateway is to be asked once more for what it keeps: there is room now for what was
-    /// dropped, or it is not known whether all has come.
+    /// dropped, the hour has come for what was too early, or it is not known whether all has come.
     pub(super) fn wants_again(&self, hour: Hour) -> bool {
-        let has_room = self.waits_for_hour.is_none_or(|next| next <= hour)
-            && self.deliveries.held_bytes <= MAX_HELD_BYTES / 2;
-        self.is_receiving && (self.has_missed_caught_up || self.has_dropped && has_room)
+        let has_room = self.deliveries.held_bytes <= MAX_HELD_BYTES / 2;
+        let is_hour = self.waits_for_hour.is_some_and(|next| next <= hour);
+        self.is_receiving && (self.has_missed_caught_up || is_hour || self.has_dropped && has_room)
     }
 
-    /// The hour from which on more ids can be remembered, if they cannot now.
+    /// The hour from which on something may be taken in that was too early.
     pub(super) fn waits_for_hour(&self) -> Option<Hour> {
         self.waits_for_hour
     }
@@ -349,18 +403,26 @@ impl Inbox {
     }
 
     /// Whether a message that begins may be taken in, so that it will be remembered when it is taken.
-    fn check_date(&mut self, this_hour: Hour, fragment: &Fragment<'_>) -> Result<(), Kept> {
-        let latest = this_hour.0.saturating_add(MAX_HOURS_AHEAD);
-        if fragment.hour < self.taken.refused_before() || fragment.hour.0 > latest {
+    fn check_date(&mut self, this_hour: Hour, number: Option<u64>, hour: Hour) -> Result<(), Kept> {
+        let oldest = oldest_remembered(this_hour);
+        self.taken.forget_before(oldest);
+        let hours_ahead = hour.0.saturating_sub(this_hour.0);
+        if hour < oldest || self.taken.refuses(hour) || hours_ahead > MAX_HOURS_WAITING {
             return Err(Kept::Misdated);
         }
-        let held = self.deliveries.incomplete.len() + self.deliveries.complete.len();
-        if !self.taken.has_room(held + 1, this_hour) {
-            self.waits_for_hour = Some(this_hour.next());
-            self.has_dropped = true;
-            return Err(Kept::NoRoom);
+        if hours_ahead <= MAX_HOURS_AHEAD {
+            return Ok(());
         }
-        Ok(())
+        self.too_early.extend(number);
+        if self.too_early.len() > MAX_WAITING_FOR_HOUR
+            && let Some(number) = number
+        {
+            self.too_early.remove(&number);
+            return Err(Kept::Misdated);
+        }
+        let taken_in = Hour(hour.0 - MAX_HOURS_AHEAD);
+        self.waits_for_hour = Some(self.waits_for_hour.map_or(taken_in, |at| at.min(taken_in)));
+        Err(Kept::TooEarly)
     }
 
     /// Takes in a fragment, which came as delivery `number` if it is from the gateway.
@@ -392,7 +454,7 @@ impl Inbox {
         }
         if origin == Origin::Gateway
             && !self.deliveries.incomplete.contains_key(&key)
-            && let Err(kept) = self.check_date(this_hour, fragment)
+            && let Err(kept) = self.check_date(this_hour, number, fragment.hour)
         {
             if kept == Kept::Misdated {
                 self.confirm(number);
@@ -449,17 +511,23 @@ impl Inbox {
         Some(Arrived { key, hour, body })
     }
 
-    /// The message needs to be kept no longer: the application has it, or it is good for nothing.
+    /// The application has the message: it is remembered, and kept no longer.
     pub(super) fn taken(&mut self, key: Key) {
-        let shelf = self.shelf(&key.0);
-        let Some(complete) = shelf.complete.remove(&key) else { return };
-        shelf.release(&key.0, complete.held_bytes);
-        shelf.forget_empty_share(&key.0);
+        let Some(hour) = self.discard(key) else { return };
         match key {
-            (Origin::Gateway, id) => self.taken.insert(TakenId { hour: complete.hour, id }),
+            (Origin::Gateway, id) => self.taken.insert(TakenId { hour, id }),
             (Origin::Replier(_), _) => self.taken_replies.insert(key),
         }
+    }
+
+    /// The complete message is kept no longer, and its deliveries are confirmed; when it was sent.
+    pub(super) fn discard(&mut self, key: Key) -> Option<Hour> {
+        let shelf = self.shelf(&key.0);
+        let complete = shelf.complete.remove(&key)?;
+        shelf.release(&key.0, complete.held_bytes);
+        shelf.forget_empty_share(&key.0);
         complete.numbers.into_iter().for_each(|number| self.confirm(Some(number)));
+        Some(complete.hour)
     }
 
     /// The gateway may forget this delivery.
@@ -476,24 +544,28 @@ impl Inbox {
 
     /// When [`Inbox::handle_timeout`] wants to be called.
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
-        let shelves = [(&self.deliveries, self.delivery_age()), (&self.replies, INCOMPLETE_AGE)];
-        let due = |(shelf, age): (&Shelf, _)| shelf.watch.due(shelf.given_up_at(age)?);
+        let shelves = [(&self.deliveries, self.patience()), (&self.replies, Patience::USUAL)];
+        let due = |(shelf, patience): (&Shelf, _)| {
+            let (at, _) = shelf.given_up_first(patience)?;
+            shelf.watch.due(at)
+        };
         shelves.into_iter().filter_map(due).min()
     }
 
-    fn delivery_age(&self) -> Duration {
-        if self.has_dropped { DROPPED_AGE } else { INCOMPLETE_AGE }
+    /// With deliveries.
+    fn patience(&self) -> Patience {
+        if self.has_dropped { Patience::DROPPED } else { Patience::USUAL }
     }
 
-    /// Gives up what nothing more comes of; returns how many messages that were.
+    /// Gives up what nothing more comes of, or what is too old; returns how many messages that were.
     pub(super) fn handle_timeout(&mut self, now: Instant) -> usize {
-        let (age, fragment_bytes) = (self.delivery_age(), self.sizes.fragment_bytes());
+        let (patience, fragment_bytes) = (self.patience(), self.sizes.fragment_bytes());
         let mut given_up = 0;
-        while let Some(incomplete) = self.deliveries.give_up(now, age, fragment_bytes) {
+        while let Some(incomplete) = self.deliveries.give_up(now, patience, fragment_bytes) {
             incomplete.numbers.into_iter().for_each(|number| self.confirm(Some(number)));
             given_up += 1;
         }
-        while self.replies.give_up(now, INCOMPLETE_AGE, fragment_bytes).is_some() {
+        while self.replies.give_up(now, Patience::USUAL, fragment_bytes).is_some() {
             given_up += 1;
         }
         given_up
@@ -612,54 +684,91 @@ mod tests {
         assert_eq!((inbox.confirmations(), inbox.counts().1), (vec![1], 0));
     }
 
-    /// A gateway that fills the memory with messages of its own, and hands an old box over again.
-    #[test]
-    fn a_message_is_not_taken_twice_however_many_others_come() {
+    /// Takes a message of one fragment, if it may be.
+    fn take(inbox: &mut Inbox, hour: u32, message: u32) -> Kept {
+        let (id, number) = (id(message), u64::from(message));
+        let fragment = Fragment { id, hour: Hour(hour), index: 0, count: 1, bytes: b"m" };
         let now = Instant::now();
-        let mut inbox = inbox(now);
-        let mut take = |hour: u32, message: u32| {
-            let (id, number) = (id(message), u64::from(message));
-            let fragment = Fragment { id, hour: Hour(hour), index: 0, count: 1, bytes: b"m" };
-            let kept = inbox.handle((now, HOUR), Origin::Gateway, Some(number), &fragment);
-            if kept == Kept::Complete {
-                let arrived = inbox.assemble((Origin::Gateway, id)).unwrap();
-                inbox.taken(arrived.key);
-            }
-            kept
-        };
-        assert_eq!(take(HOUR.0 - 2, 0), Kept::Complete);
+        let kept = inbox.handle((now, HOUR), Origin::Gateway, Some(number), &fragment);
+        if kept == Kept::Complete {
+            let arrived = inbox.assemble((Origin::Gateway, id)).unwrap();
+            inbox.taken(arrived.key);
+        }
+        kept
+    }
+
+    /// Somebody fills the memory with messages of one hour, and a gateway hands old boxes over again.
+    #[test]
+    fn a_full_memory_refuses_only_the_hour_that_fills_it_and_nothing_is_taken_twice() {
         let many = u32::try_from(MAX_REMEMBERED).unwrap();
-        for message in 1..=many {
-            assert_eq!(take(HOUR.0 - 1, message), Kept::Complete);
+        for full in [HOUR.0 - 5, HOUR.0, HOUR.0 + MAX_HOURS_AHEAD] {
+            let mut inbox = inbox(Instant::now());
+            let others = [HOUR.0 - 9, HOUR.0 - 1, HOUR.0 + 1];
+            for hour in others {
+                assert_eq!(take(&mut inbox, hour, hour), Kept::Complete);
+            }
+            for message in 0..many {
+                let kept = take(&mut inbox, full, message);
+                let is_room = usize::try_from(message).unwrap() + others.len() <= MAX_REMEMBERED;
+                assert_eq!(kept, if is_room { Kept::Complete } else { Kept::Misdated });
+            }
+            assert_eq!(take(&mut inbox, full, 0), Kept::Misdated);
+            for hour in others {
+                assert_eq!(take(&mut inbox, hour, hour), Kept::Yes, "it is remembered");
+                assert_eq!(take(&mut inbox, hour, 999_999), Kept::Complete, "it waited");
+            }
+            assert!(inbox.taken.len() <= MAX_REMEMBERED);
         }
-        assert_eq!(take(HOUR.0 - 2, 0), Kept::Misdated);
-        assert_eq!(take(HOUR.0 - 1, 1), Kept::Yes, "it is remembered");
-        // So are those of this hour when they are as many, and further ones wait.
-        for message in 0..many {
-            assert_eq!(take(HOUR.0, message), Kept::Complete);
-        }
-        assert_eq!(take(HOUR.0, many), Kept::NoRoom);
-        assert_eq!(take(HOUR.0, 0), Kept::Yes);
-        assert_eq!((inbox.wants_again(HOUR), inbox.wants_again(HOUR.next())), (false, true));
-        assert_eq!(inbox.taken.len(), MAX_REMEMBERED);
     }
 
     #[test]
-    fn messages_from_the_future_are_refused() {
+    fn messages_that_are_older_than_what_is_remembered_are_refused() {
+        let mut inbox = inbox(Instant::now());
+        let oldest = oldest_remembered(HOUR).0;
+        assert_eq!(take(&mut inbox, oldest - 1, 1), Kept::Misdated);
+        assert_eq!(take(&mut inbox, oldest, 2), Kept::Complete);
+        assert_eq!(inbox.confirmations(), [1, 2]);
+    }
+
+    #[test]
+    fn messages_from_the_future_wait_at_the_gateway_until_their_hour() {
         let now = Instant::now();
         let mut inbox = inbox(now);
-        let latest = Hour(HOUR.0 + MAX_HOURS_AHEAD);
-        let good = Fragment { hour: latest, ..fragment(0, 0, 2) };
+        let latest = HOUR.0 + MAX_HOURS_AHEAD;
+        let good = Fragment { hour: Hour(latest), ..fragment(0, 0, 2) };
         assert_eq!(handle(&mut inbox, now, 1, &good), Kept::Yes);
-        let bad = Fragment { hour: latest.next(), ..fragment(1, 0, 2) };
-        assert_eq!(handle(&mut inbox, now, 2, &bad), Kept::Misdated);
+        let early = Fragment { hour: Hour(latest + 2), ..fragment(1, 0, 1) };
+        assert_eq!(handle(&mut inbox, now, 2, &early), Kept::TooEarly);
+        let never = Fragment { hour: Hour(HOUR.0 + MAX_HOURS_WAITING + 1), ..fragment(2, 0, 1) };
+        assert_eq!(handle(&mut inbox, now, 3, &never), Kept::Misdated);
         let other = Fragment { hour: HOUR, ..fragment(0, 1, 2) };
-        assert_eq!(
-            handle(&mut inbox, now, 3, &other),
-            Kept::Conflict,
-            "pieces of one are of one hour"
-        );
-        assert_eq!(inbox.confirmations(), [2, 3]);
+        let kept = handle(&mut inbox, now, 4, &other);
+        assert_eq!(kept, Kept::Conflict, "pieces of one are of one hour");
+        assert_eq!(inbox.confirmations(), [3, 4]);
+        let hour = Hour(HOUR.0 + 2);
+        assert_eq!(inbox.waits_for_hour(), Some(hour));
+        assert!(!inbox.wants_again(HOUR.next()) && inbox.wants_again(hour));
+        inbox.set_receiving(now, true);
+        let kept = inbox.handle((now, hour), Origin::Gateway, Some(2), &early);
+        assert_eq!((kept, inbox.wants_again(hour)), (Kept::Complete, false));
+    }
+
+    #[test]
+    fn what_waits_for_its_hour_is_bounded_and_does_not_wait_for_room() {
+        let now = Instant::now();
+        let mut inbox = inbox(now);
+        let max = MAX_HELD_BYTES / sizes().fragment_bytes();
+        for index in 0..u16::try_from(max).unwrap() {
+            handle(&mut inbox, now, index.into(), &fragment(0, index, u16::MAX));
+        }
+        let later = HOUR.0 + MAX_HOURS_AHEAD + 1;
+        for message in 1..=u32::try_from(MAX_WAITING_FOR_HOUR).unwrap() {
+            assert_eq!(take(&mut inbox, later, 100_000 + message), Kept::TooEarly);
+        }
+        assert_eq!(take(&mut inbox, later, 200_000), Kept::Misdated);
+        assert_eq!(take(&mut inbox, later, 100_001), Kept::TooEarly, "it waits already");
+        assert_eq!(inbox.confirmations(), [200_000]);
+        assert!(!inbox.wants_again(HOUR) && inbox.wants_again(HOUR.next()));
     }
 
     #[test]
@@ -819,6 +928,35 @@ mod tests {
         assert_eq!(handle(&mut inbox, half + INCOMPLETE_AGE / 4, 1, &fragment(0, 0, 2)), Kept::Yes);
         assert_eq!(wait(&mut inbox, start + INCOMPLETE_AGE), 0);
         assert_eq!(wait(&mut inbox, half + INCOMPLETE_AGE), 1);
+    }
+
+    /// Whoever sends one piece again and again holds its bytes no longer than a bound.
+    #[test]
+    fn copies_keep_no_message_for_ever_and_new_pieces_give_their_time() {
+        let start = Instant::now();
+        let mut inbox = inbox(start);
+        for index in [0, 1] {
+            handle(&mut inbox, start, index.into(), &fragment(0, index, 4));
+        }
+        let (mut now, mut number) = (start, 2);
+        let mut give_up = |inbox: &mut Inbox, until: Instant| {
+            while now < until {
+                now = until.min(now + INCOMPLETE_AGE / 2);
+                number += 1;
+                if wait(inbox, now) > 0 {
+                    return true;
+                }
+                handle(inbox, now, number, &fragment(0, 0, 4));
+            }
+            false
+        };
+        assert!(!give_up(&mut inbox, start + WHOLE_AGE));
+        handle(&mut inbox, start + WHOLE_AGE, 1000, &fragment(0, 2, 4));
+        let ends = start + WHOLE_AGE + 3 * TIME_PER_FRAGMENT;
+        assert!(!give_up(&mut inbox, ends - Duration::from_millis(1)));
+        assert!(give_up(&mut inbox, ends));
+        assert_eq!(inbox.counts(), (0, 0, 0, 0));
+        assert!(inbox.deliveries.by_age.is_empty() && inbox.deliveries.by_news.is_empty());
     }
 
     /// The clock of some systems goes on while the machine sleeps, and the connection seems to be there.

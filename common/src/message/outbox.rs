@@ -9,6 +9,7 @@ use zeroize::Zeroizing;
 use super::awaited::MadeSurb;
 use super::credit::AckCredits;
 use super::fragment::{Fragment, Hour, MessageId, fragment_count};
+use super::inbox::{TIME_PER_FRAGMENT, WHOLE_AGE};
 use super::lane::{Lane, Obstacle};
 use super::packet::{AckStatus, MessageSizes};
 use super::{FailReason, SendError, SenderTag};
@@ -22,6 +23,16 @@ pub const MAX_OUTGOING_BYTES: usize = 64 * 1024 * 1024;
 
 /// Most fragments under way to all destinations: four of the largest windows.
 pub const MAX_UNDER_WAY: usize = 8192;
+
+/// How long a message is tried at most, however slowly it goes on: this, and [`TIME_PER_FRAGMENT`] more for
+/// each of its fragments that was acknowledged. Of these the recipient has had at least as many, so that it
+/// waits for half an hour longer.
+pub(super) const WHOLE_TIME: Duration = Duration::from_secs(90 * 60);
+const _: () = assert!(WHOLE_TIME.as_secs() + 30 * 60 <= WHOLE_AGE.as_secs());
+
+/// How long a message is tried anew after its machine slept, or its clock was set forward, for so long that
+/// it would have failed: until something is acknowledged.
+pub(super) const TRY_AFTER_SLEEP: Duration = Duration::from_secs(60);
 
 /// Packets with which a message begins that somebody else has asked for, and which is to be no burst;
 /// each acknowledgement lets two more go.
@@ -78,8 +89,12 @@ struct Outgoing {
     is_waiting: bool,
     begins_slowly: bool,
     under_way: usize,
-    /// As if no time that the machine has slept were missing.
+    /// When it was sent and when it is given up, as if no time that the machine has slept were missing.
+    pushed: Instant,
     give_up_at: Instant,
+    /// How long the machine had slept in all when the message was begun anew: acknowledgements of what left
+    /// before do not count.
+    slept_before: Duration,
 }
 
 impl Outgoing {
@@ -95,6 +110,20 @@ impl Outgoing {
     fn may_send(&self) -> bool {
         let acked = self.acked.len() - self.unacked;
         self.has_unsent() && (!self.begins_slowly || self.under_way < SLOW_BEGINNING + acked)
+    }
+
+    /// The latest time at which it is given up.
+    fn whole_time_ends(&self) -> Instant {
+        let acked = u32::try_from(self.acked.len() - self.unacked).unwrap_or(u32::MAX);
+        self.pushed + WHOLE_TIME + TIME_PER_FRAGMENT.saturating_mul(acked)
+    }
+
+    /// Nothing was sent yet.
+    fn begin_anew(&mut self) {
+        self.acked.fill(false);
+        self.unacked = self.acked.len();
+        self.next = 0;
+        self.lost.clear();
     }
 
     fn unsent(&self) -> usize {
@@ -193,7 +222,8 @@ impl Outbox {
         lane.messages += 1;
         lane.unsent += usize::from(count);
         lane.waiting.push_back(id);
-        let give_up_at = now + self.slept + self.give_up_after;
+        let pushed = now + self.slept;
+        let give_up_at = pushed + self.give_up_after;
         self.by_give_up.insert((give_up_at, id));
         let outgoing = Outgoing {
             destination,
@@ -206,7 +236,9 @@ impl Outbox {
             is_waiting: true,
             begins_slowly: false,
             under_way: 0,
+            pushed,
             give_up_at,
+            slept_before: Duration::ZERO,
         };
         self.messages.insert(id, outgoing);
     }
@@ -340,6 +372,9 @@ impl Outbox {
 
     fn on_stored(&mut self, now: Instant, piece: &Piece, is_in_time: bool) {
         let mut outgoing = self.messages.get_mut(&piece.message);
+        if outgoing.as_ref().is_some_and(|outgoing| piece.slept < outgoing.slept_before) {
+            return;
+        }
         let acked = outgoing.as_mut().and_then(|message| message.acked.get_mut(piece.position()));
         let is_copy = acked.is_some_and(|acked| std::mem::replace(acked, true));
         if let Some(lane) = self.lanes.get_mut(&piece.destination) {
@@ -358,7 +393,8 @@ impl Outbox {
         self.by_give_up.remove(&(outgoing.give_up_at, piece.message));
         // The recipient has had news at some time since it left; maybe long before the acknowledgement.
         let give_up_at = piece.sent + piece.slept + self.give_up_after;
-        outgoing.give_up_at = outgoing.give_up_at.max(give_up_at);
+        let give_up_at = outgoing.give_up_at.max(give_up_at);
+        outgoing.give_up_at = give_up_at.min(outgoing.whole_time_ends());
         self.by_give_up.insert((outgoing.give_up_at, piece.message));
         if outgoing.unacked == 0 {
             self.end(piece.message, Outcome::Delivered);
@@ -396,7 +432,8 @@ impl Outbox {
     /// The fragment must be sent again, if it is still needed.
     fn lose(&mut self, piece: &Piece) {
         let Some(outgoing) = self.messages.get_mut(&piece.message) else { return };
-        if outgoing.acked.get(piece.position()) != Some(&false) {
+        let is_outdated = piece.slept < outgoing.slept_before;
+        if is_outdated || outgoing.acked.get(piece.position()) != Some(&false) {
             return;
         }
         let is_new = outgoing.lost.insert(piece.index);
@@ -453,9 +490,37 @@ impl Outbox {
         due.into_iter().chain(give_up).chain(pauses).chain(credits).min()
     }
 
-    /// The machine has slept for so long, in which `now` stood still.
-    pub(super) fn handle_sleep(&mut self, slept: Duration) {
+    /// The machine has slept for so long, in which `now` stood still; or its clock was set forward, which
+    /// looks the same. Recipients may have given up what they had: a message whose time is over by that, but
+    /// not its whole time, is tried anew from the beginning for a while.
+    pub(super) fn handle_sleep(&mut self, now: Instant, slept: Duration) {
+        let before = now + self.slept;
         self.slept += slept;
+        let now = now + self.slept;
+        let is_over = |at: Instant| before < at && at <= now;
+        let over = self.by_give_up.iter().filter(|(at, _)| is_over(*at)).map(|(_, id)| *id);
+        for id in Vec::from_iter(over) {
+            self.try_anew(now, id);
+        }
+    }
+
+    fn try_anew(&mut self, now: Instant, id: MessageId) {
+        let Some(outgoing) = self.messages.get_mut(&id) else { return };
+        let unsent = outgoing.unsent();
+        let give_up_at = (now + TRY_AFTER_SLEEP).min(outgoing.pushed + WHOLE_TIME);
+        if give_up_at <= now {
+            return;
+        }
+        outgoing.begin_anew();
+        outgoing.slept_before = self.slept;
+        self.by_give_up.remove(&(outgoing.give_up_at, id));
+        outgoing.give_up_at = give_up_at;
+        self.by_give_up.insert((give_up_at, id));
+        if let Some(lane) = self.lanes.get_mut(&outgoing.destination) {
+            lane.unsent += outgoing.unsent();
+            lane.unsent -= unsent;
+        }
+        self.queue(id);
     }
 
     /// Sends again what was not heard of in time, and gives up what has been for too long.

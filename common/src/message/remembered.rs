@@ -1,17 +1,32 @@
 //! Which messages the application has had.
 
-use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::time::Duration;
 
-use super::fragment::{Hour, MessageId};
-use super::inbox::Key;
+use super::fragment::{Hour, MESSAGE_ID_LEN, MessageId};
+use super::inbox::{Key, MAX_HOURS_AHEAD};
 
 /// Most ids that are remembered of messages that gateways keep, 10 MB at most.
 pub const MAX_REMEMBERED: usize = 256 * 1024;
 
-/// How long ids are remembered from one start of the program to the next: longer than a gateway keeps
-/// a delivery.
-pub const REMEMBERED_FOR: Duration = Duration::from_secs(31 * 24 * 60 * 60);
+/// How long ids are remembered, longer than a gateway keeps a delivery. Messages that were sent earlier are
+/// refused.
+pub const REMEMBERED_FOR: Duration = Duration::from_secs(REMEMBERED_HOURS as u64 * 60 * 60);
+
+/// [`REMEMBERED_FOR`] in hours.
+const REMEMBERED_HOURS: u32 = 31 * 24;
+
+/// Most hours of which messages are refused as ids of them were forgotten: more than ids are remembered
+/// of. Beyond, everything is refused up to the oldest one.
+pub const MAX_REFUSED_HOURS: usize = 800;
+const _: () =
+    assert!(REMEMBERED_HOURS as usize + MAX_HOURS_AHEAD as usize + 2 <= MAX_REFUSED_HOURS);
+
+/// Messages that were sent before this hour are too old now to be told from copies.
+pub fn oldest_remembered(now: Hour) -> Hour {
+    Hour(now.0.saturating_sub(REMEMBERED_HOURS))
+}
 
 /// Most ids of replies that are remembered: of those, nobody keeps copies that could come much later.
 pub(super) const MAX_REMEMBERED_REPLIES: usize = 32 * 1024;
@@ -25,19 +40,32 @@ pub struct TakenId {
     pub id: MessageId,
 }
 
-/// Ids of messages that were taken. What is forgotten, at the bound or with age, are whole hours, the
-/// oldest first; and whatever is not newer than those is refused from then on. So a message that was taken
-/// is never taken again, however many others come.
+impl TakenId {
+    /// The least id of an hour.
+    fn first_of(hour: Hour) -> Self {
+        Self { hour, id: MessageId([0; MESSAGE_ID_LEN]) }
+    }
+}
+
+/// Ids of messages that were taken. What is forgotten, at the bound or with age, are whole hours, and
+/// messages of these are refused from then on: no message that was taken is ever taken again, however many
+/// others come. At the bound it is the hour with the most ids: whoever sends so many that they fill the
+/// memory costs others no more than the hour that is full of them.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct TakenIds {
     ids: BTreeSet<TakenId>,
+    /// How many ids there are of each hour.
+    hours: BTreeMap<Hour, usize>,
+    refused: BTreeSet<Hour>,
     refused_before: Hour,
 }
 
 impl TakenIds {
-    /// None yet; messages that were sent before this hour are refused.
-    pub fn new(refused_before: Hour) -> Self {
-        Self { ids: BTreeSet::new(), refused_before }
+    /// None yet; messages that were sent before an hour, or in one of some others, are refused.
+    pub fn new(refused_before: Hour, refused: impl IntoIterator<Item = Hour>) -> Self {
+        let mut taken = Self { refused_before, ..Self::default() };
+        refused.into_iter().for_each(|hour| taken.refuse(hour));
+        taken
     }
 
     /// How many are remembered: at most [`MAX_REMEMBERED`].
@@ -55,6 +83,11 @@ impl TakenIds {
         self.refused_before
     }
 
+    /// Later hours of which messages are refused too, the oldest first: at most [`MAX_REFUSED_HOURS`].
+    pub fn refused_hours(&self) -> impl ExactSizeIterator<Item = Hour> {
+        self.refused.iter().copied()
+    }
+
     /// What is remembered, the oldest first.
     pub fn iter(&self) -> impl Iterator<Item = TakenId> {
         self.ids.iter().copied()
@@ -65,16 +98,44 @@ impl TakenIds {
         self.ids.contains(id)
     }
 
+    /// Whether messages of this hour are refused: some that were taken may be forgotten.
+    pub fn refuses(&self, hour: Hour) -> bool {
+        hour < self.refused_before || self.refused.contains(&hour)
+    }
+
     /// Remembers that the message is taken.
     pub fn insert(&mut self, id: TakenId) {
-        if id.hour < self.refused_before {
+        if self.refuses(id.hour) || !self.ids.insert(id) {
             return;
         }
-        self.ids.insert(id);
-        while self.ids.len() > MAX_REMEMBERED
-            && let Some(oldest) = self.ids.first()
+        *self.hours.entry(id.hour).or_default() += 1;
+        if self.ids.len() > MAX_REMEMBERED
+            && let Some(hour) = self.fullest_hour()
         {
-            self.forget_before(oldest.hour.next());
+            self.refuse(hour);
+        }
+    }
+
+    /// The hour with the most ids; of several the oldest.
+    fn fullest_hour(&self) -> Option<Hour> {
+        let fullest = self.hours.iter().max_by_key(|(hour, ids)| (**ids, Reverse(**hour)));
+        fullest.map(|(hour, _)| *hour)
+    }
+
+    /// Forgets an hour, and refuses what was sent in it.
+    fn refuse(&mut self, hour: Hour) {
+        let first = TakenId::first_of(hour);
+        while let Some(id) = self.ids.range(first..).next().copied().filter(|id| id.hour == hour) {
+            self.ids.remove(&id);
+        }
+        self.hours.remove(&hour);
+        if hour >= self.refused_before {
+            self.refused.insert(hour);
+        }
+        if self.refused.len() > MAX_REFUSED_HOURS
+            && let Some(oldest) = self.refused.first()
+        {
+            self.forget_before(oldest.next());
         }
     }
 
@@ -82,14 +143,15 @@ impl TakenIds {
     pub fn forget_before(&mut self, hour: Hour) {
         while let Some(oldest) = self.ids.first().copied().filter(|oldest| oldest.hour < hour) {
             self.ids.remove(&oldest);
-            self.refused_before = oldest.hour.next();
+            self.refused_before = self.refused_before.max(oldest.hour.next());
         }
-    }
-
-    /// Whether so many more can be remembered without refusing messages of this hour or later.
-    pub(super) fn has_room(&self, more: usize, hour: Hour) -> bool {
-        let excess = (self.ids.len() + more).saturating_sub(MAX_REMEMBERED);
-        excess == 0 || self.ids.iter().nth(excess - 1).is_some_and(|id| id.hour < hour)
+        while let Some(oldest) = self.hours.first_entry().filter(|oldest| *oldest.key() < hour) {
+            oldest.remove();
+        }
+        while let Some(oldest) = self.refused.first().copied().filter(|oldest| *oldest < hour) {
+            self.refused.remove(&oldest);
+            self.refused_before = self.refused_before.max(oldest.next());
+        }
     }
 }
 
@@ -133,24 +195,42 @@ mod tests {
     }
 
     #[test]
-    fn at_the_bound_the_oldest_hour_is_forgotten_and_refused() {
+    fn at_the_bound_the_fullest_hour_is_forgotten_and_refused_and_no_other() {
         let mut taken = TakenIds::default();
         for number in 0..MAX_REMEMBERED {
             taken.insert(id(if number < 10 { 7 } else { 9 }, number));
         }
-        assert_eq!((taken.len(), taken.refused_before()), (MAX_REMEMBERED, Hour(0)));
-        assert!(taken.has_room(10, Hour(9)));
-        assert!(!taken.has_room(11, Hour(9)), "others of this hour would be refused");
-        assert!(taken.has_room(11, Hour(10)));
-        taken.insert(id(9, MAX_REMEMBERED));
-        assert_eq!((taken.len(), taken.refused_before()), (MAX_REMEMBERED - 9, Hour(8)));
-        assert!(!taken.contains(&id(7, 0)) && taken.contains(&id(9, 10)));
+        assert_eq!((taken.len(), taken.refused_hours().len()), (MAX_REMEMBERED, 0));
+        taken.insert(id(9, 10));
+        assert_eq!(taken.len(), MAX_REMEMBERED, "a copy takes no room");
+        taken.insert(id(11, 0));
+        assert_eq!(Vec::from_iter(taken.refused_hours()), [Hour(9)]);
+        assert_eq!((taken.len(), taken.refused_before()), (11, Hour(0)));
+        assert!(taken.contains(&id(7, 0)) && taken.contains(&id(11, 0)));
+        let refused = [7, 8, 9, 10, 11].map(|hour| taken.refuses(Hour(hour)));
+        assert_eq!(refused, [false, false, true, false, false]);
+        taken.insert(id(9, 5));
+        assert_eq!(taken.len(), 11, "ids of refused hours are not remembered");
+        taken.forget_before(Hour(10));
+        assert_eq!((taken.refused_hours().len(), taken.refused_before()), (0, Hour(10)));
+    }
+
+    #[test]
+    fn refused_hours_are_bounded_and_beyond_that_the_oldest_are_refused_as_a_whole() {
+        let most = u32::try_from(MAX_REFUSED_HOURS).unwrap();
+        let mut taken = TakenIds::new(Hour(5), (0..most).map(|hour| Hour(10 + 2 * hour)));
+        assert_eq!((taken.refused_hours().len(), taken.refused_before()), (800, Hour(5)));
+        taken.insert(id(11, 1));
+        taken.refuse(Hour(9_000));
+        assert_eq!((taken.refused_hours().len(), taken.refused_before()), (800, Hour(11)));
+        assert!(taken.contains(&id(11, 1)) && !taken.refuses(Hour(11)));
     }
 
     #[test]
     fn ids_of_refused_hours_are_not_remembered() {
-        let mut taken = TakenIds::new(Hour(5));
+        let mut taken = TakenIds::new(Hour(5), [Hour(7)]);
         taken.insert(id(4, 1));
+        taken.insert(id(7, 1));
         assert!(taken.is_empty());
         taken.insert(id(5, 1));
         assert_eq!(Vec::from_iter(taken.iter()), [id(5, 1)]);

@@ -549,6 +549,7 @@ fn options(wall: UnixTime, known: TakenIds) -> MessageOptions {
         sizes: MessageSizes::new(2031).unwrap(),
         give_up_after: GIVE_UP,
         wall,
+        validity: UnixTime(0)..=UnixTime(u64::MAX),
         unknown_delays: ms(100),
         known,
     }

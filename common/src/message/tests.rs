@@ -8,6 +8,8 @@ use rand::{RngExt, SeedableRng};
 
 use super::credit::{BARE_INTERVAL, INITIAL_CREDIT};
 use super::fragment::{Fragment, Hour, MessageId};
+use super::inbox::{TIME_PER_FRAGMENT, WHOLE_AGE};
+use super::outbox::{TRY_AFTER_SLEEP, WHOLE_TIME};
 use super::packet::{AckStatus, MessageSizes, ReplyContents};
 use super::testing::{identifier, made_surb};
 use super::*;
@@ -42,6 +44,7 @@ impl Fixture {
             sizes: sizes(),
             give_up_after,
             wall: WALL,
+            validity: UnixTime(0)..=UnixTime(u64::MAX),
             unknown_delays: Duration::ZERO,
             known,
         };
@@ -90,8 +93,11 @@ impl Fixture {
 
     /// A body comes that fits one fragment.
     fn deliver(&mut self, number: u64, body: &[u8]) {
+        self.deliver_dated(number, Hour::of(WALL), body);
+    }
+
+    fn deliver_dated(&mut self, number: u64, hour: Hour, body: &[u8]) {
         let id = MessageId([u8::try_from(number).unwrap(); 16]);
-        let hour = Hour::of(WALL);
         let fragment = Fragment { id, hour, index: 0, count: 1, bytes: body }.to_bytes(sizes());
         self.core.handle_delivery(self.now, number, &fragment);
     }
@@ -324,28 +330,78 @@ fn no_message_is_tried_for_longer_than_recipients_wait() {
     assert_eq!(fixture.core.poll_event(), Some(event));
 }
 
-/// The recipient had given the rest up long before.
+/// The recipient has given the rest up long before.
 #[test]
-fn a_message_whose_sender_slept_fails_although_its_acknowledgement_comes() {
+fn what_a_message_had_acknowledged_before_a_sleep_does_not_count_and_it_is_tried_anew() {
+    let mut fixture = Fixture::new();
+    let to = fixture.address();
+    let mut wall = WALL;
+    for is_acked in [true, false] {
+        let id = fixture.send(to, &[7; 3000], 0).unwrap();
+        let [first, second] = [(); 2].map(|()| fixture.transmit_message().unwrap());
+        assert!(fixture.by_surb(first, &AckStatus::Stored.to_bytes()));
+        wall.0 += GIVE_UP.as_secs() + 1;
+        fixture.core.handle_clock(fixture.now, wall);
+        assert!(fixture.by_surb(second, &AckStatus::Stored.to_bytes()));
+        assert_eq!(fixture.core.poll_event(), None);
+        let slept = fixture.now;
+        let again = Vec::from_iter(std::iter::from_fn(|| fixture.transmit_message()));
+        assert_eq!(again.len(), 2, "all of it is sent again");
+        if is_acked {
+            for ack in again {
+                assert!(fixture.by_surb(ack, &AckStatus::Stored.to_bytes()));
+            }
+            assert_eq!(fixture.core.poll_event(), Some(MessageEvent::Delivered(id)));
+            continue;
+        }
+        let event = loop {
+            fixture.now = fixture.core.poll_timeout(fixture.now).unwrap();
+            fixture.core.handle_timeout(fixture.now);
+            while fixture.transmit_message().is_some() {}
+            if let Some(event) = fixture.core.poll_event() {
+                break event;
+            }
+        };
+        assert_eq!(event, MessageEvent::Failed(id, FailReason::NotConfirmed));
+        assert_eq!(fixture.now, slept + TRY_AFTER_SLEEP);
+    }
+}
+
+/// Recipients give it up soon, whatever comes.
+#[test]
+fn after_a_sleep_of_hours_messages_fail() {
     let mut fixture = Fixture::new();
     let to = fixture.address();
     let id = fixture.send(to, b"m", 0).unwrap();
-    let ack = fixture.transmit_message().unwrap();
-    let wake = UnixTime(WALL.0 + GIVE_UP.as_secs());
-    fixture.core.handle_clock(fixture.now, wake);
-    assert!(fixture.by_surb(ack, &AckStatus::Stored.to_bytes()));
+    fixture.core.handle_clock(fixture.now, UnixTime(WALL.0 + WHOLE_TIME.as_secs()));
     let event = MessageEvent::Failed(id, FailReason::NotConfirmed);
     assert_eq!(fixture.core.poll_event(), Some(event));
-    // The next one has its whole time, and a short sleep is taken off.
-    let id = fixture.send(to, b"m", 0).unwrap();
-    fixture.core.handle_clock(fixture.now, UnixTime(wake.0 + GIVE_UP.as_secs() / 2));
-    fixture.now += GIVE_UP / 2 - Duration::from_secs(1);
-    fixture.core.handle_timeout(fixture.now);
-    assert_eq!(fixture.core.poll_event(), None);
-    fixture.now = fixture.core.poll_timeout(fixture.now).unwrap();
-    fixture.core.handle_timeout(fixture.now);
-    let event = MessageEvent::Failed(id, FailReason::NotConfirmed);
-    assert_eq!(fixture.core.poll_event(), Some(event));
+}
+
+/// However little is acknowledged at a time.
+#[test]
+fn a_message_that_goes_on_slowly_is_tried_no_longer_than_recipients_wait() {
+    let mut fixture = Fixture::new();
+    let (start, to) = (fixture.now, fixture.address());
+    let id = fixture.send(to, &[7; 200_000], 0).unwrap();
+    let (mut acked, mut event) = (0, None);
+    while event.is_none() {
+        let acks = Vec::from_iter(std::iter::from_fn(|| fixture.transmit_message()));
+        let due = start + acked * (GIVE_UP / 2);
+        if fixture.now >= due
+            && let Some(ack) = acks.first()
+        {
+            acked += 1;
+            assert!(fixture.by_surb(*ack, &AckStatus::Stored.to_bytes()));
+            continue;
+        }
+        fixture.now = fixture.core.poll_timeout(fixture.now).unwrap();
+        fixture.core.handle_timeout(fixture.now);
+        event = fixture.core.poll_event();
+    }
+    assert_eq!(event, Some(MessageEvent::Failed(id, FailReason::NotConfirmed)));
+    assert_eq!(fixture.now, start + WHOLE_TIME + acked * TIME_PER_FRAGMENT);
+    assert!(fixture.now < start + WHOLE_AGE);
 }
 
 /// An acknowledgement may lie somewhere for long: what counts is when the fragment left.
@@ -375,20 +431,17 @@ fn what_is_malformed_is_confirmed_and_counted() {
     let confirmed: Vec<_> = std::iter::from_fn(|| fixture.core.poll_confirmation()).collect();
     assert_eq!(confirmed, [1, 2, 3, 4, 5]);
     assert_eq!((fixture.core.dropped().malformed, fixture.core.poll_event()), (5, None));
+    assert_eq!(fixture.core.counts().incoming, (0, 0, 0, 0), "nothing is remembered of it");
 }
 
 #[test]
-fn when_no_more_ids_can_be_remembered_messages_wait_for_the_next_hour() {
-    let mut known = TakenIds::default();
-    for number in 0..MAX_REMEMBERED {
-        let mut id = [0xff; 16];
-        id[..8].copy_from_slice(&number.to_be_bytes());
-        known.insert(TakenId { hour: Hour::of(WALL), id: MessageId(id) });
-    }
-    let mut fixture = Fixture::with(GIVE_UP, known);
+fn a_message_from_the_future_waits_for_its_hour() {
+    let mut fixture = Fixture::new();
     let body = Body::Plain(b"m").to_bytes();
-    fixture.deliver(1, &body);
+    let hour = Hour(Hour::of(WALL).0 + MAX_HOURS_AHEAD + 1);
+    fixture.deliver_dated(1, hour, &body);
     assert_eq!((fixture.core.poll_event(), fixture.core.poll_confirmation()), (None, None));
+    assert_eq!(fixture.core.dropped().too_early, 1);
     assert!(!fixture.core.wants_receive(fixture.now));
     let next_hour = fixture.core.poll_timeout(fixture.now).unwrap();
     assert_eq!(next_hour - fixture.now, Duration::from_secs(3600 - WALL.0 % 3600));
@@ -396,8 +449,28 @@ fn when_no_more_ids_can_be_remembered_messages_wait_for_the_next_hour() {
     assert!(fixture.core.wants_receive(fixture.now));
     assert_eq!(fixture.core.poll_timeout(fixture.now), None, "the shell is asked, not told");
     fixture.core.set_receiving(fixture.now, true);
-    fixture.deliver(1, &body);
+    fixture.deliver_dated(1, hour, &body);
     assert!(matches!(fixture.core.poll_event(), Some(MessageEvent::Received { .. })));
+}
+
+/// Two machines of the same network whose clocks are months apart.
+#[test]
+fn a_message_whose_sender_has_a_wrong_clock_arrives() {
+    let month = 30 * 24 * 3600;
+    let validity = UnixTime(WALL.0 - 3600)..=UnixTime(WALL.0 + 3600);
+    for (theirs, mine) in [(WALL.0 - 2 * month, WALL.0), (WALL.0 + month, WALL.0 - month)] {
+        let [mut sender, mut recipient] = [theirs, mine].map(|wall| {
+            let mut fixture = Fixture::new();
+            fixture.core.handle_clock(fixture.now, UnixTime(wall));
+            fixture.core.set_validity(validity.clone());
+            fixture
+        });
+        let to = sender.address();
+        sender.send(to, b"m", 0).unwrap();
+        let Some(Transmit::Message { fragment, .. }) = sender.transmit() else { panic!() };
+        recipient.core.handle_delivery(recipient.now, 1, &fragment);
+        assert!(matches!(recipient.core.poll_event(), Some(MessageEvent::Received { .. })));
+    }
 }
 
 #[test]

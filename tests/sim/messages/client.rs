@@ -82,6 +82,7 @@ impl<C: Codec> Client<C> {
             give_up_after: GIVE_UP_AFTER,
             unknown_delays: delay_quantile(parameters.mean_delay, layers),
             wall,
+            validity: UnixTime(0)..=UnixTime(u64::MAX),
             known: TakenIds::default(),
         };
         let key = SecretKey::from_bytes(*secret.to_bytes());
