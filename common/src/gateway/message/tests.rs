@@ -96,9 +96,11 @@ fn messages_round_trip_and_no_other_length_reads() {
 #[test]
 fn layouts_are_as_documented() {
     let lengths: Vec<_> = client_messages().iter().map(|m| m.encode().len()).collect();
-    assert_eq!(lengths, [68 + 4, 68, 68 + 512, 49, 49, 1, 1, 10, 2 + 171 * 8]);
+    assert_eq!(lengths, [68 + 4, 68, 68 + 512, 49, 49, 1, 5, 10, 2 + 171 * 8]);
     let lengths: Vec<_> = gateway_messages()[..7].iter().map(|m| m.encode().len()).collect();
-    assert_eq!(lengths, [35, 33, 17, 1, 1, 1, 6]);
+    assert_eq!(lengths, [35, 33, 17, 1, 1, 5, 6]);
+    assert_eq!(client_messages()[6].encode()[..], [10, 1, 2, 3, 4]);
+    assert_eq!(gateway_messages()[5].encode()[..], [13, 1, 2, 3, 4]);
     let hello = client_messages()[0].encode();
     assert_eq!(&hello[..3], &[1, 0, 1]);
     assert_eq!(&hello[35..67], &[3; 32]);
