@@ -371,5 +371,5 @@ async fn the_log_is_where_it_was_asked_for() {
     messenger.send(messenger.address(), b"m", 0).await.unwrap();
     received(&messenger).await;
     let log: &Path = &person.folder.path().join(RECEIVED_LOG_FILE);
-    assert_eq!(std::fs::metadata(log).unwrap().len(), 8 + 24);
+    assert_eq!(std::fs::metadata(log).unwrap().len(), 16 + 20);
 }
