@@ -12,12 +12,16 @@ use super::awaited::{AckSurbs, Awaited, MadeSurb};
 use super::body::{Body, ReplySurbs, SenderTag};
 use super::clock::Clock;
 use super::conversations::Conversations;
+use super::exchange::{
+    Counts, Dropped, MessageEvent, MessageOptions, Purpose, PurposeKind, Received, ReceivedId,
+    Refill, Transmit,
+};
 use super::fragment::{Fragment, Hour, MESSAGE_ID_LEN, MessageId};
-use super::inbox::{Arrived, INCOMPLETE_AGE, Inbox, Kept, Key, Origin, Sender};
+use super::inbox::{Arrived, Inbox, Kept, Sender};
 use super::outbox::{Destination, Outbox, Outcome, Piece};
 use super::packet::{AckStatus, MessageSizes, ReplyContents};
-use super::remembered::{TakenId, TakenIds};
 use super::replies::ReplyStock;
+use super::shelf::{INCOMPLETE_AGE, Key, Origin};
 use super::{FailReason, MAX_MESSAGE_BYTES, MAX_REPLY_SURBS, SendError};
 use crate::address::Address;
 use crate::topology::UnixTime;
@@ -41,194 +45,6 @@ pub const MAX_AWAITED_REPLIES: usize = 32 * 1024;
 /// Most acknowledgements of replies that wait to be sent. Beyond, the oldest are dropped: the replier
 /// sends again.
 pub const MAX_OWED_ACKS: usize = 4096;
-
-/// What a core is told at its start.
-#[derive(Debug, Clone)]
-pub struct MessageOptions {
-    /// The sizes of the network.
-    pub sizes: MessageSizes,
-    /// How long after its last progress a message is given up; more than [`MAX_GIVE_UP_AFTER`] is that.
-    pub give_up_after: Duration,
-    /// What the wall clock shows.
-    pub wall: UnixTime,
-    /// How long the network's document is valid: see [`Messages::set_validity`].
-    pub validity: RangeInclusive<UnixTime>,
-    /// Longest time (p99.9) that the mixes of a reply hold it, whose delays the replier does not know.
-    pub unknown_delays: Duration,
-    /// Messages that the application has had, also before the last start.
-    pub known: TakenIds,
-}
-
-/// Something to send. Boxes are sealed and SURBs used by the shell.
-#[derive(Debug)]
-pub enum Transmit {
-    /// A fragment for somebody whose address is known. The shell says by [`Messages::sent`] which delays
-    /// it chose, or by [`Messages::unsent`] that there is no route.
-    Message {
-        /// To whom; also the encryption key of the box.
-        recipient: Address,
-        /// The fragment, not sealed yet.
-        fragment: Zeroizing<Vec<u8>>,
-        /// For the acknowledgement.
-        ack_surb: Surb,
-        /// Names that.
-        ack: Identifier,
-    },
-    /// A fragment for somebody who gave a SURB.
-    Reply {
-        /// What it is sent by.
-        surb: Surb,
-        /// The fragment.
-        fragment: Zeroizing<Vec<u8>>,
-        /// For the acknowledgement.
-        ack_surb: Surb,
-    },
-    /// An acknowledgement of a reply: [`AckStatus::Stored`].
-    Acknowledgement {
-        /// What it is sent by.
-        surb: Surb,
-    },
-}
-
-/// Names a message that the application was given, until it has taken it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ReceivedId {
-    key: Key,
-    hour: Hour,
-}
-
-impl ReceivedId {
-    /// The id to be written down before the application gets the message, so that it is not received
-    /// once more after a restart. Replies need none: nobody keeps them, and their SURBs are forgotten.
-    pub fn to_remember(&self) -> Option<TakenId> {
-        let ReceivedId { key: (origin, id), hour } = *self;
-        (origin == Origin::Gateway).then_some(TakenId { hour, id })
-    }
-}
-
-/// What the application is told.
-#[derive(Clone, PartialEq, Eq)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "it is handed over at once, and most are the largest"
-)]
-pub enum MessageEvent {
-    /// A message came. [`Messages::taken`] is to be called when the application has it.
-    Received {
-        /// Names it.
-        received: ReceivedId,
-        /// The message.
-        message: Vec<u8>,
-        /// Where it is from.
-        sender: Sender,
-    },
-    /// All of the message is stored durably for its recipient: it will arrive.
-    Delivered(MessageId),
-    /// The message was given up.
-    Failed(MessageId, FailReason),
-}
-
-/// A message that came. [`Messages::taken`] is to be called when the application has it.
-#[derive(PartialEq, Eq)]
-pub struct Received {
-    /// Names it.
-    pub received: ReceivedId,
-    /// The message.
-    pub message: Vec<u8>,
-    /// Where it is from.
-    pub sender: Sender,
-}
-
-/// Shows nothing of the message.
-impl std::fmt::Debug for Received {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Received({} bytes, {:?})", self.message.len(), self.sender)
-    }
-}
-
-impl From<Received> for MessageEvent {
-    fn from(Received { received, message, sender }: Received) -> Self {
-        Self::Received { received, message, sender }
-    }
-}
-
-/// Shows nothing of a message.
-impl std::fmt::Debug for MessageEvent {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Received { message, sender, .. } => {
-                write!(f, "Received({} bytes, {sender:?})", message.len())
-            }
-            Self::Delivered(id) => write!(f, "Delivered({id:?})"),
-            Self::Failed(id, reason) => write!(f, "Failed({id:?}, {reason:?})"),
-        }
-    }
-}
-
-/// A recipient that is to be given SURBs because it asked for them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Refill {
-    /// Who.
-    pub recipient: Address,
-    /// How many.
-    pub surbs: usize,
-}
-
-/// What a SURB was for by which something came.
-#[derive(Debug)]
-pub struct Purpose(PurposeKind);
-
-impl Purpose {
-    /// When that left which is acknowledged; `None` if it is a reply.
-    pub fn sent(&self) -> Option<Instant> {
-        match &self.0 {
-            PurposeKind::Ack(_, piece) => Some(piece.sent),
-            PurposeKind::Reply(_) => None,
-        }
-    }
-}
-
-#[derive(Debug)]
-enum PurposeKind {
-    Ack(Identifier, Piece),
-    Reply(Address),
-}
-
-/// What was dropped, in all.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Dropped {
-    /// Boxes, fragments, bodies and acknowledgements that are none.
-    pub malformed: u64,
-    /// Fragments whose message has another count.
-    pub conflicting: u64,
-    /// Fragments of messages that were sent too long ago, in an hour that is refused, or far in the future.
-    pub misdated: u64,
-    /// Fragments of messages from the future, which wait at the gateway.
-    pub too_early: u64,
-    /// Fragments that there was no room for.
-    pub no_room: u64,
-    /// Messages of which not all came.
-    pub incomplete: u64,
-    /// SURBs that are none, too many, or lead to nowhere.
-    pub surbs: u64,
-    /// Acknowledgements of replies that could not be sent soon enough.
-    pub owed_acks: u64,
-}
-
-/// How much a core holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Counts {
-    /// Messages that are not delivered yet, bytes of their bodies, fragments under way.
-    pub outgoing: (usize, usize, usize),
-    /// Incomplete messages, complete ones that were not taken, bytes of both, ids that are remembered.
-    pub incoming: (usize, usize, usize, usize),
-    /// Acknowledgements and replies that are awaited.
-    pub awaited: (usize, usize),
-    /// SURBs for replies, and how many senders gave them.
-    pub reply_surbs: (usize, usize),
-    /// Recipients that were given SURBs.
-    pub conversations: usize,
-}
 
 /// The messages of one client; `R` is what recovers what comes by a SURB.
 ///

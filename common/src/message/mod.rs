@@ -11,6 +11,7 @@ mod clock;
 mod conversations;
 mod core;
 mod credit;
+mod exchange;
 pub mod fragment;
 mod inbox;
 mod lane;
@@ -19,6 +20,7 @@ pub mod packet;
 mod remembered;
 mod replies;
 pub mod sealed_box;
+mod shelf;
 #[cfg(test)]
 mod simulation;
 mod stopwatch;
@@ -31,19 +33,21 @@ pub use awaited::{AckSurbs, MadeSurb};
 pub use body::{Body, BodyError, ReplySurbs, SENDER_TAG_LEN, SenderTag};
 pub use conversations::{MAX_CONVERSATIONS, REFILL_ALLOWANCE, REFILL_FACTOR};
 pub use core::{
-    Counts, Dropped, GIVE_UP_AFTER, MAX_AWAITED_ACKS, MAX_AWAITED_REPLIES, MAX_GIVE_UP_AFTER,
-    MAX_OWED_ACKS, MessageEvent, MessageOptions, Messages, Purpose, Received, ReceivedId, Refill,
-    Transmit,
+    GIVE_UP_AFTER, MAX_AWAITED_ACKS, MAX_AWAITED_REPLIES, MAX_GIVE_UP_AFTER, MAX_OWED_ACKS,
+    Messages,
+};
+pub use exchange::{
+    Counts, Dropped, MessageEvent, MessageOptions, Purpose, Received, ReceivedId, Refill, Transmit,
 };
 pub use inbox::{
-    DROPPED_AGE, INCOMPLETE_AGE, MAX_CONFIRMATIONS, MAX_HELD_BYTES, MAX_HOURS_AHEAD,
-    MAX_HOURS_WAITING, MAX_INCOMPLETE_REPLIES, MAX_WAITING_FOR_HOUR, Sender,
+    MAX_CONFIRMATIONS, MAX_HOURS_AHEAD, MAX_HOURS_WAITING, MAX_WAITING_FOR_HOUR, Sender,
 };
 pub use outbox::{MAX_OUTGOING_BYTES, MAX_OUTGOING_MESSAGES, MAX_UNDER_WAY};
 pub use remembered::{
     MAX_REFUSED_HOURS, MAX_REMEMBERED, REMEMBERED_FOR, TakenId, TakenIds, oldest_remembered,
 };
 pub use replies::{MAX_REPLY_SURBS_KEPT, MAX_SENDERS, MAX_SURBS_PER_SENDER, RESERVED_FOR_REQUESTS};
+pub use shelf::{DROPPED_AGE, INCOMPLETE_AGE, MAX_HELD_BYTES, MAX_INCOMPLETE_REPLIES};
 
 use mixsocks_sphinx::SURB_LEN;
 

@@ -9,9 +9,9 @@ use zeroize::Zeroizing;
 use super::awaited::MadeSurb;
 use super::credit::AckCredits;
 use super::fragment::{Fragment, Hour, MessageId, fragment_count};
-use super::inbox::{TIME_PER_FRAGMENT, WHOLE_AGE};
 use super::lane::{Lane, Obstacle};
 use super::packet::{AckStatus, MessageSizes};
+use super::shelf::{TIME_PER_FRAGMENT, WHOLE_AGE};
 use super::{FailReason, SendError, SenderTag};
 use crate::address::Address;
 

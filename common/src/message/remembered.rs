@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::time::Duration;
 
 use super::fragment::{Hour, MESSAGE_ID_LEN, MessageId};
-use super::inbox::{Key, MAX_HOURS_AHEAD};
+use super::inbox::MAX_HOURS_AHEAD;
+use super::shelf::Key;
 
 /// Most ids that are remembered of messages that gateways keep, 10 MB at most.
 pub const MAX_REMEMBERED: usize = 256 * 1024;
@@ -185,7 +186,7 @@ impl TakenReplies {
 
 #[cfg(test)]
 mod tests {
-    use super::super::inbox::Origin;
+    use super::super::shelf::Origin;
     use super::*;
 
     fn id(hour: u32, number: usize) -> TakenId {

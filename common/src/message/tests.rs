@@ -8,9 +8,9 @@ use rand::{RngExt, SeedableRng};
 
 use super::credit::{BARE_INTERVAL, INITIAL_CREDIT};
 use super::fragment::{Fragment, Hour, MessageId};
-use super::inbox::{TIME_PER_FRAGMENT, WHOLE_AGE};
 use super::outbox::{TRY_AFTER_SLEEP, WHOLE_TIME};
 use super::packet::{AckStatus, MessageSizes, ReplyContents};
+use super::shelf::{TIME_PER_FRAGMENT, WHOLE_AGE};
 use super::testing::{identifier, made_surb};
 use super::*;
 use crate::address::Address;
