@@ -1,18 +1,15 @@
 //! Messages on their way in: reassembly, duplicates, and when the gateway may forget a delivery.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use zeroize::Zeroizing;
 
 use super::SenderTag;
-use super::fragment::{Fragment, Hour, MessageId};
+use super::fragment::{Fragment, Hour};
 use super::packet::MessageSizes;
 use super::remembered::{TakenId, TakenIds, TakenReplies, oldest_remembered};
-use super::shelf::{
-    Complete, Incomplete, Key, MAX_HELD_BYTES, MAX_INCOMPLETE_REPLIES, Origin, Patience, Place,
-    Shelf,
-};
+use super::shelf::{Complete, Incomplete, Key, MAX_HELD_BYTES, Origin, Patience, Place, Shelf};
 use super::stopwatch::Stopwatch;
 use crate::address::Address;
 

@@ -1,9 +1,14 @@
 //! What the inbox takes, holds, gives up and confirms.
 
+use std::time::Duration;
+
 use proptest::prelude::*;
 
+use super::super::fragment::MessageId;
 use super::super::remembered::MAX_REMEMBERED;
-use super::super::shelf::{DROPPED_AGE, INCOMPLETE_AGE, TIME_PER_FRAGMENT, WHOLE_AGE};
+use super::super::shelf::{
+    DROPPED_AGE, INCOMPLETE_AGE, MAX_INCOMPLETE_REPLIES, TIME_PER_FRAGMENT, WHOLE_AGE,
+};
 use super::super::testing::address;
 use super::*;
 
