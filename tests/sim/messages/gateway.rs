@@ -1,6 +1,6 @@
 //! A gateway of the simulation of messages: its real cores over a store, and what its shell does.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Instant;
 
 use mixsocks_common::gateway::delivery::Delivery;
@@ -63,7 +63,8 @@ struct Line {
     /// The client is to be told when all was sent.
     owes_caught_up: bool,
     ready: VecDeque<KeptBox>,
-    unconfirmed: u64,
+    /// Numbers that were sent over this connection: nothing else can be confirmed.
+    unconfirmed: BTreeSet<u64>,
     /// A turn is planned in which it writes.
     is_writing: bool,
 }
@@ -168,12 +169,13 @@ impl Gateway {
             has_more: false,
             owes_caught_up: false,
             ready: VecDeque::new(),
-            unconfirmed: 0,
+            unconfirmed: BTreeSet::new(),
             is_writing: false,
         });
         line.delivery.handle_timeout(now);
         line.connection = Some(connection);
-        (line.cursor, line.unconfirmed, line.is_writing) = (None, 0, false);
+        (line.cursor, line.is_writing) = (None, false);
+        line.unconfirmed.clear();
         line.ready.clear();
         line.owes_caught_up = false;
         match resume {
@@ -221,9 +223,7 @@ impl Gateway {
                     line.ready.clear();
                 }
                 Up::Confirm(mut numbers) => {
-                    let most = usize::try_from(line.unconfirmed).unwrap_or(usize::MAX);
-                    numbers.truncate(most);
-                    line.unconfirmed -= numbers.len() as u64;
+                    numbers.retain(|number| line.unconfirmed.remove(number));
                     self.commit.push(Change::Confirm { client: *address, numbers }, None);
                 }
             }
@@ -262,7 +262,7 @@ impl Gateway {
         while frames.len() < WRITE_FRAMES
             && let Some(kept) = line.ready.pop_front()
         {
-            line.unconfirmed += 1;
+            line.unconfirmed.insert(kept.number);
             frames.push(Down::Delivery(kept));
         }
         let has_all = !line.has_more && line.ready.is_empty();
