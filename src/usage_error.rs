@@ -24,6 +24,13 @@ pub(crate) fn describe(error: &clap::Error, words: &[String]) -> String {
     format!("{problem} (see `{} --help`)", names(&path))
 }
 
+/// Whether the value of an option is not to be shown; it may have come from a variable.
+fn is_secret(argument: &str, path: &[&Command]) -> bool {
+    let name = argument.split(' ').next().and_then(|word| word.strip_prefix("--"));
+    let mut known = path.iter().flat_map(|command| command.get_arguments());
+    known.any(|known| known.is_hide_env_values_set() && known.get_long() == name)
+}
+
 fn problem(error: &clap::Error, root: &Command, path: &[&Command]) -> String {
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => text.clone(),
@@ -41,6 +48,9 @@ fn problem(error: &clap::Error, root: &Command, path: &[&Command]) -> String {
         ErrorKind::InvalidValue if value.is_empty() => format!("{argument} needs a value"),
         ErrorKind::InvalidValue | ErrorKind::ValueValidation => {
             match std::error::Error::source(error) {
+                Some(reason) if is_secret(&argument, path) => {
+                    format!("{argument} is wrong: {reason}")
+                }
                 Some(reason) if reason.to_string().contains(&value) => {
                     format!("{argument} is wrong: {reason}")
                 }
@@ -154,6 +164,19 @@ mod tests {
         match Cli::from_words(words.iter().map(Into::into)).unwrap_err() {
             CliError::Words(error) => describe(&error, &words),
             CliError::Config(error) => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn a_secret_that_is_wrong_is_not_shown() {
+        for (words, expected) in [
+            (["up", "--socks-user", "hunter2"], "USER:PASSWORD"),
+            (["up", "--websocket-token", "hunter2"], "16 to 128"),
+            (["receive", "--websocket-token", "hunter2"], "16 to 128"),
+        ] {
+            let line = line(&words);
+            assert!(line.contains(words[1]) && line.contains(expected), "{line}");
+            assert!(!line.contains("hunter2"), "{line}");
         }
     }
 

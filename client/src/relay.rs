@@ -214,6 +214,15 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::BrokenPipe);
     }
 
+    #[test]
+    fn a_reader_that_always_has_something_lets_others_have_their_turn() {
+        let mut cx = Context::from_waker(Waker::noop());
+        let (mut reader, mut written) = (tokio::io::repeat(7), Vec::new());
+        let mut direction = Direction::default();
+        assert!(direction.poll(&mut cx, &mut reader, &mut written).is_pending());
+        assert_eq!(written.len(), READS_PER_TURN * RELAY_BYTES);
+    }
+
     #[tokio::test]
     async fn nothing_is_held_but_what_a_writer_does_not_take() {
         let mut cx = Context::from_waker(Waker::noop());
