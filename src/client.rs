@@ -247,9 +247,9 @@ fn provider(topology: &Topology, choice: &ProviderChoice) -> Result<Address> {
     }
 }
 
-/// The gateway that was chosen earlier, or else a random one, but never that of the first provider, which
-/// could then see both ends; providers at it are left out. Providers without an order give way to the
-/// gateway that was chosen earlier.
+/// The gateway that was chosen earlier, or else a random one, at which none of the providers is if there is
+/// such a one, and never the first, which could then see both ends; providers at it are left out. Providers
+/// without an order give way to the gateway that was chosen earlier.
 fn gateway(
     dir: &DataDir,
     topology: &Topology,
@@ -259,15 +259,14 @@ fn gateway(
     let chosen = match chosen_gateway(dir, topology, providers, by_chance)? {
         Some(chosen) => chosen,
         None => {
-            let first = providers.first().map(|provider| provider.gateway);
-            let others = topology.gateways().map(|node| node.identity);
-            let others = others.filter(|gateway| Some(*gateway) != first);
-            let Some(chosen) = others.choose(&mut rand::rng()) else {
-                bail!(
-                    "this network has no gateway but the provider's own, which would see both ends; \
-                     choose a provider at another gateway with --provider"
-                );
-            };
+            let wanted = if by_chance { PROVIDERS_BY_CHANCE } else { providers.len() };
+            let preferred: Vec<_> =
+                providers.iter().take(wanted).map(|provider| provider.gateway).collect();
+            let gateways: Vec<_> = topology.gateways().map(|node| node.identity).collect();
+            let chosen = apart_from(&gateways, &preferred).context(
+                "this network has no gateway but the provider's own, which would see both ends; \
+                 choose a provider at another gateway with --provider",
+            )?;
             dir.write(GATEWAY_FILE, format!("{chosen}\n").as_bytes())?;
             chosen
         }
@@ -280,6 +279,15 @@ fn gateway(
         );
     }
     Ok(chosen)
+}
+
+/// A random one of the `gateways` that is none of the `providers'`; if there is none, the last of these do not
+/// count, but the first always does.
+fn apart_from(gateways: &[Identity], providers: &[Identity]) -> Option<Identity> {
+    (1..=providers.len()).rev().find_map(|count| {
+        let free = gateways.iter().filter(|gateway| !providers[..count].contains(gateway));
+        free.choose(&mut rand::rng()).copied()
+    })
 }
 
 /// The gateway of a client that sends and receives messages only: the one that was chosen earlier, or else
@@ -327,4 +335,33 @@ fn chosen_gateway(
     }
     tracing::warn!("the gateway used before cannot be used any more; choosing a new one");
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use mixsocks_common::keys::IdentityKey;
+
+    use super::*;
+
+    #[test]
+    fn the_gateway_leaves_as_many_of_the_first_providers_as_possible() {
+        let gateways = [1, 2, 3].map(|seed| IdentityKey::from_bytes(&[seed; 32]).identity());
+        let [a, b, c] = gateways;
+        for (providers, allowed) in [
+            (&[a, b][..], &[c][..]),
+            (&[a, a], &[b, c]),
+            (&[c], &[a, b]),
+            (&[a, b, c], &[c]),
+            (&[b, c, a, b], &[a]),
+        ] {
+            let chosen: Vec<_> = std::iter::repeat_with(|| apart_from(&gateways, providers))
+                .take(200)
+                .collect::<Option<_>>()
+                .unwrap();
+            assert!(chosen.iter().all(|gateway| allowed.contains(gateway)), "{providers:?}");
+            assert!(allowed.iter().all(|gateway| chosen.contains(gateway)), "{providers:?}");
+        }
+        assert_eq!(apart_from(&[a], &[a, a]), None);
+        assert_eq!(apart_from(&[], &[a]), None);
+    }
 }
