@@ -134,7 +134,9 @@ for name in "${authorities[@]}" "${relays[@]}" client; do
     start "$name"
 done
 for _ in $(seq 180); do
-    if grep -q "Bootstrapped 100%" "$scratch/client/log" 2>/dev/null; then
+    # The first circuits follow a moment later.
+    if grep -q "Bootstrapped 100%" "$scratch/client/log" 2>/dev/null &&
+        "$mixsocks" bench --quiet --only first-byte --socks "$(address client):$socks_port" >/dev/null 2>&1; then
         ready=yes
         break
     fi

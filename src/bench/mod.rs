@@ -37,7 +37,7 @@ use crate::open_files;
 use crate::signals::Signals;
 
 /// Tiny requests; enough for a 95th percentile.
-const REQUESTS: usize = 20;
+const REQUESTS: usize = 50;
 /// Streams of the parallel measurement.
 const STREAMS: usize = 10;
 /// A bulk download runs for so long before tiny requests go beside it.

@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::AbortHandle;
 
 /// Bytes of one read or write.
@@ -42,6 +42,10 @@ pub(super) struct Origin {
     _task: Arc<AbortOnDrop>,
 }
 
+/// Connections that the system holds until they are accepted. Of a thousand that come at once the usual 128
+/// would leave some to be tried again, a second later.
+const ACCEPT_BACKLOG: u32 = 1024;
+
 /// By seed, what has arrived of each upload.
 type Arrivals = Arc<Mutex<BTreeMap<u64, Arrived>>>;
 
@@ -57,9 +61,7 @@ impl Drop for AbortOnDrop {
 impl Origin {
     /// Starts a server on a free loopback port.
     pub(super) async fn start() -> Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
-            .await
-            .context("the measuring server cannot listen")?;
+        let listener = listen().context("the measuring server cannot listen")?;
         let address = listener.local_addr()?;
         let arrivals = Arrivals::default();
         let task = tokio::spawn(accept(listener, arrivals.clone()));
@@ -75,6 +77,12 @@ impl Origin {
     pub(super) fn arrived(&self, seed: u64) -> Arrived {
         lock(&self.arrivals).get(&seed).copied().unwrap_or_default()
     }
+}
+
+fn listen() -> io::Result<TcpListener> {
+    let socket = TcpSocket::new_v4()?;
+    socket.bind((Ipv4Addr::LOCALHOST, 0).into())?;
+    socket.listen(ACCEPT_BACKLOG)
 }
 
 fn lock(arrivals: &Arrivals) -> MutexGuard<'_, BTreeMap<u64, Arrived>> {

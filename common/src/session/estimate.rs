@@ -58,9 +58,9 @@ impl Smoothed {
     }
 }
 
-/// Queueing that windows aim at: enough to keep the path busy, little enough that a new request
-/// hardly waits.
-const TARGET_QUEUEING_SECONDS: f64 = 0.020;
+/// Queueing that windows aim at: enough to keep the path busy, little enough that a new request, which crosses
+/// four queues until its first byte, hardly waits (docs/performance.md).
+const TARGET_QUEUEING_SECONDS: f64 = 0.008;
 
 /// How long a shortest time counts: the path may have changed after that.
 const BASE_SPAN: Duration = Duration::from_secs(30);
