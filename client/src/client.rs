@@ -36,6 +36,9 @@ use crate::stream::{MixStream, OpenError, StreamHost, StreamKey, Waiting};
 /// When no provider says anything at all for so long, opening a stream fails: within 10 s.
 const SILENCE_LIMIT: Duration = Duration::from_secs(9);
 
+/// How often it is looked whether a provider that says nothing is at fault.
+const FAULT_POLL: Duration = Duration::from_millis(250);
+
 /// The provider's dialling takes 15 s at most (names and connection), and its answer may have to be
 /// repeated.
 const OPEN_LIMIT: Duration = Duration::from_secs(30);
@@ -318,8 +321,8 @@ impl Client {
         result.map_err(Attempt::into_error)
     }
 
-    /// Waits for the answer of one provider: until `move_on_at` if it then is at fault, until `deadline` if
-    /// it is silent, and else for as long as it may take to reach the target.
+    /// Waits for the answer of one provider: from `move_on_at` on until it is at fault, until `deadline` if it
+    /// is silent, and else for as long as it may take to reach the target.
     async fn try_open(
         &self,
         provider: usize,
@@ -345,13 +348,16 @@ impl Client {
         let opened = |result: Result<Result<(), Attempt>, _>| {
             result.unwrap_or(Err(OpenError::Closed.into())).map(|()| stream)
         };
-        if let Some(at) = move_on_at {
+        let mut at_fault_at = move_on_at;
+        while let Some(at) = at_fault_at.filter(|at| *at < deadline) {
             if let Ok(result) = timeout_at(at.into(), &mut answered).await {
                 return opened(result);
             }
             if self.shared.is_at_fault(provider, key.0, began) {
                 return Err(Attempt::MoveOn);
             }
+            // Nothing has shown yet that the mixnet works.
+            at_fault_at = Some(at + FAULT_POLL);
         }
         if let Ok(result) = timeout_at(deadline.into(), &mut answered).await {
             return opened(result);

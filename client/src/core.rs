@@ -328,7 +328,8 @@ impl<R> ClientCore<R> {
         });
         let loops = if self.is_in_use() { self.health.next_loop_at(self.looked_at) } else { None };
         let loops = loops.filter(|at| *at > self.looked_at).into_iter();
-        let of_health = loops.chain(self.health.poll_timeout());
+        let proofs = self.next_proof_at().into_iter();
+        let of_health = loops.chain(proofs).chain(self.health.poll_timeout());
         of_sessions.chain(ages).chain(deaths).chain(of_health).min()
     }
 
@@ -345,7 +346,25 @@ impl<R> ClientCore<R> {
         }
         self.health.handle_timeout(now);
         self.note_fates(now);
+        if self.next_proof_at().is_some_and(|at| at <= now) {
+            self.health.seek_proof(now);
+        }
         self.end_dead_sessions(now);
+    }
+
+    /// When somebody has to know next whether the mixnet works, as a provider owes an answer: before it is
+    /// silent, and before its session is dead. Neither may wait for a loss that has loops sent.
+    fn next_proof_at(&self) -> Option<Instant> {
+        if !self.is_in_use() {
+            return None;
+        }
+        let silent_soon = self.silent_after() / 2;
+        let unproved = self.sessions().filter_map(|session| {
+            let since = session.unanswered_since()?;
+            let proofs = [(since, since + silent_soon), (since + PROOF_AFTER, since + PROOF_AFTER)];
+            proofs.into_iter().find(|(left, _)| !self.health.came_since(*left))
+        });
+        Some(unproved.map(|(_, wanted)| wanted).min()?.max(self.health.next_proof_at()))
     }
 
     /// Streams through a dead provider must not hang for ever. What is no fault of the provider, such as
@@ -717,6 +736,63 @@ mod tests {
         assert_eq!(core.candidates(silent + AVOIDED_FOR), [0, 1]);
         core.set_reachable(1, false);
         assert_eq!(core.candidates(silent), [0]);
+    }
+
+    /// Lets time pass until then, with a provider that says nothing; loops come back if the mixnet works.
+    /// Returns how many were sent.
+    fn pass(core: &mut ClientCore<()>, from: Instant, until: Instant, mixnet_works: bool) -> u8 {
+        let (mut now, mut loops) = (from, 0);
+        loop {
+            let due = core.poll_timeout().unwrap_or(until).max(now + Duration::from_millis(1));
+            now = due.min(until);
+            core.handle_timeout(now);
+            while pull(core, now, &mut Vec::new()) {}
+            while send_loop(core, now, [loops; 16]) {
+                assert!(!mixnet_works || core.loop_came(now, &[loops; 16]));
+                loops += 1;
+            }
+            if now == until {
+                return loops;
+            }
+        }
+    }
+
+    /// After many losses the loops that look for dead mixes are rare.
+    fn with_many_losses(core: &mut ClientCore<()>, mut now: Instant) -> Instant {
+        let key = open(core, now);
+        for _ in 0..8 {
+            now += Duration::from_secs(33);
+            core.health.on_fate(now, &WAY.mixes, now, false);
+            while send_loop(core, now, [255; 16]) {
+                assert!(core.loop_came(now, &[255; 16]));
+                core.health.handle_timeout(now + Duration::from_secs(2));
+            }
+        }
+        core.release(key);
+        now + SESSION_AGE
+    }
+
+    #[test]
+    fn a_silent_provider_is_known_in_time_also_after_many_losses() {
+        let (mut core, start) = core();
+        let now = with_many_losses(&mut core, start);
+        core.health.on_fate(now, &WAY.mixes, now, false);
+        while send_loop(&mut core, now, [254; 16]) {}
+        open(&mut core, now);
+        packet(&mut core, now);
+        let silent = now + core.silent_after();
+        pass(&mut core, now, silent, true);
+        assert_eq!(core.candidates(silent), [1, 0]);
+    }
+
+    #[test]
+    fn few_loops_seek_a_proof_that_does_not_come() {
+        let (mut core, now) = core();
+        open(&mut core, now);
+        packet(&mut core, now);
+        core.health.on_fate(now, &WAY.mixes, now, true);
+        let loops = pass(&mut core, now, now + Duration::from_secs(60), false);
+        assert!((6..100).contains(&loops), "{loops}");
     }
 
     #[test]

@@ -72,6 +72,9 @@ const ANY_LOOPS: usize = 24;
 const AIMED_LOOPS: usize = 14;
 const COMPARED_LOOPS: usize = 6;
 
+/// Loops that show that the mixnet works: one of them comes back also where a third of all packets is lost.
+const PROOF_LOOPS: usize = 3;
+
 /// Loops under way: while there are so many, no more are sent.
 const MAX_LOOPS: usize = 1024;
 
@@ -126,8 +129,9 @@ pub struct Health {
     /// Loops still to be sent.
     wishes: VecDeque<LoopWish>,
     wishes_until: Instant,
-    /// Of loops through any mixes.
+    /// Of loops through any mixes, and of those that show that anything comes through.
     pauses: Pauses,
+    proofs: Pauses,
     replies_until_look: u32,
     /// When the last of all that came had left.
     newest: Option<Instant>,
@@ -281,6 +285,7 @@ impl Health {
             wishes: VecDeque::new(),
             wishes_until: now,
             pauses: Pauses::new(now),
+            proofs: Pauses::new(now),
             replies_until_look: REPLIES_PER_LOOK,
             newest: None,
         };
@@ -318,6 +323,19 @@ impl Health {
     /// Whether anything that left after `time` has come.
     pub fn came_since(&self, time: Instant) -> bool {
         self.newest.is_some_and(|newest| newest > time)
+    }
+
+    /// Somebody has to know whether anything comes through: some loops are sent, unless some were a moment
+    /// ago. Pauses between them grow until something has come.
+    pub fn seek_proof(&mut self, now: Instant) {
+        if self.proofs.allow(now) {
+            self.wish(now, None, PROOF_LOOPS);
+        }
+    }
+
+    /// When [`Health::seek_proof`] does something next.
+    pub fn next_proof_at(&self) -> Instant {
+        self.proofs.not_before
     }
 
     // --- Evidence.
@@ -362,6 +380,7 @@ impl Health {
     fn passed_on(&mut self, mixes: &Mixes, sent: Instant, is_loop: bool) {
         let moment = self.moment(sent);
         self.newest = self.newest.max(Some(sent));
+        self.proofs.next = FIRST_PAUSE;
         for (layer, id) in self.layers.iter_mut().zip(mixes) {
             if let Some(mix) = layer.mixes.get_mut(id) {
                 mix.passed_on(moment, is_loop);

@@ -132,16 +132,19 @@ fn try_to_open(town: &Town, target: SocketAddr) -> (u8, Duration) {
 }
 
 /// New streams go to the other one, then to none, then to the first again; those of the dead one end with
-/// an error.
+/// an error. Packets are lost all the time, so that it has to be found out who is silent.
 #[test]
 fn providers_are_killed_one_after_the_other() {
     const TIMED_OUT: u8 = 6;
     let origin = http();
-    let mut town = Town::on_loopback(Plan { gateways: 3, providers: 2, ..Plan::SMALL });
+    let mut town = Town::on_loopback(Plan { gateways: 3, providers: 2, ..PLAN });
     // The document that the client gets names both providers.
     town.start_without_client();
     town.start("client");
     town.wait_for("client", "socks5h://");
+    for node in town.nodes() {
+        town.impair(&node, "loss = 0.02\n");
+    }
     let proxy = town.ends().proxy;
     let mut download = socks::connect(proxy, origin);
     download.write_all(b"GET /endless HTTP/1.1\r\n\r\n").unwrap();
@@ -159,8 +162,11 @@ fn providers_are_killed_one_after_the_other() {
     let first = town.provider_in_use();
     town.kill(&first);
     let killed = Instant::now();
+    let mut failed = 0;
     while try_to_open(&town, origin).0 != SERVED {
-        assert!(killed.elapsed() < DEADLINE, "the other one is never used");
+        failed += 1;
+        // The first one is served within 5 s, unless the machine is busy.
+        assert!(failed < 3, "the other one is not used");
     }
     println!("one of two providers killed: new streams after {:.1?}", killed.elapsed());
     let transfer = Transfer::down(&town.ends());
