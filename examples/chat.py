@@ -2,12 +2,15 @@
 """Two people chat through the mixnet. Needs `pip install websockets` (or Debian's python3-websockets), and a
 client for each:
 
-    mixsocks up --websocket 127.0.0.1:1977
-    python3 examples/chat.py                    # shows your address, waits for the other one
-    python3 examples/chat.py ADDRESS            # writes to ADDRESS, which can answer without knowing yours
+    mixsocks up --data-dir /tmp/network --websocket 127.0.0.1:1977
+    mixsocks client run --data-dir /tmp/bert --socks 127.0.0.1:1081 --websocket 127.0.0.1:1978 \
+        --topology /tmp/network/topology --authority "$(cat /tmp/network/authority.pub)"
+    python3 examples/chat.py                    # shows an address, waits for the other one
+    python3 examples/chat.py --url ws://127.0.0.1:1978/ ADDRESS
+                                                # writes to ADDRESS, which can answer without knowing who it is
 
-On a network of many machines `mixsocks client run --websocket 127.0.0.1:1977` takes the place of `up`. With
-another port or a token: --url ws://127.0.0.1:1978/?token=...
+On a network of many machines `mixsocks client run --websocket 127.0.0.1:1977` takes the place of `up`. With a
+token: --url ws://127.0.0.1:1977/?token=...
 """
 
 import argparse

@@ -81,6 +81,14 @@ impl By {
         }
     }
 
+    /// Grows while a long message comes; a running client does not tell.
+    fn deliveries(&self) -> u64 {
+        match self {
+            Self::Own(own) => own.deliveries(),
+            Self::Program(_) => 0,
+        }
+    }
+
     /// The message was printed.
     async fn taken(&mut self, received: Option<ReceivedId>) -> Result<()> {
         match self {
@@ -146,18 +154,26 @@ pub(crate) async fn receive(args: ReceiveArgs) -> Result<()> {
     received
 }
 
-/// Prints messages until none has come for a while, or a signal comes.
+/// Prints messages until nothing has come for a while, or a signal comes.
 async fn print_all(by: &mut By, args: &ReceiveArgs, signals: &mut Signals) -> Result<()> {
     let wait = if args.follow { Duration::MAX } else { args.wait };
     let form = Form::of(args);
+    let mut seen = 0;
     loop {
         let incoming = tokio::select! {
             incoming = timeout(wait, by.receive()) => incoming,
             () = signals.next() => return Ok(()),
         };
-        // Nothing has come for a while.
-        let Ok(incoming) = incoming else { return Ok(()) };
-        let incoming = incoming?;
+        let deliveries = by.deliveries();
+        let incoming = match incoming {
+            Ok(incoming) => incoming?,
+            // A long one is on its way.
+            Err(_) if deliveries > seen => {
+                seen = deliveries;
+                continue;
+            }
+            Err(_) => return Ok(()),
+        };
         let received = incoming.received;
         let mut printing = spawn_blocking(move || print(form, &incoming));
         let printed = tokio::select! {

@@ -74,6 +74,11 @@ impl Own {
         Ok(Incoming { message: received.message, sender_tag, received: Some(received.received) })
     }
 
+    /// How many parts of messages have come.
+    pub(super) fn deliveries(&self) -> u64 {
+        self.messenger.deliveries()
+    }
+
     pub(super) fn taken(&self, received: ReceivedId) {
         self.messenger.taken(received);
     }

@@ -1,6 +1,7 @@
 //! The messages of a client: its core, and what its tasks do for that.
 
 use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -62,6 +63,8 @@ pub(super) struct Mail {
     core: Mutex<Core>,
     log: Mutex<Log>,
     write_down: WriteDown,
+    /// How many the gateway has handed over.
+    deliveries: AtomicU64,
     /// The message that is handed out next, once it is written down.
     next_received: tokio::sync::Mutex<Option<Received>>,
     /// There may be an outcome.
@@ -134,6 +137,7 @@ impl Mail {
             core: Mutex::new(Core { messages, unfetched: 0, oldest_key_epoch: 0 }),
             log: Mutex::new(Log { file: log, told: false }),
             write_down,
+            deliveries: AtomicU64::new(0),
             next_received: tokio::sync::Mutex::default(),
             has_outcomes: Notify::new(),
             has_received: Notify::new(),
@@ -330,6 +334,11 @@ impl Shared {
                 None => mail.has_received.notified().await,
             }
         }
+    }
+
+    /// How many parts of messages the gateway has handed over.
+    pub(crate) fn deliveries(&self) -> u64 {
+        self.mail.as_ref().map_or(0, |mail| mail.deliveries.load(Ordering::Relaxed))
     }
 
     pub(crate) fn message_taken(&self, received: ReceivedId) {
@@ -545,6 +554,7 @@ impl Shared {
     /// Takes in what the gateway keeps for this client.
     pub(super) fn handle_deliveries(&self, deliveries: &[KeptBox]) {
         let Some(mail) = &self.mail else { return };
+        mail.deliveries.fetch_add(deliveries.len() as u64, Ordering::Relaxed);
         let opened = self.endpoint.open_boxes(deliveries);
         {
             let (mut core, now) = (mail.lock(), Instant::now());

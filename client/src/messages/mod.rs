@@ -132,6 +132,12 @@ impl Messenger {
         self.0.shared().next_received().await
     }
 
+    /// How many parts of messages the gateway has handed over so far. While that grows, a message comes, even
+    /// if it is long and the line slow.
+    pub fn deliveries(&self) -> u64 {
+        self.0.shared().deliveries()
+    }
+
     /// The application has the message: it may be forgotten everywhere.
     pub fn taken(&self, received: ReceivedId) {
         self.0.shared().message_taken(received);
