@@ -12,6 +12,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use mixsocks_client::messages::Messenger;
 use mixsocks_common::address::Address;
 use mixsocks_common::message::{MAX_MESSAGE_BYTES, ReceivedId, SenderTag};
 use tokio::task::spawn_blocking;
@@ -81,12 +82,13 @@ impl By {
         }
     }
 
-    /// Grows while a long message comes; a running client does not tell.
-    fn deliveries(&self) -> u64 {
-        match self {
-            Self::Own(own) => own.deliveries(),
-            Self::Program(_) => 0,
-        }
+    /// Tells how many parts of messages have come; a running client does not.
+    fn parts(&self) -> impl Fn() -> u64 + use<> {
+        let messenger = match self {
+            Self::Own(own) => Some(own.messenger()),
+            Self::Program(_) => None,
+        };
+        move || messenger.as_ref().map_or(0, Messenger::deliveries)
     }
 
     /// The message was printed.
@@ -158,22 +160,14 @@ pub(crate) async fn receive(args: ReceiveArgs) -> Result<()> {
 async fn print_all(by: &mut By, args: &ReceiveArgs, signals: &mut Signals) -> Result<()> {
     let wait = if args.follow { Duration::MAX } else { args.wait };
     let form = Form::of(args);
-    let mut seen = 0;
+    let parts = by.parts();
     loop {
         let incoming = tokio::select! {
-            incoming = timeout(wait, by.receive()) => incoming,
+            incoming = unless_quiet(wait, &parts, by.receive()) => incoming,
             () = signals.next() => return Ok(()),
         };
-        let deliveries = by.deliveries();
-        let incoming = match incoming {
-            Ok(incoming) => incoming?,
-            // A long one is on its way.
-            Err(_) if deliveries > seen => {
-                seen = deliveries;
-                continue;
-            }
-            Err(_) => return Ok(()),
-        };
+        let Some(incoming) = incoming else { return Ok(()) };
+        let incoming = incoming?;
         let received = incoming.received;
         let mut printing = spawn_blocking(move || print(form, &incoming));
         let printed = tokio::select! {
@@ -186,6 +180,25 @@ async fn print_all(by: &mut By, args: &ReceiveArgs, signals: &mut Signals) -> Re
         };
         printed?.context("a message cannot be printed, and waits for the next start")?;
         by.taken(received).await?;
+    }
+}
+
+/// What is coming, or `None` when neither it nor a part of it has come for so long.
+async fn unless_quiet<T>(
+    wait: Duration,
+    parts: impl Fn() -> u64,
+    coming: impl Future<Output = T>,
+) -> Option<T> {
+    tokio::pin!(coming);
+    let mut seen = parts();
+    loop {
+        if let Ok(come) = timeout(wait, &mut coming).await {
+            return Some(come);
+        }
+        let before = std::mem::replace(&mut seen, parts());
+        if seen == before {
+            return None;
+        }
     }
 }
 
@@ -250,4 +263,30 @@ fn own_address(args: &ByArgs) -> Result<Option<Address>> {
         None => DataDir::default_path("client")?,
     };
     proxy::address_in(&path)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use tokio::time::{Instant, sleep};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_long_message_on_a_slow_line_is_waited_for_and_silence_is_not() {
+        const WAIT: Duration = Duration::from_secs(3);
+        let (start, parts) = (Instant::now(), Cell::new(0));
+        let coming = async {
+            for _ in 0..20 {
+                sleep(WAIT * 2 / 3).await;
+                parts.set(parts.get() + 1);
+            }
+            "all of it"
+        };
+        assert_eq!(unless_quiet(WAIT, || parts.get(), coming).await, Some("all of it"));
+        assert!(start.elapsed() > 10 * WAIT);
+        let silence = std::future::pending::<()>();
+        assert_eq!(unless_quiet(WAIT, || parts.get(), silence).await, None);
+    }
 }

@@ -74,9 +74,8 @@ impl Own {
         Ok(Incoming { message: received.message, sender_tag, received: Some(received.received) })
     }
 
-    /// How many parts of messages have come.
-    pub(super) fn deliveries(&self) -> u64 {
-        self.messenger.deliveries()
+    pub(super) fn messenger(&self) -> Messenger {
+        self.messenger.clone()
     }
 
     pub(super) fn taken(&self, received: ReceivedId) {
