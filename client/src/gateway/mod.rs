@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use futures_util::FutureExt;
 use mixsocks_common::gateway::message::{Invitation, KeptBox};
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::topology::Topology;
@@ -93,6 +94,12 @@ impl Receiving {
     /// The number of the last time.
     pub fn number(&self) -> u32 {
         self.number.load(Ordering::Relaxed)
+    }
+
+    /// The number of a new connection. Whoever wanted to ask anew before has what it wanted by that.
+    fn first(&self) -> u32 {
+        let _ = self.again.notified().now_or_never();
+        self.number()
     }
 
     /// Whether the gateway was asked by this number last, or is about to be.
@@ -186,5 +193,16 @@ mod tests {
         let second = receiving.number();
         receiving.begin();
         assert!(!receiving.is_last(second), "another connection has begun");
+    }
+
+    #[test]
+    fn who_wanted_to_receive_again_before_a_connection_began_need_not_ask_twice() {
+        let receiving = Receiving::default();
+        receiving.again();
+        receiving.begin();
+        assert!(receiving.is_last(receiving.first()));
+        assert!(receiving.again.notified().now_or_never().is_none());
+        receiving.again();
+        assert!(receiving.again.notified().now_or_never().is_some());
     }
 }

@@ -428,7 +428,7 @@ impl<'a> Carrier<'a> {
         downlink: &mpsc::Sender<Arrival>,
     ) -> GatewayLinkError {
         let Uplink { packets, confirmed, receiving } = uplink;
-        let receive = self.receives_messages.then(|| receiving.number());
+        let receive = self.receives_messages.then(|| receiving.first());
         let mut batch = Batch { receive, ..Batch::default() };
         let mut senders_are_gone = false;
         let mut confirmers_are_gone = false;
