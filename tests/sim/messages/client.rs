@@ -27,6 +27,10 @@ use crate::documents::Document;
 
 const REPLAY_SPAN: Duration = Duration::from_secs(600);
 const REPLAY_TAGS: usize = 1 << 20;
+/// From one frame to the next on a client's line, and for some clients.
+const SPACING: Duration = Duration::from_micros(150);
+const SLOW_SPACING: Duration = Duration::from_millis(10);
+const SLOW_SHARE: f64 = 0.2;
 /// Numbers in one CONFIRM.
 const CONFIRMED_AT_ONCE: usize = 16;
 
@@ -72,6 +76,8 @@ pub(crate) struct Client<C: Codec> {
     busy_until: Instant,
     /// Whether it has heard that there is a connection.
     pub(crate) knows_connection: bool,
+    /// From one frame to the next on its line, in each direction.
+    pub(crate) spacing: Duration,
     /// When the frames that it has sent are on the wire.
     pub(crate) wire_free_at: Instant,
 }
@@ -119,6 +125,7 @@ impl<C: Codec> Client<C> {
             arrived: VecDeque::new(),
             busy_until: now,
             knows_connection: false,
+            spacing: if rng.random_bool(SLOW_SHARE) { SLOW_SPACING } else { SPACING },
             wire_free_at: now,
         }
     }
@@ -166,7 +173,7 @@ impl<C: Codec> Client<C> {
         self.owes_counter = false;
         self.wire_free_at = now;
         self.receiving.begin();
-        self.receive = Some(self.receiving.number());
+        (self.receive, self.receives_again) = (Some(self.receiving.number()), false);
     }
 
     /// It hears whether there is a connection, a moment after its link does.

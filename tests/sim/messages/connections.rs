@@ -9,13 +9,15 @@ use rand::rngs::StdRng;
 
 use super::client::Network;
 use super::gateway::Down;
-use super::world::{Event, SPACING, World};
+use super::world::{Event, World};
 use crate::codec::Codec;
 use crate::documents::Document;
 use crate::world::{PACKET_BYTES, WIRE};
 
 /// Until a client dials again, after the shortest wait of links.
 const REDIAL: Duration = Duration::from_millis(500);
+/// How long it takes at most, nearly always, until a client hears of its link.
+const USUALLY_HEARS: Duration = Duration::from_micros(100);
 
 impl<C: Codec> World<C> {
     /// Frames come to a client's link, if it is there still.
@@ -86,7 +88,7 @@ impl<C: Codec> World<C> {
         if let Some(connection) = client.connection.filter(|_| client.wire_free_at <= now) {
             client.refill(&mut network);
             if let Some(frames) = client.frames(&mut network) {
-                let took = SPACING * u32::try_from(frames.len().max(1)).expect("a few");
+                let took = client.spacing * u32::try_from(frames.len().max(1)).expect("a few");
                 client.wire_free_at = now + took;
                 let received = client.received;
                 let up = Event::Up { client: number, connection, received, frames };
@@ -156,7 +158,7 @@ impl<C: Codec> World<C> {
 
     /// A client hears of its link before that dials again.
     fn plan_follow_link(&mut self, client: usize) {
-        let most = if self.rng.random_bool(0.9) { SPACING } else { FIRST_WAIT / 2 };
+        let most = if self.rng.random_bool(0.9) { USUALLY_HEARS } else { FIRST_WAIT / 2 };
         let wait = most.mul_f64(self.rng.random::<f64>());
         self.after(wait, Event::FollowLink(client));
     }

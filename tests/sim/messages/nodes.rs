@@ -10,7 +10,7 @@ use rand::RngExt;
 
 use super::client::sizes;
 use super::gateway::{Down, Up};
-use super::world::{CLIENTS, Event, GATEWAYS, Node, Reading, SPACING, World};
+use super::world::{CLIENTS, Event, GATEWAYS, Node, Reading, World};
 use crate::codec::Codec;
 use crate::world::WIRE;
 
@@ -19,6 +19,9 @@ use crate::world::WIRE;
 const HELD_UP: f64 = 0.01;
 const TWICE: f64 = 0.01;
 const HELD_UP_FOR: Duration = Duration::from_secs(3);
+/// Share of what a gateway reads and writes that takes long.
+const SLOW_READS: f64 = 0.2;
+const SLOW_WRITES: f64 = 0.05;
 /// Share of the reads of a gateway that fail.
 const READ_FAILS: f64 = 0.005;
 
@@ -36,7 +39,7 @@ impl<C: Codec> World<C> {
         let gateway = &mut self.gateways[number];
         if gateway.has_connection(&name, connection) {
             for number in asked {
-                self.asking.on_asked(client, number, gateway.kept(&name));
+                self.asking.on_asked(client, number, gateway.kept(&name))?;
             }
         } else {
             self.asking.mishaps.lost_receives += asked.len();
@@ -62,7 +65,7 @@ impl<C: Codec> World<C> {
         let gateway = &mut self.gateways[at.gateway];
         let (frames, request) = gateway.write(&name, connection, self.now);
         if let Some(request) = request {
-            let took = self.draw_disk_time();
+            let took = self.draw_disk_time(SLOW_READS);
             let looks_after = took.mul_f64(self.rng.random());
             let read =
                 Reading { client, connection, request, is_handled_after: took - looks_after };
@@ -76,8 +79,8 @@ impl<C: Codec> World<C> {
                 self.asking.on_answered(client, *number)?;
             }
         }
-        let took = SPACING * u32::try_from(frames.len()).expect("a few");
         let at = &self.clients[client];
+        let took = at.spacing * u32::try_from(frames.len()).expect("a few");
         if self.gateways[at.gateway].plan_writing(&name).is_some() {
             self.after(took, Event::Write { client, connection });
         }
@@ -104,9 +107,9 @@ impl<C: Codec> World<C> {
         }
     }
 
-    /// Disks are fast, nearly always.
-    fn draw_disk_time(&mut self) -> Duration {
-        let most = if self.rng.random_bool(0.95) { 10.0 } else { 300.0 };
+    /// Disks are fast, but for a share.
+    fn draw_disk_time(&mut self, slow: f64) -> Duration {
+        let most = if self.rng.random_bool(slow) { 300.0 } else { 10.0 };
         Duration::from_secs_f64(most * self.rng.random::<f64>() / 1e3)
     }
 
@@ -114,7 +117,7 @@ impl<C: Codec> World<C> {
         let gateway = &mut self.gateways[number];
         if gateway.commit.begin() {
             let life = gateway.life;
-            let took = self.draw_disk_time();
+            let took = self.draw_disk_time(SLOW_WRITES);
             self.after(took, Event::Committed { gateway: number, life });
         }
     }

@@ -59,11 +59,18 @@ impl Asking {
     }
 
     /// A gateway takes a RECEIVE, and keeps these deliveries for the client.
-    pub(crate) fn on_asked(&mut self, client: usize, number: u32, kept: BTreeSet<u64>) {
-        match &mut self.asked[client] {
-            // What the client wants once more is no more than it wanted before.
-            Some(asked) if asked.number == number => asked.is_answered = false,
-            asked => *asked = Some(Asked { number, owed: kept, is_answered: false }),
+    pub(crate) fn on_asked(
+        &mut self,
+        client: usize,
+        number: u32,
+        kept: BTreeSet<u64>,
+    ) -> Result<(), String> {
+        let asked = self.asked[client].replace(Asked { number, owed: kept, is_answered: false });
+        match asked {
+            Some(before) if before.number >= number => {
+                Err(format!("client {client} says RECEIVE {number} after {}", before.number))
+            }
+            _ => Ok(()),
         }
     }
 

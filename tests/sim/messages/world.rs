@@ -32,8 +32,6 @@ const MIXES_PER_LAYER: usize = 2;
 pub(crate) const MIXES: usize = MIXES_PER_LAYER * LAYERS;
 const MEAN_DELAY: Duration = Duration::from_millis(15);
 const MIX_PACKETS: usize = 3500;
-/// From one frame to the next on a client's line.
-pub(super) const SPACING: Duration = Duration::from_micros(150);
 /// Who is away for that long gives messages up.
 const AWAY_FOR_LONG: Duration = Duration::from_secs(540);
 /// Events at one moment, beyond which something spins.
