@@ -184,6 +184,15 @@ impl<C: Codec> Client<C> {
         }
     }
 
+    /// It asks anew for what its gateway keeps, as it does when it had no room before.
+    pub(crate) fn receive_again(&mut self, now: Instant) {
+        if self.knows_connection {
+            self.core.set_receiving(now, true);
+            self.receiving.again();
+            self.receives_again = true;
+        }
+    }
+
     /// The number of its last RECEIVE, if it takes that for answered: nothing is to come that was kept
     /// before.
     pub(crate) fn believes_answered(&self) -> Option<u32> {
@@ -240,9 +249,7 @@ impl<C: Codec> Client<C> {
             self.core.taken(received);
         }
         if self.core.wants_receive(now) {
-            self.core.set_receiving(now, true);
-            self.receiving.again();
-            self.receives_again = true;
+            self.receive_again(now);
         }
         // Whose way through the mixnet is judged is not simulated.
         while self.core.poll_overdue().is_some() {}

@@ -109,12 +109,21 @@ fn draw_absences(rng: &mut StdRng, plan: &mut Vec<(Duration, Event)>) {
         if rng.random_bool(0.3) {
             let at = within(rng, Duration::ZERO, PLAN_END);
             plan.push((at, Event::Leave { client, is_killed: rng.random() }));
-            plan.push((at + seconds(rng, 0, 120), Event::Return(client)));
+            let back = at + seconds(rng, 0, 120);
+            come_back(rng, plan, client, back);
         }
     }
     for _ in 0..2 {
         let (client, at) = (rng.random_range(0..CLIENTS), within(rng, Duration::ZERO, PLAN_END));
         plan.push((at, Event::Leave { client, is_killed: rng.random() }));
-        plan.push((at + LONG, Event::Return(client)));
+        come_back(rng, plan, client, at + LONG);
+    }
+}
+
+/// A client comes back, and may ask several times for what its gateway keeps.
+fn come_back(rng: &mut StdRng, plan: &mut Vec<(Duration, Event)>, client: usize, at: Duration) {
+    plan.push((at, Event::Return(client)));
+    for _ in 0..rng.random_range(0..=3) {
+        plan.push((at + within(rng, Duration::ZERO, SOON), Event::ReceiveAgain(client)));
     }
 }

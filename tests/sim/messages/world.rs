@@ -123,6 +123,8 @@ pub(crate) enum Event {
         client: usize,
         time: Duration,
     },
+    /// A client asks its gateway anew for what that keeps.
+    ReceiveAgain(usize),
     /// A client goes offline, or is killed.
     Leave {
         client: usize,
@@ -432,6 +434,10 @@ impl<C: Codec> World<C> {
             Event::BeBusy { client, time } => {
                 self.clients[client].be_busy(self.now + time);
                 self.after(time, Event::TakeIn(client));
+            }
+            Event::ReceiveAgain(client) => {
+                self.clients[client].receive_again(self.now);
+                return self.settle_client(client);
             }
             Event::Leave { client, is_killed } => return self.leave(client, is_killed),
             Event::Return(client) => {
