@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use futures_util::FutureExt;
 use mixsocks_common::gateway::message::{Invitation, KeptBox};
 use mixsocks_common::keys::{Identity, IdentityKey};
 use mixsocks_common::topology::Topology;
@@ -78,24 +79,32 @@ pub struct Receiving {
 }
 
 impl Receiving {
+    /// A new connection has begun: the gateway is asked over it, and nothing that it has said over an
+    /// earlier one is an answer to that.
+    pub fn begin(&self) {
+        self.number.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Asks the gateway anew for the messages that it keeps, from the oldest on.
     pub fn again(&self) {
-        self.next();
+        self.begin();
         self.again.notify_one();
+    }
+
+    /// The number of the last time.
+    pub fn number(&self) -> u32 {
+        self.number.load(Ordering::Relaxed)
+    }
+
+    /// The number of a new connection. Whoever wanted to ask anew before has what it wanted by that.
+    fn first(&self) -> u32 {
+        let _ = self.again.notified().now_or_never();
+        self.number()
     }
 
     /// Whether the gateway was asked by this number last, or is about to be.
     pub fn is_last(&self, number: u32) -> bool {
-        self.last() == number
-    }
-
-    /// It is asked over a new connection.
-    fn next(&self) {
-        self.number.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn last(&self) -> u32 {
-        self.number.load(Ordering::Relaxed)
+        self.number() == number
     }
 }
 
@@ -174,15 +183,26 @@ mod tests {
     #[tokio::test]
     async fn an_answer_to_an_earlier_receive_is_none_to_the_last_one() {
         let receiving = Receiving::default();
-        receiving.next();
-        let first = receiving.last();
+        receiving.begin();
+        let first = receiving.number();
         assert!(receiving.is_last(first));
         // It is known before the task that asks has been woken.
         receiving.again();
         assert!(!receiving.is_last(first));
         receiving.again.notified().await;
-        let second = receiving.last();
-        receiving.next();
+        let second = receiving.number();
+        receiving.begin();
         assert!(!receiving.is_last(second), "another connection has begun");
+    }
+
+    #[test]
+    fn who_wanted_to_receive_again_before_a_connection_began_need_not_ask_twice() {
+        let receiving = Receiving::default();
+        receiving.again();
+        receiving.begin();
+        assert!(receiving.is_last(receiving.first()));
+        assert!(receiving.again.notified().now_or_never().is_none());
+        receiving.again();
+        assert!(receiving.again.notified().now_or_never().is_some());
     }
 }

@@ -238,6 +238,7 @@ impl Session {
         states: watch::Sender<LinkState>,
     ) {
         let mut redial = Redial::new(now());
+        uplink.receiving.begin();
         loop {
             redial.handle_up(now());
             let error = match self.carry(connection, &mut uplink, &downlink).await {
@@ -253,6 +254,8 @@ impl Session {
                 }
             }
             info!("the gateway link is up again");
+            // First: whoever knows of this connection takes no answer of an earlier one for its own.
+            uplink.receiving.begin();
             states.send_replace(LinkState::Connected);
         }
         states.send_replace(LinkState::Closed);
@@ -425,8 +428,7 @@ impl<'a> Carrier<'a> {
         downlink: &mpsc::Sender<Arrival>,
     ) -> GatewayLinkError {
         let Uplink { packets, confirmed, receiving } = uplink;
-        receiving.next();
-        let receive = self.receives_messages.then(|| receiving.last());
+        let receive = self.receives_messages.then(|| receiving.first());
         let mut batch = Batch { receive, ..Batch::default() };
         let mut senders_are_gone = false;
         let mut confirmers_are_gone = false;
@@ -450,7 +452,7 @@ impl<'a> Carrier<'a> {
                         confirmers_are_gone = count == 0;
                     }
                     () = receiving.again.notified(), if self.receives_messages => {
-                        batch.receive = Some(receiving.last());
+                        batch.receive = Some(receiving.number());
                     }
                     () = self.wake.notified() => {}
                     () = sleep_until(due.into()) => {}

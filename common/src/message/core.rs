@@ -477,6 +477,11 @@ impl<R> Messages<R> {
         self.inbox.caught_up(now);
     }
 
+    /// Whether all has come, as far as is known, that the gateway kept when it was asked last.
+    pub fn is_caught_up(&self) -> bool {
+        self.inbox.is_caught_up()
+    }
+
     /// Whether the gateway is to be asked again for what it keeps.
     pub fn wants_receive(&self, now: Instant) -> bool {
         self.inbox.wants_again(self.hour(now))

@@ -134,6 +134,11 @@ impl Inbox {
         }
     }
 
+    /// Whether all has come that the gateway kept when it was asked last.
+    pub(super) fn is_caught_up(&self) -> bool {
+        self.deliveries.watch.is_running()
+    }
+
     /// Whether the gateway is to be asked once more for what it keeps: there is room now for what was
     /// dropped, the hour has come for what was too early, or it is not known whether all has come.
     pub(super) fn wants_again(&self, hour: Hour) -> bool {

@@ -18,7 +18,7 @@ use tracing::debug;
 
 use super::acceptor::until_stopped;
 use super::clients::{Attached, Evicted};
-use super::inbox::{Inbox, Wishes};
+use super::inbox::{Inbox, InboxReader};
 use super::limits::ReadLimit;
 use super::login::{ConnectionError, LoggedIn, Socket, control_frame, next_frame};
 use super::messages::Messages;
@@ -103,7 +103,7 @@ struct Carrier<'a> {
     messages: &'a Messages,
     identity: Identity,
     attached: Attached,
-    wishes: Arc<Wishes>,
+    inbox: Arc<Inbox>,
     keepalive: Mutex<Keepalive>,
 }
 
@@ -117,8 +117,8 @@ pub(super) async fn carry(
 ) {
     let LoggedIn { socket, attached, identity } = client;
     let keepalive = Mutex::new(Keepalive::new(Instant::now().into_std()));
-    let (uplink, messages, wishes) = (&*uplink, &*messages, Arc::default());
-    let carrier = Carrier { codec, uplink, messages, identity, attached, wishes, keepalive };
+    let (uplink, messages, inbox) = (&*uplink, &*messages, Arc::new(messages.inbox()));
+    let carrier = Carrier { codec, uplink, messages, identity, attached, inbox, keepalive };
     let (mut sink, mut stream) = socket.split();
     // Both halves run side by side: were one to wait for the other, two ends that both write could
     // wait for each other for ever.
@@ -204,12 +204,12 @@ impl Carrier<'_> {
             FrameBody::Control(body) => {
                 match ClientMessage::decode(body).map_err(ConnectionError::from)? {
                     ClientMessage::Receive(number) => {
-                        self.wishes.receive(number);
+                        self.inbox.lock().handle_receive(number);
                         self.attached.wake();
                         Ok(Vec::new())
                     }
                     ClientMessage::Confirm(confirmed) => {
-                        Ok(self.wishes.confirm(confirmed.into_numbers()))
+                        Ok(self.inbox.lock().handle_confirm(confirmed.into_numbers()))
                     }
                     ClientMessage::Goodbye => Err(ConnectionError::Closed.into()),
                     message => Err(ConnectionError::Unexpected(message.name()).into()),
@@ -219,9 +219,9 @@ impl Carrier<'_> {
     }
 
     async fn write(&self, sink: &mut SplitSink<Socket, Message>) -> End {
-        let mut inbox = self.messages.inbox(&self.identity, self.wishes.clone());
+        let mut reader = self.messages.inbox_reader(&self.identity, self.inbox.clone());
         loop {
-            let (frames, packets) = match self.gather(&mut inbox) {
+            let (frames, packets) = match self.gather(&mut reader) {
                 Ok(gathered) => gathered,
                 Err(end) => return end,
             };
@@ -229,7 +229,7 @@ impl Carrier<'_> {
                 let due = self.keepalive().poll_timeout();
                 tokio::select! {
                     () = self.attached.woken() => {}
-                    () = inbox.changed() => {}
+                    () = reader.changed() => {}
                     () = sleep_until(due.into()) => {}
                 }
                 continue;
@@ -250,11 +250,12 @@ impl Carrier<'_> {
 
     /// The next frames to write, at most [`WRITE_FRAMES`] and one, and how many of them are packets;
     /// none when there is nothing to do.
-    fn gather(&self, inbox: &mut Inbox) -> Result<(Vec<Message>, u64), End> {
+    fn gather(&self, reader: &mut InboxReader) -> Result<(Vec<Message>, u64), End> {
         if self.attached.take_new()? {
-            inbox.handle_new();
+            self.inbox.lock().handle_new();
         }
-        inbox.poll();
+        reader.poll();
+        let mut inbox = self.inbox.lock();
         // Packets and deliveries have half of the frames each, unless the others need less.
         let max_packets = WRITE_FRAMES - inbox.ready().min(WRITE_FRAMES / 2);
         let mut frames = Vec::new();
@@ -266,16 +267,17 @@ impl Carrier<'_> {
         })?;
         let packets = frames.len() as u64;
         while frames.len() < WRITE_FRAMES
-            && let Some(kept) = inbox.next()
+            && let Some(kept) = inbox.poll_transmit()
         {
             let delivery = GatewayMessage::Delivery(kept);
             let frame = control_frame(&self.codec, received, &delivery);
             frames.push(frame.map_err(ConnectionError::from)?);
         }
-        if let Some(number) = inbox.take_caught_up() {
+        if let Some(number) = inbox.poll_caught_up() {
             let frame = control_frame(&self.codec, received, &GatewayMessage::CaughtUp(number));
             frames.push(frame.map_err(ConnectionError::from)?);
         }
+        drop(inbox);
         let now = Instant::now().into_std();
         let mut keepalive = self.keepalive();
         match keepalive.due(now) {

@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 
 use super::carrier::Uplink;
 use super::clients::Clients;
-use super::inbox::{Inbox, Wishes};
+use super::inbox::{Inbox, InboxReader};
 use super::store::{Answer, Change, Changes, Outcome, Store};
 use crate::counters::{Counters, DropReason};
 
@@ -84,10 +84,14 @@ impl Messages {
         pushed.map_err(|_| DropReason::StoreBusy)
     }
 
-    /// The deliveries for a connection.
-    pub(super) fn inbox(&self, client: &Identity, wishes: Arc<Wishes>) -> Inbox {
-        let box_bytes = self.sizes.box_bytes();
-        Inbox::new(*client.as_bytes(), self.store.clone(), wishes, box_bytes)
+    /// The deliveries for a new connection.
+    pub(super) fn inbox(&self) -> Inbox {
+        Inbox::new(self.sizes.box_bytes())
+    }
+
+    /// Reads them for a client.
+    pub(super) fn inbox_reader(&self, client: &Identity, inbox: Arc<Inbox>) -> InboxReader {
+        InboxReader::new(*client.as_bytes(), self.store.clone(), inbox)
     }
 
     /// Lets deliveries go that a client has taken. Waits while too much waits for the disk.

@@ -62,6 +62,7 @@ pub use self::acceptor::{MAX_HALF_OPEN, MAX_HALF_OPEN_PER_SITE, MAX_HALF_OPEN_PE
 pub use self::clients::{
     MAX_CLIENTS, MAX_CLIENTS_PER_SITE, MAX_CLIENTS_PER_SOURCE, MAX_HELD_BYTES_TOTAL,
 };
+pub use self::inbox::{InboxCore, ReadRequest};
 
 /// Packets between the links and the workers: what a core peels in some 100 ms. More would only
 /// delay what the sender's clock has already judged lost. Of the largest packets they take 34 MB.

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use mixsocks_client::gateway::{DOWNLINK_QUEUE_PACKETS, Receiving};
 use mixsocks_client::health::Way;
 use mixsocks_common::address::Address;
 use mixsocks_common::gateway::message::StreamId;
@@ -26,6 +27,10 @@ use crate::documents::Document;
 
 const REPLAY_SPAN: Duration = Duration::from_secs(600);
 const REPLAY_TAGS: usize = 1 << 20;
+/// From one frame to the next on a client's line, and for some clients.
+const SPACING: Duration = Duration::from_micros(150);
+const SLOW_SPACING: Duration = Duration::from_millis(10);
+const SLOW_SHARE: f64 = 0.2;
 /// Numbers in one CONFIRM.
 const CONFIRMED_AT_ONCE: usize = 16;
 
@@ -60,7 +65,19 @@ pub(crate) struct Client<C: Codec> {
     pub(crate) received: u64,
     /// The gateway has not been told yet what was received.
     owes_counter: bool,
-    wants_receive: bool,
+    receiving: Receiving,
+    /// RECEIVE has to be said with this number, as the connection is new; and once more, as its client
+    /// wants to receive again.
+    receive: Option<u32>,
+    receives_again: bool,
+    /// What the link has read, and waits until it is taken in, whatever becomes of the connection.
+    arrived: VecDeque<Down>,
+    /// Nothing is taken in until then.
+    busy_until: Instant,
+    /// Whether it has heard that there is a connection.
+    pub(crate) knows_connection: bool,
+    /// From one frame to the next on its line, in each direction.
+    pub(crate) spacing: Duration,
     /// When the frames that it has sent are on the wire.
     pub(crate) wire_free_at: Instant,
 }
@@ -102,7 +119,13 @@ impl<C: Codec> Client<C> {
             stream: None,
             received: 0,
             owes_counter: false,
-            wants_receive: false,
+            receiving: Receiving::default(),
+            receive: None,
+            receives_again: false,
+            arrived: VecDeque::new(),
+            busy_until: now,
+            knows_connection: false,
+            spacing: if rng.random_bool(SLOW_SHARE) { SLOW_SPACING } else { SPACING },
             wire_free_at: now,
         }
     }
@@ -126,11 +149,15 @@ impl<C: Codec> Client<C> {
         self.is_running = false;
         (self.stream, self.received) = (None, 0);
         self.connection = None;
+        self.receiving = Receiving::default();
+        (self.receive, self.receives_again) = (None, false);
+        self.arrived.clear();
+        self.knows_connection = false;
     }
 
-    pub(crate) fn cut(&mut self, now: Instant) {
+    pub(crate) fn cut(&mut self) {
         self.connection = None;
-        self.core.set_receiving(now, false);
+        self.receive = None;
     }
 
     pub(crate) fn resume(&self) -> Option<(StreamId, u64)> {
@@ -145,27 +172,67 @@ impl<C: Codec> Client<C> {
         self.connection = Some(connection);
         self.owes_counter = false;
         self.wire_free_at = now;
-        self.ask_for_deliveries(now);
+        self.receiving.begin();
+        (self.receive, self.receives_again) = (Some(self.receiving.number()), false);
     }
 
-    fn ask_for_deliveries(&mut self, now: Instant) {
-        self.core.set_receiving(now, true);
-        self.wants_receive = true;
+    /// It hears whether there is a connection, a moment after its link does.
+    pub(crate) fn follow_link(&mut self, now: Instant) {
+        let is_connected = self.connection.is_some();
+        if std::mem::replace(&mut self.knows_connection, is_connected) != is_connected {
+            self.core.set_receiving(now, is_connected);
+        }
+    }
+
+    /// It asks anew for what its gateway keeps, as it does when it had no room before.
+    pub(crate) fn receive_again(&mut self, now: Instant) {
+        if self.knows_connection {
+            self.core.set_receiving(now, true);
+            self.receiving.again();
+            self.receives_again = true;
+        }
+    }
+
+    /// The number of its last RECEIVE, if it takes that for answered: nothing is to come that was kept
+    /// before.
+    pub(crate) fn believes_answered(&self) -> Option<u32> {
+        self.core.is_caught_up().then(|| self.receiving.number())
     }
 
     // --- What comes.
 
-    pub(crate) fn handle_frames(&mut self, codec: &C, now: Instant, frames: Vec<Down>) {
-        for frame in frames {
-            match frame {
-                Down::Packet(packet) => self.handle_packet(codec, now, packet),
-                Down::Delivery(kept) => match codec.unseal(&self.keys, &kept.sealed) {
-                    Some(fragment) => self.core.handle_delivery(now, kept.number, &fragment),
-                    None => self.core.handle_unreadable(kept.number),
-                },
-                Down::CaughtUp => self.core.caught_up(now),
-            }
+    /// Its link reads frames, which wait until they are taken in.
+    pub(crate) fn read(&mut self, frames: Vec<Down>) {
+        let is_packet = |frame: &&Down| matches!(frame, Down::Packet(_));
+        let packets = frames.iter().filter(is_packet).count();
+        self.received += packets as u64;
+        self.owes_counter |= packets > 0;
+        self.arrived.extend(frames);
+    }
+
+    /// Nothing is taken in for a while, unless too much waits for that.
+    pub(crate) fn be_busy(&mut self, until: Instant) {
+        self.busy_until = until;
+    }
+
+    /// What is taken in next.
+    pub(crate) fn poll_arrived(&mut self, now: Instant) -> Option<Down> {
+        let is_busy = now < self.busy_until && self.arrived.len() < DOWNLINK_QUEUE_PACKETS;
+        if is_busy { None } else { self.arrived.pop_front() }
+    }
+
+    /// Takes a frame in. Whether it was an answer to what had been asked for before.
+    pub(crate) fn handle_frame(&mut self, codec: &C, now: Instant, frame: Down) -> bool {
+        match frame {
+            Down::Packet(packet) => self.handle_packet(codec, now, packet),
+            Down::Delivery(kept) => match codec.unseal(&self.keys, &kept.sealed) {
+                Some(fragment) => self.core.handle_delivery(now, kept.number, &fragment),
+                None => self.core.handle_unreadable(kept.number),
+            },
+            Down::CaughtUp(number) if self.receiving.is_last(number) => self.core.caught_up(now),
+            Down::CaughtUp(_) => return true,
         }
+        false
     }
 
     /// What came is written down before it is taken in.
@@ -181,16 +248,14 @@ impl<C: Codec> Client<C> {
             self.write_down(received);
             self.core.taken(received);
         }
-        if self.connection.is_some() && self.core.wants_receive(now) {
-            self.ask_for_deliveries(now);
+        if self.core.wants_receive(now) {
+            self.receive_again(now);
         }
         // Whose way through the mixnet is judged is not simulated.
         while self.core.poll_overdue().is_some() {}
     }
 
     fn handle_packet(&mut self, codec: &C, now: Instant, packet: Packet) {
-        self.received += 1;
-        self.owes_counter = true;
         let Opening::Opened(tag, opened) = codec.open(&self.key, &(0..=0), packet) else { return };
         if self.tags.insert(&tag, now) != Admission::Fresh {
             return;
@@ -208,8 +273,10 @@ impl<C: Codec> Client<C> {
     /// The frames that leave now, as many as the wire takes.
     pub(crate) fn frames(&mut self, network: &mut Network<'_, C>) -> Option<Vec<Up>> {
         let mut frames = Vec::new();
-        if std::mem::take(&mut self.wants_receive) {
-            frames.push(Up::Receive);
+        if let Some(number) = self.receive.take() {
+            frames.push(Up::Receive(number));
+        } else if std::mem::take(&mut self.receives_again) {
+            frames.push(Up::Receive(self.receiving.number()));
         }
         let mut numbers: Vec<_> = std::iter::from_fn(|| self.core.poll_confirmation()).collect();
         while !numbers.is_empty() {

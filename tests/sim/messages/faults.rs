@@ -16,6 +16,12 @@ pub(crate) const LONG: Duration = Duration::from_secs(3600);
 /// incomplete message is kept.
 pub(crate) const QUIET_END: Duration = Duration::from_secs(4 * 3600);
 
+/// When something that has just begun again breaks once more: before a client is told that it has all that
+/// its gateway kept, or some time after. And how long a client may take nothing in meanwhile.
+const AT_ONCE: Duration = Duration::from_millis(10);
+const SOON: Duration = Duration::from_millis(1500);
+const BUSY_FOR: Duration = Duration::from_secs(4);
+
 /// Share of the packets that are lost where they enter the mixnet, as the issue asks for; in every other
 /// run it changes again and again, up to the worst.
 const USUAL_LOSS: f64 = 0.05;
@@ -52,7 +58,13 @@ pub(crate) fn draw(rng: &mut StdRng) -> Vec<(Duration, Event)> {
         for _ in 0..rng.random_range(0..=4) {
             let at = within(rng, Duration::ZERO, PLAN_END);
             plan.push((at, Event::KillGateway(gateway)));
-            plan.push((at + seconds(rng, 0, 20), Event::StartGateway(gateway)));
+            let back = at + seconds(rng, 0, 20);
+            plan.push((back, Event::StartGateway(gateway)));
+            if rng.random() {
+                let again = back + within(rng, Duration::ZERO, SOON);
+                plan.push((again, Event::KillGateway(gateway)));
+                plan.push((again + seconds(rng, 0, 5), Event::StartGateway(gateway)));
+            }
         }
     }
     for _ in 0..rng.random_range(0..=2) {
@@ -85,17 +97,33 @@ fn draw_absences(rng: &mut StdRng, plan: &mut Vec<(Duration, Event)>) {
     for client in 0..CLIENTS {
         for _ in 0..rng.random_range(0..=2) {
             let at = within(rng, Duration::ZERO, PLAN_END);
-            plan.push((at, Event::Cut { client, is_noticed: rng.random() }));
+            let [is_noticed, breaks_again] = rng.random::<[bool; 2]>();
+            let most = if rng.random() { AT_ONCE } else { SOON };
+            let again_after = breaks_again.then(|| within(rng, Duration::ZERO, most));
+            plan.push((at, Event::Cut { client, is_noticed, again_after }));
+            if breaks_again && rng.random() {
+                let time = within(rng, SOON, BUSY_FOR);
+                plan.push((at, Event::BeBusy { client, time }));
+            }
         }
         if rng.random_bool(0.3) {
             let at = within(rng, Duration::ZERO, PLAN_END);
             plan.push((at, Event::Leave { client, is_killed: rng.random() }));
-            plan.push((at + seconds(rng, 0, 120), Event::Return(client)));
+            let back = at + seconds(rng, 0, 120);
+            come_back(rng, plan, client, back);
         }
     }
     for _ in 0..2 {
         let (client, at) = (rng.random_range(0..CLIENTS), within(rng, Duration::ZERO, PLAN_END));
         plan.push((at, Event::Leave { client, is_killed: rng.random() }));
-        plan.push((at + LONG, Event::Return(client)));
+        come_back(rng, plan, client, at + LONG);
+    }
+}
+
+/// A client comes back, and may ask several times for what its gateway keeps.
+fn come_back(rng: &mut StdRng, plan: &mut Vec<(Duration, Event)>, client: usize, at: Duration) {
+    plan.push((at, Event::Return(client)));
+    for _ in 0..rng.random_range(0..=3) {
+        plan.push((at + within(rng, Duration::ZERO, SOON), Event::ReceiveAgain(client)));
     }
 }

@@ -1,6 +1,6 @@
 //! A gateway of the simulation of messages: its real cores over a store, and what its shell does.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use mixsocks_common::gateway::delivery::Delivery;
@@ -10,31 +10,32 @@ use mixsocks_common::message::packet::{MessageContents, MessageSizes};
 use mixsocks_common::replay::ReplayFilter;
 use mixsocks_common::topology::UnixTime;
 use mixsocks_node::gateway::store::{Change, Limits, Store};
+use mixsocks_node::gateway::{InboxCore, ReadRequest};
 use mixsocks_node::link::NextHops;
 use mixsocks_sphinx::{HopAddress, Packet, Surb};
 use rand::RngExt;
 use rand::rngs::StdRng;
 
+use super::client::sizes;
 use super::store::{GroupCommit, MemoryStore};
 use crate::codec::{Arrival, Codec, NodeKey};
 use crate::documents::Document;
 use crate::network::{REPLAY_TAGS, peel};
 
-/// Frames that are written at a time, and deliveries that are read at a time, as in the shell.
+/// Frames that are written at a time, as in the shell.
 pub(crate) const WRITE_FRAMES: usize = 16;
-const READ_AT_ONCE: usize = 20;
 
 /// A frame for a client.
 pub(crate) enum Down {
     Packet(Packet),
     Delivery(KeptBox),
-    CaughtUp,
+    CaughtUp(u32),
 }
 
 /// A frame of a client.
 pub(crate) enum Up {
     Packet(HopAddress, Packet),
-    Receive,
+    Receive(u32),
     Confirm(Vec<u64>),
 }
 
@@ -42,6 +43,7 @@ pub(crate) struct Gateway {
     pub(crate) key: NodeKey,
     pub(crate) identity: Identity,
     next_hops: NextHops,
+    box_bytes: usize,
     tags: ReplayFilter,
     pub(crate) is_down: bool,
     pub(crate) store: MemoryStore,
@@ -57,14 +59,8 @@ struct Line {
     client: usize,
     connection: Option<u64>,
     delivery: Delivery<Packet>,
-    /// Up to which delivery all were sent; `None` until the client asks.
-    cursor: Option<u64>,
-    has_more: bool,
-    /// The client is to be told when all was sent.
-    owes_caught_up: bool,
-    ready: VecDeque<KeptBox>,
-    /// Numbers that were sent over this connection: nothing else can be confirmed.
-    unconfirmed: BTreeSet<u64>,
+    /// The deliveries of the newest connection.
+    inbox: InboxCore,
     /// A turn is planned in which it writes.
     is_writing: bool,
 }
@@ -84,6 +80,7 @@ impl Gateway {
             key,
             identity,
             next_hops: NextHops::new(document, &identity),
+            box_bytes: sizes(document).box_bytes(),
             tags: ReplayFilter::new(REPLAY_TAGS, rng),
             is_down: false,
             store: MemoryStore::new(limits),
@@ -143,7 +140,7 @@ impl Gateway {
             if let Change::Keep { client, .. } = &answer.change
                 && let Some(line) = self.lines.get_mut(client)
             {
-                line.has_more = true;
+                line.inbox.handle_new();
                 wakes.push(line.client);
             }
         }
@@ -165,19 +162,13 @@ impl Gateway {
             client,
             connection: None,
             delivery: Delivery::new(new_stream, packet_bytes),
-            cursor: None,
-            has_more: false,
-            owes_caught_up: false,
-            ready: VecDeque::new(),
-            unconfirmed: BTreeSet::new(),
+            inbox: InboxCore::new(self.box_bytes),
             is_writing: false,
         });
         line.delivery.handle_timeout(now);
         line.connection = Some(connection);
-        (line.cursor, line.is_writing) = (None, false);
-        line.unconfirmed.clear();
-        line.ready.clear();
-        line.owes_caught_up = false;
+        line.inbox = InboxCore::new(self.box_bytes);
+        line.is_writing = false;
         match resume {
             Some((stream, received)) if stream == line.delivery.stream() => {
                 line.delivery.resume(received).expect("an honest count");
@@ -193,6 +184,17 @@ impl Gateway {
             line.connection = None;
             line.delivery.detach(now);
         }
+    }
+
+    /// Whether this is the connection of a client, as far as it has noticed.
+    pub(crate) fn has_connection(&self, address: &HopAddress, connection: u64) -> bool {
+        self.lines.get(address).is_some_and(|line| line.connection == Some(connection))
+    }
+
+    /// The numbers of all that is kept for a client.
+    pub(crate) fn kept(&self, address: &HopAddress) -> BTreeSet<u64> {
+        let all = self.store.deliveries(address, 0, usize::MAX).expect("it can be read");
+        all.into_iter().map(|kept| kept.number).collect()
     }
 
     /// Takes frames of a client; packets that are to be sent on, by the mix that they go to.
@@ -216,15 +218,12 @@ impl Gateway {
                     mix.map_err(|reason| format!("a client's packet is dropped: {reason:?}"))?;
                     packets.push((next_hop, packet));
                 }
-                Up::Receive => {
-                    line.cursor = Some(0);
-                    line.has_more = true;
-                    line.owes_caught_up = true;
-                    line.ready.clear();
-                }
-                Up::Confirm(mut numbers) => {
-                    numbers.retain(|number| line.unconfirmed.remove(number));
-                    self.commit.push(Change::Confirm { client: *address, numbers }, None);
+                Up::Receive(number) => line.inbox.handle_receive(number),
+                Up::Confirm(numbers) => {
+                    let numbers = line.inbox.handle_confirm(numbers);
+                    if !numbers.is_empty() {
+                        self.commit.push(Change::Confirm { client: *address, numbers }, None);
+                    }
                 }
             }
         }
@@ -238,37 +237,49 @@ impl Gateway {
         line.connection
     }
 
-    /// The next frames for a client; none when it has all.
-    pub(crate) fn write(&mut self, address: &HopAddress, connection: u64) -> Vec<Down> {
+    /// The next frames for a client, none when it has all; and what is to be read for it meanwhile.
+    pub(crate) fn write(
+        &mut self,
+        address: &HopAddress,
+        connection: u64,
+        now: Instant,
+    ) -> (Vec<Down>, Option<ReadRequest>) {
+        let mut frames = Vec::new();
         let line = self.lines.get_mut(address);
         let Some(line) = line.filter(|line| line.connection == Some(connection)) else {
-            return Vec::new();
+            return (frames, None);
         };
         line.is_writing = false;
-        if let Some(cursor) = line.cursor.filter(|_| line.has_more && line.ready.is_empty()) {
-            let read =
-                self.store.deliveries(address, cursor, READ_AT_ONCE).expect("it can be read");
-            line.has_more = read.len() == READ_AT_ONCE;
-            line.cursor = Some(read.last().map_or(cursor, |last| last.number));
-            line.ready = read.into();
-        }
-        let max_packets = WRITE_FRAMES - line.ready.len().min(WRITE_FRAMES / 2);
-        let mut frames = Vec::new();
+        let read = line.inbox.poll_read(now);
+        let max_packets = WRITE_FRAMES - line.inbox.ready().min(WRITE_FRAMES / 2);
         while frames.len() < max_packets
             && let Some(packet) = line.delivery.poll_transmit()
         {
             frames.push(Down::Packet(packet.clone()));
         }
         while frames.len() < WRITE_FRAMES
-            && let Some(kept) = line.ready.pop_front()
+            && let Some(kept) = line.inbox.poll_transmit()
         {
-            line.unconfirmed.insert(kept.number);
             frames.push(Down::Delivery(kept));
         }
-        let has_all = !line.has_more && line.ready.is_empty();
-        if has_all && std::mem::take(&mut line.owes_caught_up) {
-            frames.push(Down::CaughtUp);
+        frames.extend(line.inbox.poll_caught_up().map(Down::CaughtUp));
+        (frames, read)
+    }
+
+    /// Its disk has given what was to be read for a connection, or nothing; when it is to be tried again.
+    pub(crate) fn handle_read(
+        &mut self,
+        address: &HopAddress,
+        connection: u64,
+        now: Instant,
+        read: Option<Vec<KeptBox>>,
+    ) -> Option<Instant> {
+        let line = self.lines.get_mut(address);
+        let line = line.filter(|line| line.connection == Some(connection))?;
+        match read {
+            Some(read) => line.inbox.handle_read(read),
+            None => line.inbox.handle_read_failure(now),
         }
-        frames
+        line.inbox.poll_timeout()
     }
 }

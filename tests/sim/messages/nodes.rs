@@ -2,13 +2,15 @@
 
 use std::time::Duration;
 
+use mixsocks_common::gateway::message::KeptBox;
 use mixsocks_common::keys::Identity;
+use mixsocks_node::gateway::store::Store;
 use mixsocks_sphinx::{HopAddress, Packet};
 use rand::RngExt;
 
 use super::client::sizes;
-use super::gateway::Up;
-use super::world::{CLIENTS, Event, GATEWAYS, Node, SPACING, World};
+use super::gateway::{Down, Up};
+use super::world::{CLIENTS, Event, GATEWAYS, Node, Reading, World};
 use crate::codec::Codec;
 use crate::world::WIRE;
 
@@ -17,6 +19,11 @@ use crate::world::WIRE;
 const HELD_UP: f64 = 0.01;
 const TWICE: f64 = 0.01;
 const HELD_UP_FOR: Duration = Duration::from_secs(3);
+/// Share of what a gateway reads and writes that takes long.
+const SLOW_READS: f64 = 0.2;
+const SLOW_WRITES: f64 = 0.05;
+/// Share of the reads of a gateway that fail.
+const READ_FAILS: f64 = 0.005;
 
 impl<C: Codec> World<C> {
     pub(super) fn handle_up(
@@ -27,7 +34,16 @@ impl<C: Codec> World<C> {
         frames: Vec<Up>,
     ) -> Result<(), String> {
         let (name, number) = (self.clients[client].name(), self.clients[client].gateway);
+        let asked = |frame: &Up| if let Up::Receive(number) = frame { Some(*number) } else { None };
+        let asked: Vec<_> = frames.iter().filter_map(asked).collect();
         let gateway = &mut self.gateways[number];
+        if gateway.has_connection(&name, connection) {
+            for number in asked {
+                self.asking.on_asked(client, number, gateway.kept(&name))?;
+            }
+        } else {
+            self.asking.mishaps.lost_receives += asked.len();
+        }
         for (mix, packet) in gateway.handle_frames(&name, connection, received, frames)? {
             self.enter(&mix, packet);
         }
@@ -43,27 +59,65 @@ impl<C: Codec> World<C> {
         }
     }
 
-    pub(super) fn write(&mut self, client: usize, connection: u64) {
+    pub(super) fn write(&mut self, client: usize, connection: u64) -> Result<(), String> {
         let at = &self.clients[client];
         let name = at.name();
         let gateway = &mut self.gateways[at.gateway];
-        let frames = gateway.write(&name, connection);
-        if frames.is_empty() {
-            return;
+        let (frames, request) = gateway.write(&name, connection, self.now);
+        if let Some(request) = request {
+            let took = self.draw_disk_time(SLOW_READS);
+            let looks_after = took.mul_f64(self.rng.random());
+            let read =
+                Reading { client, connection, request, is_handled_after: took - looks_after };
+            self.after(looks_after, Event::Read(read));
         }
-        let took = SPACING * u32::try_from(frames.len()).expect("a few");
-        if gateway.plan_writing(&name).is_some() {
+        if frames.is_empty() {
+            return Ok(());
+        }
+        for frame in &frames {
+            if let Down::CaughtUp(number) = frame {
+                self.asking.on_answered(client, *number)?;
+            }
+        }
+        let at = &self.clients[client];
+        let took = at.spacing * u32::try_from(frames.len()).expect("a few");
+        if self.gateways[at.gateway].plan_writing(&name).is_some() {
             self.after(took, Event::Write { client, connection });
         }
         self.after(took + WIRE, Event::Down { client, connection, frames });
+        Ok(())
+    }
+
+    /// A gateway's disk is looked at for a client.
+    pub(super) fn read(&mut self, reading: Reading) {
+        let Reading { client, connection, request, is_handled_after } = reading;
+        let at = &self.clients[client];
+        let store = &self.gateways[at.gateway].store;
+        let found = store.deliveries(&at.name(), request.after, request.max);
+        let found = found.ok().filter(|_| !self.rng.random_bool(READ_FAILS));
+        self.after(is_handled_after, Event::HasRead { client, connection, found });
+    }
+
+    pub(super) fn has_read(&mut self, client: usize, connection: u64, found: Option<Vec<KeptBox>>) {
+        let (now, at) = (self.now, &self.clients[client]);
+        let gateway = &mut self.gateways[at.gateway];
+        match gateway.handle_read(&at.name(), connection, now, found) {
+            Some(retry_at) => self.after(retry_at - now, Event::ReadAgain(client)),
+            None => self.plan_writing(client),
+        }
+    }
+
+    /// Disks are fast, but for a share.
+    fn draw_disk_time(&mut self, slow: f64) -> Duration {
+        let most = if self.rng.random_bool(slow) { 300.0 } else { 10.0 };
+        Duration::from_secs_f64(most * self.rng.random::<f64>() / 1e3)
     }
 
     fn begin_commit(&mut self, number: usize) {
         let gateway = &mut self.gateways[number];
         if gateway.commit.begin() {
             let life = gateway.life;
-            let most = if self.rng.random_bool(0.95) { 10.0 } else { 300.0 };
-            let took = Duration::from_secs_f64(most * self.rng.random::<f64>() / 1e3);
+            let took = self.draw_disk_time(SLOW_WRITES);
             self.after(took, Event::Committed { gateway: number, life });
         }
     }
@@ -94,6 +148,7 @@ impl<C: Codec> World<C> {
         let (wall, has_tags) = (self.wall(), self.rng.random_bool(0.8));
         self.gateways[number].kill(&mut self.rng, has_tags, wall);
         for client in (0..CLIENTS).filter(|client| client % GATEWAYS == number) {
+            self.asking.on_crash(client);
             self.cut(client, true);
             self.settle_client(client)?;
         }

@@ -40,6 +40,11 @@ impl MemoryStore {
         Self { limits, is_disk_full: AtomicBool::new(false), kept: Mutex::default() }
     }
 
+    /// Whether a client's delivery of this number is kept.
+    pub(crate) fn keeps(&self, client: &ClientId, number: u64) -> bool {
+        self.lock().boxes.contains_key(&(*client, number))
+    }
+
     fn lock(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap()
     }

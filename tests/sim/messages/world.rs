@@ -3,24 +3,28 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
+use mixsocks_common::gateway::message::KeptBox;
 use mixsocks_common::gateway::token::TokenHash;
 use mixsocks_common::keys::{Identity, IdentityKey};
+use mixsocks_common::link::redial::FIRST_WAIT;
 use mixsocks_common::message::{FailReason, ReceivedId, SenderTag};
 use mixsocks_common::topology::{Epochs, LAYERS, Parameters, Role, UnixTime};
+use mixsocks_node::gateway::ReadRequest;
 use mixsocks_node::gateway::store::{Change, Limits, Store};
 use mixsocks_sphinx::{HopAddress, Packet};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use super::client::{Client, Network};
+use super::client::Client;
 use super::faults;
 use super::gateway::{Down, Gateway, Up};
 use super::model::{Fate, Kind, Model, Sent};
+use super::receiving::Asking;
 use crate::codec::{Codec, NodeKey, codec};
 use crate::documents::{Document, Documents, Schedule};
 use crate::faults::Memory;
 use crate::network::Mix;
-use crate::world::{PACKET_BYTES, PAYLOAD_BYTES, WALL_START_MS, WIRE};
+use crate::world::{PAYLOAD_BYTES, WALL_START_MS};
 
 pub(crate) const CLIENTS: usize = 50;
 pub(crate) const GATEWAYS: usize = 3;
@@ -28,10 +32,6 @@ const MIXES_PER_LAYER: usize = 2;
 pub(crate) const MIXES: usize = MIXES_PER_LAYER * LAYERS;
 const MEAN_DELAY: Duration = Duration::from_millis(15);
 const MIX_PACKETS: usize = 3500;
-/// From one frame to the next on a client's line.
-pub(super) const SPACING: Duration = Duration::from_micros(150);
-/// Until a client dials again.
-const REDIAL: Duration = Duration::from_millis(500);
 /// Who is away for that long gives messages up.
 const AWAY_FOR_LONG: Duration = Duration::from_secs(540);
 /// Events at one moment, beyond which something spins.
@@ -56,11 +56,24 @@ pub(crate) enum Event {
         connection: u64,
         frames: Vec<Down>,
     },
+    /// A client takes in what its link has read.
+    TakeIn(usize),
+    /// A client hears whether it is connected.
+    FollowLink(usize),
     /// A gateway writes to a client.
     Write {
         client: usize,
         connection: u64,
     },
+    /// A gateway's disk is looked at, and gives what was found; nothing when that fails.
+    Read(Reading),
+    HasRead {
+        client: usize,
+        connection: u64,
+        found: Option<Vec<KeptBox>>,
+    },
+    /// A gateway may try again what it could not read for a client.
+    ReadAgain(usize),
     /// A batch is on the disk of a gateway in its life of this number.
     Committed {
         gateway: usize,
@@ -99,17 +112,34 @@ pub(crate) enum Event {
     },
     KillMix(usize),
     StartMix(usize),
-    /// A connection breaks; its gateway may not notice.
+    /// A connection breaks; its gateway may not notice. The next one may break soon.
     Cut {
         client: usize,
         is_noticed: bool,
+        again_after: Option<Duration>,
     },
+    /// A client takes nothing in for a while of what its link reads.
+    BeBusy {
+        client: usize,
+        time: Duration,
+    },
+    /// A client asks its gateway anew for what that keeps.
+    ReceiveAgain(usize),
     /// A client goes offline, or is killed.
     Leave {
         client: usize,
         is_killed: bool,
     },
     Return(usize),
+}
+
+/// What a gateway reads for a connection.
+pub(crate) struct Reading {
+    pub(super) client: usize,
+    pub(super) connection: u64,
+    pub(super) request: ReadRequest,
+    /// How long after the disk was looked at the gateway has what was found.
+    pub(super) is_handled_after: Duration,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -120,10 +150,12 @@ pub(crate) enum Node {
 
 /// What a client has been through.
 #[derive(Clone, Copy, Default)]
-struct Presence {
-    away_since: Option<Instant>,
-    has_left: bool,
+pub(super) struct Presence {
+    pub(super) away_since: Option<Instant>,
+    pub(super) has_left: bool,
     was_away_for_long: bool,
+    /// When its next connection breaks.
+    pub(super) next_breaks_after: Option<Duration>,
 }
 
 pub(crate) struct World<C: Codec> {
@@ -139,14 +171,15 @@ pub(crate) struct World<C: Codec> {
     pub(super) mix_timers: [Option<Instant>; MIXES],
     pub(super) gateways: Vec<Gateway>,
     pub(super) clients: Vec<Client<C>>,
-    client_timers: [Option<Instant>; CLIENTS],
-    presences: [Presence; CLIENTS],
+    pub(super) client_timers: [Option<Instant>; CLIENTS],
+    pub(super) presences: [Presence; CLIENTS],
     pub(super) nodes: BTreeMap<HopAddress, Node>,
-    connections: u64,
+    pub(super) connections: u64,
     pub(super) loss: f64,
     /// Gateways keep so little that messages may fail because of it.
     has_small_shares: bool,
     pub(crate) model: Model,
+    pub(crate) asking: Asking,
     trace: VecDeque<String>,
     at_once: u32,
 }
@@ -233,6 +266,7 @@ impl<C: Codec> World<C> {
             loss: 0.0,
             has_small_shares,
             model: Model::default(),
+            asking: Asking::new(),
             trace: VecDeque::new(),
             at_once: 0,
         };
@@ -297,6 +331,9 @@ impl<C: Codec> World<C> {
             if (counts.outgoing.0, incomplete, complete, held_bytes) != (0, 0, 0, 0) {
                 return Err(format!("client {number} is not done: {counts:?}"));
             }
+            if client.believes_answered().is_none() {
+                return Err(format!("client {number} was never told that it has all"));
+            }
         }
         Ok(())
     }
@@ -324,13 +361,19 @@ impl<C: Codec> World<C> {
                 return self.handle_up(client, connection, received, frames);
             }
             Event::Down { client, connection, frames } => {
-                let (now, at) = (self.now, &mut self.clients[client]);
-                if at.connection == Some(connection) {
-                    at.handle_frames(&self.codec, now, frames);
-                    return self.settle_client(client);
-                }
+                return self.handle_down(client, connection, frames);
             }
-            Event::Write { client, connection } => self.write(client, connection),
+            Event::TakeIn(client) => return self.take_in(client),
+            Event::FollowLink(client) => {
+                self.clients[client].follow_link(self.now);
+                return self.settle_client(client);
+            }
+            Event::Write { client, connection } => return self.write(client, connection),
+            Event::Read(reading) => self.read(reading),
+            Event::HasRead { client, connection, found } => {
+                self.has_read(client, connection, found);
+            }
+            Event::ReadAgain(client) => self.plan_writing(client),
             Event::Committed { gateway, life } => self.committed(gateway, life),
             Event::MixTimer(mix) => {
                 if self.mix_timers[mix] == Some(self.now) {
@@ -383,8 +426,17 @@ impl<C: Codec> World<C> {
                 let memory = if self.rng.random() { Memory::Tags } else { Memory::Nothing };
                 self.mixes[mix].restart(&mut self.rng, memory);
             }
-            Event::Cut { client, is_noticed } => {
+            Event::Cut { client, is_noticed, again_after } => {
+                self.presences[client].next_breaks_after = again_after;
                 self.cut(client, is_noticed);
+                return self.settle_client(client);
+            }
+            Event::BeBusy { client, time } => {
+                self.clients[client].be_busy(self.now + time);
+                self.after(time, Event::TakeIn(client));
+            }
+            Event::ReceiveAgain(client) => {
+                self.clients[client].receive_again(self.now);
                 return self.settle_client(client);
             }
             Event::Leave { client, is_killed } => return self.leave(client, is_killed),
@@ -395,115 +447,11 @@ impl<C: Codec> World<C> {
                 let is_long = since.is_some_and(|since| self.now >= since + AWAY_FOR_LONG);
                 presence.was_away_for_long |= is_long;
                 self.clients[client].is_running = true;
-                self.after(Duration::ZERO, Event::Dial(client));
+                self.after(FIRST_WAIT / 2, Event::Dial(client));
             }
             _ => unreachable!("nothing else changes the world"),
         }
         Ok(())
-    }
-
-    // --- Clients.
-
-    /// What a client's shell uses of the world.
-    pub(super) fn network<'a>(
-        (codec, topology, rng): (&'a C, &'a Document, &'a mut StdRng),
-        now: Instant,
-        wall: UnixTime,
-    ) -> Network<'a, C> {
-        Network { codec, topology, now, wall, rng }
-    }
-
-    /// Does what a client's shell does after something has happened.
-    pub(super) fn settle_client(&mut self, number: usize) -> Result<(), String> {
-        let (now, wall) = (self.now, self.wall());
-        let core = &mut self.clients[number].core;
-        core.handle_clock(now, wall);
-        if core.poll_timeout(now).is_some_and(|at| at <= now) {
-            core.handle_timeout(now);
-            if core.poll_timeout(now).is_some_and(|at| at <= now) {
-                return Err(format!("a deadline of client {number} survives its handling"));
-            }
-        }
-        self.clients[number].settle(now);
-        while let Some(event) = self.clients[number].core.poll_event() {
-            self.tell(number, event)?;
-        }
-        let client = &mut self.clients[number];
-        let mut network = Self::network((&self.codec, &self.document, &mut self.rng), now, wall);
-        if let Some(connection) = client.connection.filter(|_| client.wire_free_at <= now) {
-            client.refill(&mut network);
-            if let Some(frames) = client.frames(&mut network) {
-                let took = SPACING * u32::try_from(frames.len().max(1)).expect("a few");
-                client.wire_free_at = now + took;
-                let received = client.received;
-                let up = Event::Up { client: number, connection, received, frames };
-                self.after(took + WIRE, up);
-            }
-        }
-        self.clients[number].check_bounds()?;
-        self.plan_client(number);
-        Ok(())
-    }
-
-    /// Plans when a client is due next.
-    fn plan_client(&mut self, number: usize) {
-        let (now, client) = (self.now, &self.clients[number]);
-        let timeout = client.core.poll_timeout(now);
-        let is_waiting = client.connection.is_some() && client.wire_free_at > now;
-        let wire = is_waiting.then_some(client.wire_free_at);
-        let Some(next) = timeout.into_iter().chain(wire).min() else { return };
-        if self.client_timers[number].is_none_or(|planned| next < planned) {
-            self.client_timers[number] = Some(next);
-            self.after(next - now, Event::ClientTimer(number));
-        }
-    }
-
-    fn dial(&mut self, client: usize) -> Result<(), String> {
-        let at = &mut self.clients[client];
-        if at.connection.is_some() || self.presences[client].away_since.is_some() {
-            return Ok(());
-        }
-        let gateway = &mut self.gateways[at.gateway];
-        if gateway.is_down {
-            let wait = REDIAL.mul_f64(1.0 + self.rng.random::<f64>());
-            self.after(wait, Event::Dial(client));
-            return Ok(());
-        }
-        self.connections += 1;
-        let (now, name, resume) = (self.now, (client, at.name()), at.resume());
-        let connection = self.connections;
-        let stream = gateway.attach(&mut self.rng, now, name, connection, resume, PACKET_BYTES);
-        at.welcome(now, connection, stream);
-        self.plan_writing(client);
-        self.settle_client(client)
-    }
-
-    pub(super) fn cut(&mut self, client: usize, is_noticed: bool) {
-        let at = &mut self.clients[client];
-        if at.connection.is_none() {
-            return;
-        }
-        at.cut(self.now);
-        if is_noticed {
-            self.gateways[at.gateway].detach(&at.name(), self.now);
-        }
-        let wait = REDIAL.mul_f64(self.rng.random());
-        self.after(wait, Event::Dial(client));
-    }
-
-    fn leave(&mut self, client: usize, is_killed: bool) -> Result<(), String> {
-        self.note(format!("client {client} leaves, killed: {is_killed}"));
-        let is_noticed = self.rng.random();
-        self.cut(client, is_noticed);
-        let presence = &mut self.presences[client];
-        presence.away_since.get_or_insert(self.now);
-        presence.has_left = true;
-        if is_killed {
-            let wall = self.wall();
-            self.clients[client].kill(self.now, wall, &mut self.rng);
-            self.model.on_killed(client);
-        }
-        self.settle_client(client)
     }
 }
 
