@@ -27,8 +27,8 @@ const SERVED: u8 = 0;
 const SOME: usize = 1024 * 1024;
 /// Packets a second through each gateway, so that no more is transferred than a test needs.
 const RATE: u32 = 1000;
-/// For how long a program stands still or is cut off. It is 30 s in the simulation.
-const OUTAGE: Duration = Duration::from_secs(8);
+/// For how long a program stands still or is cut off: longer than a gateway holds packets for a client.
+const OUTAGE: Duration = Duration::from_secs(30);
 
 /// Programs and servers on this machine.
 fn ends(proxy: SocketAddr) -> Ends {
