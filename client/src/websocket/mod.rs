@@ -9,6 +9,7 @@
 
 mod answer;
 mod connection;
+mod fields;
 mod gate;
 mod request;
 mod service;
