@@ -9,7 +9,7 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-use super::testing::{Control, Sent, address, memory};
+use super::testing::{BYTES_PER_PACKET, Control, Sent, address, memory};
 use super::*;
 use crate::testing::within;
 
@@ -309,6 +309,10 @@ async fn a_connection_id_asks_for_the_length_of_its_queue() {
     assert_eq!(answer, r#"{"type":"laneQueueLength","lane":6,"queue_length":1}"#);
     let answer = ask(&mut program, &send_text(r#","connectionId":6,"id":1"#)).await;
     assert_eq!(answer, r#"{"type":"laneQueueLength","lane":6,"queue_length":2}"#);
+    let long = send_text(r#","connectionId":7"#)
+        .replace(r#""m""#, &format!("\"{}\"", "m".repeat(BYTES_PER_PACKET + 1)));
+    let answer = ask(&mut program, &long).await;
+    assert_eq!(answer, r#"{"type":"laneQueueLength","lane":7,"queue_length":2}"#);
     port.control.finish(0, Ok(()));
     port.control.finish(1, Ok(()));
     assert_eq!(next_text(&mut program).await, r#"{"type":"delivered","id":1}"#);
