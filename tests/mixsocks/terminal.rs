@@ -130,6 +130,8 @@ fn the_terminal_uses_a_client_that_runs() {
     assert!(!ended.status.success() && ended.stderr.contains("not known"), "{ended:?}");
     let mut without = mixsocks();
     failed(without.args(["address", "--websocket", anna]), "--websocket-token");
+    let mut wrong = by("address", anna);
+    failed(wrong.args(["--websocket-token", "0123456789abcdeF"]), "the token is not the one");
 }
 
 #[test]

@@ -88,6 +88,8 @@ pub(super) enum Refused {
     Origin,
     #[error("the token is missing or wrong")]
     Token,
+    #[error("as many programs are connected as may be")]
+    Full,
 }
 
 impl Refused {
@@ -97,6 +99,7 @@ impl Refused {
         *response.status_mut() = match self {
             Self::Host | Self::Origin => StatusCode::FORBIDDEN,
             Self::Token => StatusCode::UNAUTHORIZED,
+            Self::Full => StatusCode::SERVICE_UNAVAILABLE,
         };
         response
     }
@@ -314,5 +317,6 @@ mod tests {
         assert_eq!(response.status(), StatusCode::FORBIDDEN);
         assert!(response.body().as_ref().unwrap().contains("Origin"));
         assert_eq!(Refused::Token.response().status(), StatusCode::UNAUTHORIZED);
+        assert_eq!(Refused::Full.response().status(), StatusCode::SERVICE_UNAVAILABLE);
     }
 }

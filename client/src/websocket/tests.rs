@@ -466,11 +466,28 @@ async fn too_many_programs_are_turned_away_until_one_leaves() {
     let port = Port::with(WebsocketOptions::default(), 2).await;
     let first = port.connect_text().await;
     let mut second = port.connect_text().await;
-    assert!(port.try_connect("/", None).await.is_err());
+    assert_eq!(status(port.try_connect("/", None).await), 503);
+    assert_eq!(status(port.try_connect("/", Some("http://evil.example")).await), 403);
     leave(first).await;
     // The second becomes the first, which shows that that one has left.
     port.control.arrive(1, b"m", Sender::Unknown);
     assert!(next_text(&mut second).await.contains("received"));
+}
+
+/// Those who say nothing must not hold more and more of the machine.
+#[tokio::test]
+async fn so_many_are_told_that_there_is_no_room_and_others_are_closed() {
+    let port = Port::with(WebsocketOptions::default(), 0).await;
+    let mut silent = Vec::new();
+    for _ in 0..MAX_TURNED_AWAY {
+        silent.push(TcpStream::connect(port.address).await.unwrap());
+    }
+    let mut beyond = TcpStream::connect(port.address).await.unwrap();
+    assert_eq!(within(beyond.read(&mut [0; 1])).await.unwrap(), 0);
+    // The others have their time still.
+    let url = format!("ws://{}/", port.address);
+    let told = within(tokio_tungstenite::client_async(url, silent.remove(0))).await;
+    assert_eq!(status(told.map(|(program, _)| program)), 503);
 }
 
 #[tokio::test(start_paused = true)]
