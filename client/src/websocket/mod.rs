@@ -239,9 +239,12 @@ async fn shake_hands(
     let mut receiving = Receiving::Yes;
     #[expect(clippy::result_large_err, reason = "the websocket library wants it so")]
     let check = |request: &Request, response: Response| -> Result<Response, ErrorResponse> {
-        receiving = Receiving::of(request);
         let room = has_room.then_some(response).ok_or(Refused::Full);
-        gate.check(request).and(room).map_err(|refused| {
+        let allowed = gate.check(request).and_then(|()| {
+            receiving = Receiving::of(request)?;
+            room
+        });
+        allowed.map_err(|refused| {
             debug!("a program may not use the websocket port: {refused}");
             refused.response()
         })

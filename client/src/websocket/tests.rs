@@ -439,6 +439,7 @@ async fn pages_and_strangers_are_refused() {
     let open = WebsocketOptions { origins: origins.clone(), ..WebsocketOptions::default() };
     let port = Port::with(open, MAX_CONNECTIONS).await;
     assert!(port.try_connect("/", None).await.is_ok());
+    assert_eq!(status(port.try_connect("/?receive=confirmed", None).await), 400);
     assert!(port.try_connect("/", Some("http://localhost:8000")).await.is_ok());
     assert_eq!(status(port.try_connect("/", Some("https://evil.example")).await), 403);
     assert_eq!(status(port.try_connect("/", Some("null")).await), 403);
