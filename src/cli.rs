@@ -140,6 +140,9 @@ impl Cli {
         let mut command = with_file(Self::command(), &words).map_err(CliError::Config)?;
         let matches = command.try_get_matches_from_mut(words)?;
         let mut cli = Self::from_arg_matches(&matches).map_err(|e| e.format(&mut command))?;
+        if let Some(Matched { options, .. }) = matched(&matches) {
+            messages::check_websocket(options)?;
+        }
         if let Some(Matched { role, path: [.., "init"], options: given }) = matched(&matches)
             && let Some(options) = options(&command, role)
         {

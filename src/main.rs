@@ -31,6 +31,7 @@ mod usage_error;
 
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -57,7 +58,7 @@ fn main() -> ExitCode {
         }
     };
     logging::start(cli.verbosity);
-    match run(cli) {
+    match run(cli).and_then(|()| all_said()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&describe(&error));
@@ -136,11 +137,28 @@ fn complain(line: &str) {
     let _ = writeln!(std::io::stderr(), "error: {line}");
 }
 
-/// Writes text to stdout; a stdout that is closed is no reason to panic.
+/// Why something could not be said. What a command says must not stop it before it has done its work.
+static UNSAID: OnceLock<std::io::Error> = OnceLock::new();
+
+/// Writes text to stdout. [`all_said`] tells whether that failed.
 fn say(text: &str) {
     let mut stdout = std::io::stdout().lock();
-    let _ = writeln!(stdout, "{text}");
-    let _ = stdout.flush();
+    if let Err(error) = writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
+        // The first one counts.
+        let _ = UNSAID.set(error);
+    }
+}
+
+/// # Errors
+/// When something could not be said, other than to a reader who has gone: nobody misses it.
+fn all_said() -> anyhow::Result<()> {
+    match UNSAID.get() {
+        Some(error) if error.kind() != ErrorKind::BrokenPipe => {
+            // Not as a cause: what helps where files are kept does not help here.
+            anyhow::bail!("cannot write to the standard output: {error}")
+        }
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]

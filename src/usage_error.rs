@@ -62,6 +62,9 @@ fn problem(error: &clap::Error, root: &Command, path: &[&Command]) -> String {
             Some(ContextValue::Strings(several)) if several.len() > 1 => {
                 format!("{argument} are missing")
             }
+            _ if error.get(ContextKind::PriorArg).is_some() => {
+                format!("{} is of no use without {argument}", context(ContextKind::PriorArg))
+            }
             _ => format!("{argument} is missing"),
         },
         ErrorKind::ArgumentConflict => {
@@ -178,6 +181,37 @@ mod tests {
             assert!(line.contains(words[1]) && line.contains(expected), "{line}");
             assert!(!line.contains("hunter2"), "{line}");
         }
+    }
+
+    #[test]
+    fn options_of_a_websocket_need_one_wherever_they_stand() {
+        for (option, value) in [
+            ("--websocket-origin", "http://localhost:8000"),
+            ("--websocket-host", "box.example"),
+            ("--websocket-token", "0123456789abcdef"),
+        ] {
+            let expected = format!("{option} is of no use without --websocket (see `mixsocks up");
+            let line = line(&["up", option, value]);
+            assert!(line.starts_with(&expected) && !line.contains(value), "{line}");
+            let words = ["mixsocks", "up", option, value, "--websocket", "127.0.0.1:0"];
+            assert!(Cli::from_words(words.map(Into::into)).is_ok());
+        }
+        assert!(line(&["address", "--websocket-token", "0123456789abcdef"]).contains("of no use"));
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("mixsocks.toml");
+        let with_file = |text: &str| {
+            std::fs::write(&file, format!("role = \"up\"\n{text}")).unwrap();
+            let words = ["mixsocks", "up", "--config", file.to_str().unwrap()];
+            Cli::from_words(words.map(Into::into))
+        };
+        let host = "websocket_host = \"box.example\"\n";
+        match with_file(host) {
+            Err(CliError::Words(error)) => {
+                assert!(describe(&error, &[]).contains("--websocket-host is of no use"));
+            }
+            other => panic!("{other:?}"),
+        }
+        assert!(with_file(&format!("{host}websocket = \"127.0.0.1:0\"")).is_ok());
     }
 
     #[test]

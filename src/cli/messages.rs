@@ -4,7 +4,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgAction, Args};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{ArgAction, ArgMatches, Args};
 use mixsocks_client::websocket::Token;
 use mixsocks_common::address::Address;
 
@@ -143,6 +144,28 @@ pub(crate) struct AddressArgs {
     pub(crate) qr: bool,
     #[command(flatten)]
     pub(crate) by: ByArgs,
+}
+
+/// Options of a websocket port are of no use without one. Not `requires` of clap: that sees no values of
+/// files.
+///
+/// # Errors
+/// What clap would say.
+pub(super) fn check_websocket(options: &ArgMatches) -> Result<(), clap::Error> {
+    // Some commands have none of them.
+    let has = |id| options.try_contains_id(id).unwrap_or(false);
+    let of_port = ["websocket_origin", "websocket_host", "websocket_token"];
+    match of_port.into_iter().find(|id| has(id)) {
+        Some(id) if !has("websocket") => {
+            let name = format!("--{}", id.replace('_', "-"));
+            let mut error = clap::Error::new(ErrorKind::MissingRequiredArgument);
+            let missing = ContextValue::Strings(vec!["--websocket".to_owned()]);
+            error.insert(ContextKind::InvalidArg, missing);
+            error.insert(ContextKind::PriorArg, ContextValue::String(name));
+            Err(error)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// An origin as browsers send it (RFC 6454, section 6): another text would fit none.

@@ -11,7 +11,7 @@ use std::io::{self, IsTerminal as _, Read as _, Write as _};
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Result, anyhow, ensure};
 use mixsocks_client::messages::Messenger;
 use mixsocks_common::address::Address;
 use mixsocks_common::message::{MAX_MESSAGE_BYTES, ReceivedId, SenderTag};
@@ -178,7 +178,10 @@ async fn print_all(by: &mut By, args: &ReceiveArgs, signals: &mut Signals) -> Re
                 Err(_) => return Ok(()),
             },
         };
-        printed?.context("a message cannot be printed, and waits for the next start")?;
+        // Not as a cause: what helps where files are kept does not help here.
+        printed?.map_err(|error| {
+            anyhow!("a message cannot be printed, and waits for the next start: {error}")
+        })?;
         by.taken(received).await?;
     }
 }

@@ -62,7 +62,11 @@ pub(super) enum ConnectError {
     #[error(
         "the client asks for the token that it was started with: give it with --websocket-token"
     )]
-    Token,
+    NoToken,
+    #[error("the token is not the one that the client was started with")]
+    WrongToken,
+    #[error("as many programs are connected to the client as may be: close one of them")]
+    Full,
     #[error("what listens there is no client: {0}")]
     Other(String),
 }
@@ -103,8 +107,9 @@ impl Program {
         let config = WebSocketConfig::default()
             .max_message_size(Some(MAX_REQUEST_BYTES))
             .max_frame_size(Some(MAX_REQUEST_BYTES));
-        let (mut socket, _) =
-            client_async_with_config(request, stream, Some(config)).await.map_err(refused)?;
+        let (mut socket, _) = client_async_with_config(request, stream, Some(config))
+            .await
+            .map_err(|error| refused(error, token.is_some()))?;
         let (address, early) = ask_address(&mut socket)
             .await
             .map_err(|error| ConnectError::Other(error.to_string()))?;
@@ -163,10 +168,17 @@ fn reachable(mut listener: SocketAddr) -> SocketAddr {
     listener
 }
 
-fn refused(error: Error) -> ConnectError {
+fn refused(error: Error, has_token: bool) -> ConnectError {
     match error {
         Error::Http(response) if response.status() == StatusCode::UNAUTHORIZED => {
-            ConnectError::Token
+            if has_token {
+                ConnectError::WrongToken
+            } else {
+                ConnectError::NoToken
+            }
+        }
+        Error::Http(response) if response.status() == StatusCode::SERVICE_UNAVAILABLE => {
+            ConnectError::Full
         }
         Error::Io(error) => ConnectError::Io(error),
         error => ConnectError::Other(error.to_string()),
@@ -220,4 +232,25 @@ fn broken(error: Error) -> anyhow::Error {
 
 fn strange() -> anyhow::Error {
     anyhow!("the client gave an answer that is not understood: is it of another version?")
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio_tungstenite::tungstenite::http::Response;
+
+    use super::*;
+
+    #[test]
+    fn who_is_refused_is_told_what_to_do() {
+        for (status, has_token, word) in [
+            (StatusCode::UNAUTHORIZED, false, "give it with --websocket-token"),
+            (StatusCode::UNAUTHORIZED, true, "not the one"),
+            (StatusCode::SERVICE_UNAVAILABLE, true, "close one"),
+            (StatusCode::NOT_FOUND, true, "no client"),
+        ] {
+            let response = Response::builder().status(status).body(None).unwrap();
+            let text = refused(Error::Http(Box::new(response)), has_token).to_string();
+            assert!(text.contains(word), "{text}");
+        }
+    }
 }

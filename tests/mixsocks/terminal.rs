@@ -28,6 +28,15 @@ fn failed(command: &mut Command, with: &str) {
     assert!(!ended.status.success() && ended.stderr.contains(with), "{with:?} in {ended:?}");
 }
 
+/// Its output goes to a device that is full, where there is one.
+fn no_room_for_output(command: &mut Command, complaint: &str) {
+    let Ok(full) = std::fs::OpenOptions::new().write(true).open("/dev/full") else { return };
+    let ended = command.stdout(full).output().unwrap();
+    let told = String::from_utf8(ended.stderr).unwrap();
+    assert!(!ended.status.success() && told.contains(complaint), "{told}");
+    assert!(!told.contains("--data-dir"), "{told}");
+}
+
 fn typed(command: &mut Command, text: &[u8]) -> Ended {
     let (process, mut stdin) = Process::try_start_typing(command).unwrap();
     stdin.write_all(text).unwrap();
@@ -120,6 +129,8 @@ fn the_terminal_uses_a_client_that_runs() {
     let mut receive = by("receive", bert);
     let status = receive.arg("--follow").stdout(Stdio::from(write)).status().unwrap();
     assert!(!status.success());
+    no_room_for_output(&mut by("receive", bert), "a message cannot be printed");
+    no_room_for_output(&mut by("address", bert), "cannot write to the standard output");
     assert_eq!(line(by("receive", bert).args(["--wait", "10s"])), "printed at last");
 
     // What goes wrong there is told here.
@@ -130,6 +141,8 @@ fn the_terminal_uses_a_client_that_runs() {
     assert!(!ended.status.success() && ended.stderr.contains("not known"), "{ended:?}");
     let mut without = mixsocks();
     failed(without.args(["address", "--websocket", anna]), "--websocket-token");
+    let mut wrong = by("address", anna);
+    failed(wrong.args(["--websocket-token", "0123456789abcdeF"]), "the token is not the one");
 }
 
 #[test]

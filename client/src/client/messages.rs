@@ -341,6 +341,12 @@ impl Shared {
         self.mail.as_ref().map_or(0, |mail| mail.deliveries.load(Ordering::Relaxed))
     }
 
+    /// Bytes of a message that a full packet carries.
+    pub(crate) fn message_bytes_per_packet(&self) -> usize {
+        let sizes = MessageSizes::new(self.endpoint.max_contents_bytes());
+        sizes.expect("checked by Mail::new").fragment_data_bytes()
+    }
+
     pub(crate) fn message_taken(&self, received: ReceivedId) {
         let Some(mail) = &self.mail else { return };
         if mail.write_down == WriteDown::WhenTaken {

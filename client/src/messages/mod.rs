@@ -88,6 +88,11 @@ impl Messenger {
         self.0.address()
     }
 
+    /// Bytes of a message that a full packet carries in this network.
+    pub fn bytes_per_packet(&self) -> usize {
+        self.0.shared().message_bytes_per_packet()
+    }
+
     /// Takes in a message for `recipient`, with `reply_surbs` SURBs for replies; waits until there is room
     /// for it. [`MessageEvent::Delivered`] or [`MessageEvent::Failed`] follows.
     ///

@@ -80,7 +80,8 @@ enum End {
 impl<S: MessageService> Shared<S> {
     pub(super) fn new(service: S) -> Self {
         let confirmed = std::sync::Mutex::default();
-        Self { service, tracker: Tracker::default(), arrivals: Arc::default(), confirmed }
+        let tracker = Tracker::new(service.bytes_per_packet());
+        Self { service, tracker, arrivals: Arc::default(), confirmed }
     }
 
     /// Tells programs what becomes of their messages, until the service stops.

@@ -88,6 +88,13 @@ pub(super) enum Refused {
     Origin,
     #[error("the token is missing or wrong")]
     Token,
+    /// Whoever misspells how it receives must not lose what it asked for.
+    #[error(
+        "the URL may say ?receive=no or ?receive=confirm, and token=…, each once and nothing else"
+    )]
+    Query,
+    #[error("as many programs are connected as may be")]
+    Full,
 }
 
 impl Refused {
@@ -97,6 +104,8 @@ impl Refused {
         *response.status_mut() = match self {
             Self::Host | Self::Origin => StatusCode::FORBIDDEN,
             Self::Token => StatusCode::UNAUTHORIZED,
+            Self::Query => StatusCode::BAD_REQUEST,
+            Self::Full => StatusCode::SERVICE_UNAVAILABLE,
         };
         response
     }
@@ -186,19 +195,36 @@ pub(super) enum Receiving {
 }
 
 impl Receiving {
-    pub(super) fn of(request: &Request) -> Self {
+    /// What the URL says.
+    ///
+    /// # Errors
+    /// [`Refused::Query`] if it says something that is not known, or anything twice.
+    pub(super) fn of(request: &Request) -> Result<Self, Refused> {
+        let is_known = |name| ["receive", "token"].contains(&name);
+        let names: Vec<_> = fields(request).map(|(name, _)| name).collect();
+        let is_double = |(at, name)| names[..at].contains(name);
+        if !names.iter().all(|name| is_known(name)) || names.iter().enumerate().any(is_double) {
+            return Err(Refused::Query);
+        }
         match in_query(request, "receive") {
-            Some("no") => Self::No,
-            Some("confirm") => Self::Confirm,
-            _ => Self::Yes,
+            None => Ok(Self::Yes),
+            Some("no") => Ok(Self::No),
+            Some("confirm") => Ok(Self::Confirm),
+            Some(_) => Err(Refused::Query),
         }
     }
 }
 
-/// The first field of this name in `?name=value&…`.
+/// Names and values in `?name=value&…`.
+fn fields(request: &Request) -> impl Iterator<Item = (&str, &str)> {
+    let query = request.uri().query().unwrap_or_default();
+    let fields = query.split('&').filter(|field| !field.is_empty());
+    fields.map(|field| field.split_once('=').unwrap_or((field, "")))
+}
+
+/// The first field of this name.
 fn in_query<'a>(request: &'a Request, name: &str) -> Option<&'a str> {
-    let fields = request.uri().query()?.split('&').filter_map(|field| field.split_once('='));
-    fields.into_iter().find_map(|(of, value)| (of == name).then_some(value))
+    fields(request).find_map(|(of, value)| (of == name).then_some(value))
 }
 
 #[cfg(test)]
@@ -280,7 +306,7 @@ mod tests {
             gate.check(&request(uri, &headers))
         };
         assert_eq!(check(&format!("/?token={TOKEN}"), None), Ok(()));
-        assert_eq!(check(&format!("/?a=b&token={TOKEN}"), None), Ok(()));
+        assert_eq!(check(&format!("/?receive=no&token={TOKEN}"), None), Ok(()));
         assert_eq!(check("/", Some(&format!("Bearer {TOKEN}"))), Ok(()));
         assert_eq!(check("/", Some(&format!("bearer {TOKEN}"))), Ok(()));
         for uri in ["/", "/?token=", "/?token=abcdefghijklmnoq", "/?token=abcdefghijklmnopq"] {
@@ -309,10 +335,38 @@ mod tests {
     }
 
     #[test]
+    fn what_a_url_says_is_known_and_said_once() {
+        let of = |uri: &str| Receiving::of(&request(uri, &[]));
+        for uri in ["/", "/?", "/?token=a", "/any?&token=a&"] {
+            assert_eq!(of(uri), Ok(Receiving::Yes), "{uri}");
+        }
+        assert_eq!(of("/?token=a&receive=no"), Ok(Receiving::No));
+        assert_eq!(of("/?receive=confirm"), Ok(Receiving::Confirm));
+        for query in [
+            "receive=confirmed",
+            "receive=",
+            "receive",
+            "receives=no",
+            "Receive=no",
+            "=",
+            "token=a&x",
+            "receive=no&receive=confirm",
+            "receive=no&receive=no",
+            "token=a&token=b",
+        ] {
+            assert_eq!(of(&format!("/?{query}")), Err(Refused::Query), "{query}");
+        }
+    }
+
+    #[test]
     fn who_is_refused_is_told_why() {
         let response = Refused::Origin.response();
         assert_eq!(response.status(), StatusCode::FORBIDDEN);
         assert!(response.body().as_ref().unwrap().contains("Origin"));
         assert_eq!(Refused::Token.response().status(), StatusCode::UNAUTHORIZED);
+        let response = Refused::Query.response();
+        assert_eq!(response.status(), StatusCode::BAD_REQUEST);
+        assert!(response.body().as_ref().unwrap().contains("?receive=no or ?receive=confirm"));
+        assert_eq!(Refused::Full.response().status(), StatusCode::SERVICE_UNAVAILABLE);
     }
 }

@@ -9,6 +9,7 @@
 
 mod answer;
 mod connection;
+mod fields;
 mod gate;
 mod request;
 mod service;
@@ -37,7 +38,7 @@ use tokio_tungstenite::{WebSocketStream, accept_hdr_async_with_config};
 use tracing::{debug, error, warn};
 
 use self::connection::{Program, Shared};
-use self::gate::{Gate, Receiving};
+use self::gate::{Gate, Receiving, Refused};
 pub use self::gate::{TOKEN_LENGTHS, Token, TokenError};
 pub use self::request::{MAX_ERROR_BYTES, MAX_ID_BYTES};
 pub use self::service::MessageService;
@@ -45,6 +46,9 @@ use self::tracker::ConnectionNumber;
 
 /// Connections at once. Each may hold a request and, while it gets one, a message: 32 MiB or so.
 pub const MAX_CONNECTIONS: usize = 32;
+
+/// Connections beyond [`MAX_CONNECTIONS`] that are told so at once; further ones are closed.
+const MAX_TURNED_AWAY: usize = 8;
 
 /// Time from accepting a connection to the end of its handshake.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -161,7 +165,7 @@ impl WebsocketListener {
         let gate = Arc::new(gate);
         let (stop, stopped) = watch::channel(());
         let mut shutdown = pin!(shutdown);
-        let mut connections = JoinSet::new();
+        let (mut connections, mut turned_away) = (JoinSet::new(), JoinSet::new());
         // Whether the last connection was turned away, so that a row of them is one line in the log.
         let (mut is_full, mut is_failing) = (false, false);
         for number in 0.. {
@@ -175,6 +179,7 @@ impl WebsocketListener {
                     }
                     continue;
                 }
+                Some(_) = turned_away.join_next() => continue,
                 accepted = listener.accept() => accepted,
             };
             match accepted {
@@ -183,18 +188,28 @@ impl WebsocketListener {
                     let (shared, gate) = (shared.clone(), gate.clone());
                     let (number, stopped) = (ConnectionNumber(number), stopped.clone());
                     connections.spawn(async move {
-                        if let Some((socket, receiving)) = Box::pin(shake_hands(stream, gate)).await
+                        if let Some((socket, receiving)) =
+                            Box::pin(shake_hands(stream, gate, true)).await
                         {
                             let program = Program { number, receiving };
                             Box::pin(connection::serve(&shared, program, socket, stopped)).await;
                         }
                     });
                 }
-                Ok(_) => {
+                Ok((stream, _)) => {
                     if !is_full {
-                        warn!(max_connections, "too many programs are connected; closing new ones");
+                        warn!(
+                            max_connections,
+                            "too many programs are connected; turning new ones away"
+                        );
                     }
                     is_full = true;
+                    if turned_away.len() < MAX_TURNED_AWAY {
+                        let gate = gate.clone();
+                        turned_away.spawn(async move {
+                            Box::pin(shake_hands(stream, gate, false)).await;
+                        });
+                    }
                 }
                 Err(error) => {
                     if !is_failing {
@@ -214,17 +229,22 @@ impl WebsocketListener {
 }
 
 /// From the first byte to a websocket, and what the program does about messages; `None` if it does not come
-/// to that.
+/// to that, as when there is no room.
 async fn shake_hands(
     stream: TcpStream,
     gate: Arc<Gate>,
+    has_room: bool,
 ) -> Option<(WebSocketStream<TcpStream>, Receiving)> {
     prepare(&stream);
     let mut receiving = Receiving::Yes;
     #[expect(clippy::result_large_err, reason = "the websocket library wants it so")]
     let check = |request: &Request, response: Response| -> Result<Response, ErrorResponse> {
-        receiving = Receiving::of(request);
-        gate.check(request).map(|()| response).map_err(|refused| {
+        let room = has_room.then_some(response).ok_or(Refused::Full);
+        let allowed = gate.check(request).and_then(|()| {
+            receiving = Receiving::of(request)?;
+            room
+        });
+        allowed.map_err(|refused| {
             debug!("a program may not use the websocket port: {refused}");
             refused.response()
         })

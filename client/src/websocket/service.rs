@@ -13,6 +13,9 @@ pub trait MessageService: Clone + Send + Sync + 'static {
     /// The address at which messages for these programs arrive.
     fn address(&self) -> Address;
 
+    /// Bytes of a message that a full packet carries, of which queues are told; the same at any time.
+    fn bytes_per_packet(&self) -> usize;
+
     /// Takes in a message for `recipient`, with `reply_surbs` SURBs for replies; may wait until there is
     /// room for it.
     ///
@@ -54,6 +57,10 @@ pub trait MessageService: Clone + Send + Sync + 'static {
 impl MessageService for Messenger {
     fn address(&self) -> Address {
         Messenger::address(self)
+    }
+
+    fn bytes_per_packet(&self) -> usize {
+        Messenger::bytes_per_packet(self)
     }
 
     async fn send(

@@ -17,6 +17,9 @@ use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 
 use super::MessageService;
 
+/// Bytes of a message in a packet of this network, which is none that there is.
+pub(super) const BYTES_PER_PACKET: usize = 1000;
+
 /// An address, the same in all tests of a process.
 pub(super) fn address() -> Address {
     static ADDRESS: OnceLock<Address> = OnceLock::new();
@@ -158,6 +161,10 @@ impl Memory {
 impl MessageService for Memory {
     fn address(&self) -> Address {
         address()
+    }
+
+    fn bytes_per_packet(&self) -> usize {
+        BYTES_PER_PACKET
     }
 
     async fn send(

@@ -9,7 +9,7 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-use super::testing::{Control, Sent, address, memory};
+use super::testing::{BYTES_PER_PACKET, Control, Sent, address, memory};
 use super::*;
 use crate::testing::within;
 
@@ -309,6 +309,10 @@ async fn a_connection_id_asks_for_the_length_of_its_queue() {
     assert_eq!(answer, r#"{"type":"laneQueueLength","lane":6,"queue_length":1}"#);
     let answer = ask(&mut program, &send_text(r#","connectionId":6,"id":1"#)).await;
     assert_eq!(answer, r#"{"type":"laneQueueLength","lane":6,"queue_length":2}"#);
+    let long = send_text(r#","connectionId":7"#)
+        .replace(r#""m""#, &format!("\"{}\"", "m".repeat(BYTES_PER_PACKET + 1)));
+    let answer = ask(&mut program, &long).await;
+    assert_eq!(answer, r#"{"type":"laneQueueLength","lane":7,"queue_length":2}"#);
     port.control.finish(0, Ok(()));
     port.control.finish(1, Ok(()));
     assert_eq!(next_text(&mut program).await, r#"{"type":"delivered","id":1}"#);
@@ -435,6 +439,7 @@ async fn pages_and_strangers_are_refused() {
     let open = WebsocketOptions { origins: origins.clone(), ..WebsocketOptions::default() };
     let port = Port::with(open, MAX_CONNECTIONS).await;
     assert!(port.try_connect("/", None).await.is_ok());
+    assert_eq!(status(port.try_connect("/?receive=confirmed", None).await), 400);
     assert!(port.try_connect("/", Some("http://localhost:8000")).await.is_ok());
     assert_eq!(status(port.try_connect("/", Some("https://evil.example")).await), 403);
     assert_eq!(status(port.try_connect("/", Some("null")).await), 403);
@@ -462,11 +467,28 @@ async fn too_many_programs_are_turned_away_until_one_leaves() {
     let port = Port::with(WebsocketOptions::default(), 2).await;
     let first = port.connect_text().await;
     let mut second = port.connect_text().await;
-    assert!(port.try_connect("/", None).await.is_err());
+    assert_eq!(status(port.try_connect("/", None).await), 503);
+    assert_eq!(status(port.try_connect("/", Some("http://evil.example")).await), 403);
     leave(first).await;
     // The second becomes the first, which shows that that one has left.
     port.control.arrive(1, b"m", Sender::Unknown);
     assert!(next_text(&mut second).await.contains("received"));
+}
+
+/// Those who say nothing must not hold more and more of the machine.
+#[tokio::test]
+async fn so_many_are_told_that_there_is_no_room_and_others_are_closed() {
+    let port = Port::with(WebsocketOptions::default(), 0).await;
+    let mut silent = Vec::new();
+    for _ in 0..MAX_TURNED_AWAY {
+        silent.push(TcpStream::connect(port.address).await.unwrap());
+    }
+    let mut beyond = TcpStream::connect(port.address).await.unwrap();
+    assert_eq!(within(beyond.read(&mut [0; 1])).await.unwrap(), 0);
+    // The others have their time still.
+    let url = format!("ws://{}/", port.address);
+    let told = within(tokio_tungstenite::client_async(url, silent.remove(0))).await;
+    assert_eq!(status(told.map(|(program, _)| program)), 503);
 }
 
 #[tokio::test(start_paused = true)]

@@ -14,10 +14,6 @@ use super::request::RequestId;
 /// id. That takes no longer than a switch of tasks, so the oldest may go.
 const MAX_EARLY: usize = 1024;
 
-/// Bytes of a message that one packet carries in a network with packets of the usual size; queues are
-/// told in packets.
-const PACKET_BYTES: usize = 1561;
-
 /// A connection of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct ConnectionNumber(pub(super) u64);
@@ -35,10 +31,6 @@ pub(super) struct Tracked {
 }
 
 impl Tracked {
-    fn packets(&self) -> u64 {
-        u64::try_from(self.bytes.div_ceil(PACKET_BYTES)).unwrap_or(u64::MAX)
-    }
-
     fn tell(self, outcome: Outcome) {
         if let Some(id) = self.id {
             self.place.send(Writing::Message(outcome_message(&id, outcome)));
@@ -47,8 +39,11 @@ impl Tracked {
 }
 
 /// The messages of all connections that are on their way.
-#[derive(Default)]
-pub(super) struct Tracker(Mutex<State>);
+pub(super) struct Tracker {
+    state: Mutex<State>,
+    /// Bytes of a message that a full packet carries; queues are told in packets.
+    bytes_per_packet: usize,
+}
 
 #[derive(Default)]
 struct State {
@@ -63,8 +58,12 @@ struct State {
 pub(super) struct Begun<'a>(&'a Tracker);
 
 impl Tracker {
+    pub(super) fn new(bytes_per_packet: usize) -> Self {
+        Self { state: Mutex::default(), bytes_per_packet }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// To be called before a message is handed to the service: its outcome may be known before its id.
@@ -94,7 +93,8 @@ impl Tracker {
         let queued = state.messages.values().filter(|tracked| {
             tracked.connection == connection && tracked.connection_id == Some(connection_id)
         });
-        queued.map(Tracked::packets).sum()
+        let packets = queued.map(|tracked| tracked.bytes.div_ceil(self.bytes_per_packet));
+        u64::try_from(packets.sum::<usize>()).unwrap_or(u64::MAX)
     }
 
     /// A connection has ended: nobody wants to know any more.
@@ -136,6 +136,7 @@ mod tests {
 
     use super::*;
 
+    const BYTES_PER_PACKET: usize = 3000;
     const FIRST: ConnectionNumber = ConnectionNumber(1);
     const SECOND: ConnectionNumber = ConnectionNumber(2);
 
@@ -154,7 +155,7 @@ mod tests {
     impl Fixture {
         fn new() -> Self {
             let (sender, told) = mpsc::channel(8);
-            Self { tracker: Tracker::default(), sender, told }
+            Self { tracker: Tracker::new(BYTES_PER_PACKET), sender, told }
         }
 
         fn tracked(&self, connection: ConnectionNumber, queue: u64, bytes: usize) -> Tracked {
@@ -202,9 +203,12 @@ mod tests {
     #[test]
     fn queues_are_counted_in_packets_and_by_connection() {
         let fixture = Fixture::new();
-        for (number, connection, queue, bytes) in
-            [(1, FIRST, 7, 1), (2, FIRST, 7, PACKET_BYTES + 1), (3, FIRST, 8, 1), (4, SECOND, 7, 1)]
-        {
+        for (number, connection, queue, bytes) in [
+            (1, FIRST, 7, 1),
+            (2, FIRST, 7, BYTES_PER_PACKET + 1),
+            (3, FIRST, 8, 1),
+            (4, SECOND, 7, 1),
+        ] {
             let tracked = fixture.tracked(connection, queue, bytes);
             fixture.tracker.begin().sent(message(number), tracked);
         }
