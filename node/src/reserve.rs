@@ -18,6 +18,8 @@ const RESERVE_BYTES: u64 = 4 * 1024 * 1024;
 const MIN_RESERVE_BYTES: u64 = RESERVE_BYTES / 2;
 /// What it leaves to others when it is made: 131,072 replay tags, or a batch of a few boxes.
 const LEFT_BYTES: u64 = 1024 * 1024;
+/// It is written in steps. No zeros: they might take no room.
+static STEP: [u8; 64 * 1024] = [0xA5; 64 * 1024];
 const STEP_BYTES: u64 = 64 * 1024;
 const _: () = assert!(MIN_RESERVE_BYTES + LEFT_BYTES == 3 * 1024 * 1024, "as the error says");
 
@@ -91,10 +93,8 @@ fn length(free_bytes: u64) -> io::Result<u64> {
 }
 
 fn fill(file: &mut File, bytes: u64) -> io::Result<()> {
-    // No zeros: they might take no room.
-    let step = [0xA5; STEP_BYTES as usize];
     for _ in 0..bytes / STEP_BYTES {
-        file.write_all(&step)?;
+        file.write_all(&STEP)?;
     }
     Ok(())
 }
