@@ -261,7 +261,7 @@ fn fill_to_the_last_byte(disk: &SmallDisk) {
 #[test]
 fn a_full_disk_leaves_room_for_replay_tags() {
     const TRIES: u64 = 20;
-    // Those of a batch, and more than any batch has.
+    // More than any batch has.
     let tags_of = |n| vec![n; 1024];
     let Some(disk) = small_disk() else { return };
     let (mut log, _) = open_log(&disk);
