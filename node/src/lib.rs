@@ -12,5 +12,6 @@ pub mod mix;
 pub mod monitor;
 pub mod peel;
 pub mod replay_log;
+mod reserve;
 mod sources;
 mod upkeep;

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::keys::{numbered_files, sync_dir};
+use crate::reserve::Reserve;
 
 const MAGIC: &[u8; 14] = b"mixsocks tags\0";
 const VERSION: u16 = 1;
@@ -76,6 +77,8 @@ pub enum ReplayLogError {
 #[derive(Debug)]
 pub(crate) struct ReplayLog {
     file: Arc<File>,
+    /// A gateway's: given up before a packet is dropped.
+    reserve: Reserve,
     /// Bytes that are known to be right: the header and whole prefixes.
     len: u64,
     /// A write failed, so that there may be more bytes than that.
@@ -88,7 +91,8 @@ pub(crate) struct ReplayLog {
 
 impl ReplayLog {
     /// Opens the log of a key epoch, or creates it, and hands the tags that it holds to `each`. A
-    /// last tag that was not written to its end is cut off: its packet did not go on.
+    /// last tag that was not written to its end is cut off: its packet did not go on. On a full disk
+    /// a gateway's reserve makes room.
     ///
     /// Reads 8 bytes per tag, so at most 512 MiB. `key` is the key's file, for messages.
     pub(crate) fn open(
@@ -103,12 +107,13 @@ impl ReplayLog {
         options.read(true).append(true).create(true);
         #[cfg(unix)]
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-        let mut file = options.open(&path).map_err(failed)?;
+        let reserve = Reserve::of(dir);
+        let mut file = reserve.give_up_for(|| options.open(&path)).map_err(failed)?;
         let header = header(key_epoch);
         let len = match check_header(&mut file, &header).map_err(failed)? {
             Header::Right => read_prefixes(&mut file, each).map_err(failed)?,
             Header::Unfinished => {
-                begin(&mut file, &header, dir).map_err(failed)?;
+                reserve.give_up_for(|| begin(&mut file, &header, dir)).map_err(failed)?;
                 HEADER_LEN as u64
             }
             Header::Version(version) => {
@@ -117,34 +122,38 @@ impl ReplayLog {
             Header::Damaged => return Err(ReplayLogError::Damaged { log: path, key }),
         };
         file.set_len(len).map_err(failed)?;
-        Ok(Self::on(file, len))
+        Ok(Self::on(file, len, reserve))
     }
 
-    fn on(file: File, len: u64) -> Self {
-        Self { file: Arc::new(file), len, is_torn: false, is_dirty: false, buffer: Vec::new() }
+    fn on(file: File, len: u64, reserve: Reserve) -> Self {
+        let (file, buffer) = (Arc::new(file), Vec::new());
+        Self { file, reserve, len, is_torn: false, is_dirty: false, buffer }
     }
 
     /// A log on a disk that is full.
     #[cfg(all(test, target_os = "linux"))]
     pub(crate) fn on_a_full_disk() -> Self {
         let file = OpenOptions::new().append(true).open("/dev/full").unwrap();
-        Self::on(file, HEADER_LEN as u64)
+        Self::on(file, HEADER_LEN as u64, Reserve::of(Path::new("/dev")))
     }
 
-    /// Writes tags with a single call to the system. After an error none of them counts as written.
+    /// Writes tags with a single call to the system, and on a full disk with another one that has the
+    /// room of a gateway's reserve. After an error none of them counts as written.
     pub(crate) fn append(&mut self, prefixes: &[u64]) -> io::Result<()> {
         if prefixes.is_empty() {
             return Ok(());
         }
-        if self.is_torn {
-            // What lies behind would shift the tags that follow.
-            self.file.set_len(self.len)?;
-            self.is_torn = false;
-        }
         self.buffer.clear();
         self.buffer.extend(prefixes.iter().flat_map(|prefix| prefix.to_be_bytes()));
-        self.is_torn = true;
-        (&*self.file).write_all(&self.buffer)?;
+        let Self { file, reserve, len, is_torn, buffer, .. } = self;
+        reserve.give_up_for(|| {
+            if *is_torn {
+                // What lies behind would shift the tags that follow.
+                file.set_len(*len)?;
+            }
+            *is_torn = true;
+            (&**file).write_all(buffer)
+        })?;
         self.is_torn = false;
         self.is_dirty = true;
         self.len += self.buffer.len() as u64;

@@ -7,7 +7,6 @@
 //! - [`RedbStore`]: the store of a single gateway, one file.
 //! - [`GroupCommit`]: collects what waits and has it applied in one go.
 //! - `batch`: what one transaction does; `store_time`: by which time, as clocks may be wrong.
-//! - `reserve`: room on the disk for what makes room.
 //! - `shares`: how much a client may keep, and the numbers of its deliveries.
 //! - `registrations`: whose registration goes when the table is full.
 //!
@@ -18,7 +17,6 @@ mod failing;
 mod group_commit;
 mod redb_store;
 mod registrations;
-mod reserve;
 mod shares;
 #[cfg(all(test, unix))]
 mod small_disk;

@@ -14,10 +14,10 @@ use tracing::warn;
 
 use super::batch::{Batch, DELIVERIES, Finished, MARKS, SHARES, read_time};
 use super::registrations::CLIENTS;
-use super::reserve::Reserve;
 use super::shares::hour_of;
 use super::store_time::{StoreTime, longest_step};
 use super::{Change, ClientId, Day, Expired, Limits, Outcome, Store, StoreError, Usage};
+use crate::reserve::Reserve;
 
 /// Name of the file in the data directory.
 pub const FILE_NAME: &str = "store.redb";
@@ -68,9 +68,11 @@ impl RedbStore {
         if let Err(error) = adopt_old_file(data_dir, &path) {
             return Err(StoreError::Failed { path, source: Box::new(error) });
         }
+        let reserve = Reserve::of(data_dir);
+        // The disk may be full, and opening writes too.
+        reserve.give_up();
         let (database, usage) = open(&path)?;
         let (database, usage) = (RwLock::new(Some(database)), Mutex::new(usage));
-        let reserve = Reserve::of(data_dir);
         Ok(Self { path, limits, reserve, database, writer: Mutex::default(), usage })
     }
 
@@ -84,24 +86,30 @@ impl RedbStore {
         work(database).map_err(|error| failed(&self.path, error))
     }
 
-    /// As [`Self::with`], for a transaction that writes. After a failure the file is opened anew,
-    /// in the state of the last good transaction: it answers nothing any more after an error of the
-    /// disk.
-    fn with_writer<T>(
-        &self,
-        work: impl FnOnce(&Database, &mut Writer) -> Result<T, redb::Error>,
-    ) -> Result<T, StoreError> {
+    /// The right to write to the open file.
+    fn lock_writer(&self) -> Result<MutexGuard<'_, Writer>, StoreError> {
         let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         let is_open = self.database.read().unwrap_or_else(PoisonError::into_inner).is_some();
         if !is_open {
             self.reopen(&mut writer)?;
         }
-        let result = self.with(|database| work(database, &mut writer));
+        Ok(writer)
+    }
+
+    /// As [`Self::with`], for a transaction that writes. After a failure the file is opened anew,
+    /// in the state of the last good transaction: it answers nothing any more after an error of the
+    /// disk.
+    fn with_writer<T>(
+        &self,
+        writer: &mut Writer,
+        work: impl FnOnce(&Database, &mut Writer) -> Result<T, redb::Error>,
+    ) -> Result<T, StoreError> {
+        let result = self.with(|database| work(database, writer));
         if result.is_err() {
             self.reserve.give_up();
             writer.made_room_on = None;
             // The next one tries again; what matters is why this one failed.
-            let _ = self.reopen(&mut writer);
+            let _ = self.reopen(writer);
         }
         result
     }
@@ -196,10 +204,12 @@ impl RedbStore {
 
 impl Store for RedbStore {
     fn apply(&self, changes: &[Change], now: UnixTime) -> Result<Vec<Outcome>, StoreError> {
+        // Opening it may need the room that a reserve takes.
+        let mut writer = self.lock_writer()?;
         if changes.iter().any(Change::needs_room) {
             self.reserve.make().map_err(|error| failed(self.reserve.path(), error.into()))?;
         }
-        self.with_writer(|database, writer| {
+        self.with_writer(&mut writer, |database, writer| {
             self.try_change(database, writer, now, |batch| {
                 changes.iter().map(|change| batch.apply(change)).collect()
             })
@@ -234,7 +244,8 @@ impl Store for RedbStore {
     }
 
     fn expire(&self, now: UnixTime) -> Result<Expired, StoreError> {
-        self.with_writer(|database, writer| {
+        let mut writer = self.lock_writer()?;
+        self.with_writer(&mut writer, |database, writer| {
             let from = writer.expired_to;
             let (expired, expired_to) =
                 self.try_change(database, writer, now, |batch| batch.expire(from))?;

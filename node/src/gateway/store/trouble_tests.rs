@@ -1,8 +1,9 @@
 //! Processes that are killed, and disks that are full.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -10,6 +11,8 @@ use rand::RngExt;
 
 use super::small_disk::SmallDisk;
 use super::*;
+use crate::replay_log::ReplayLog;
+use crate::reserve::Reserve;
 
 const NOW: UnixTime = UnixTime(1_700_000_000);
 const BOX_BYTES: usize = 1635;
@@ -240,4 +243,82 @@ fn a_full_disk_refuses_forgets_nothing_and_works_again_when_there_is_room() {
     let store = RedbStore::open(disk.path(), limits).unwrap();
     assert_eq!(fills(&store, &client), kept);
     assert_eq!(store.usage().boxes, kept.len() as u64);
+}
+
+fn open_log(disk: &SmallDisk) -> (ReplayLog, Vec<u64>) {
+    let mut tags = Vec::new();
+    let log = ReplayLog::open(disk.path(), 0, PathBuf::new(), |tag| tags.push(tag)).unwrap();
+    (log, tags)
+}
+
+/// Takes all that is left, as other programs may.
+fn fill_to_the_last_byte(disk: &SmallDisk) {
+    let mut filler = File::create(disk.path().join("filler")).unwrap();
+    while filler.write_all(&[1; 4096]).is_ok() {}
+}
+
+/// However often boxes are tried on a full disk.
+#[test]
+fn a_full_disk_leaves_room_for_replay_tags() {
+    const TRIES: u64 = 20;
+    // More than any batch has.
+    let tags_of = |n| vec![n; 1024];
+    let Some(disk) = small_disk() else { return };
+    let (mut log, _) = open_log(&disk);
+    let store = RedbStore::open(disk.path(), Limits::default()).unwrap();
+    let client = [1; 32];
+    store.apply(&[register(client)], NOW).unwrap();
+    let mut kept = Vec::new();
+    for n in 0..TRIES {
+        fill_up(&store, client, &mut kept);
+        log.append(&tags_of(n)).unwrap();
+    }
+    assert_eq!(fills(&store, &client), kept);
+    // There is no reserve, and none of all that is left is made.
+    let reserve = Reserve::of(disk.path());
+    assert!(!reserve.path().exists());
+    let error = store.apply(&[keep(client, 1)], NOW).unwrap_err().to_string();
+    assert!(error.contains("store.reserve") && error.contains("3 MiB must be free"), "{error}");
+    assert!(!reserve.path().exists());
+    drop((log, store));
+    assert_eq!(open_log(&disk).1, (0..TRIES).flat_map(tags_of).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_disk_that_others_fill_takes_replay_tags_and_starts_as_long_as_there_is_a_reserve() {
+    let Some(disk) = small_disk() else { return };
+    let client = [1; 32];
+    let reserve = Reserve::of(disk.path());
+    let (mut log, _) = open_log(&disk);
+    let store = RedbStore::open(disk.path(), Limits::default()).unwrap();
+    store.apply(&[register(client), keep(client, 1)], NOW).unwrap();
+    assert!(reserve.path().exists());
+    fill_to_the_last_byte(&disk);
+    // Far more than a page that may be there already.
+    log.append(&[7; 8192]).unwrap();
+    assert!(!reserve.path().exists());
+    // What that left goes too.
+    fill_to_the_last_byte(&disk);
+    let error = log.append(&[8; 8192]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+    assert!(store.apply(&[keep(client, 2)], NOW).is_err());
+    std::fs::remove_file(disk.path().join("filler")).unwrap();
+    log.append(&[9; 8192]).unwrap();
+    until_kept(&store, client);
+    assert!(reserve.path().exists());
+    drop((log, store));
+    // Nothing is left but the reserve.
+    fill_to_the_last_byte(&disk);
+    let store = RedbStore::open(disk.path(), Limits::default()).unwrap();
+    let (mut log, tags) = open_log(&disk);
+    log.append(&[10; 8192]).unwrap();
+    assert_eq!(tags, [[7; 8192], [9; 8192]].concat());
+    assert_eq!(fills(&store, &client), [1, 255]);
+    // Also without a store in between, and the next key epoch's.
+    drop((log, store));
+    std::fs::remove_file(disk.path().join("filler")).unwrap();
+    reserve.make().unwrap();
+    fill_to_the_last_byte(&disk);
+    ReplayLog::open(disk.path(), 1, PathBuf::new(), |_| {}).unwrap();
+    assert!(!reserve.path().exists());
 }
