@@ -105,6 +105,8 @@ pub struct ClientCore<R> {
     looked_at: Instant,
     max_contents_bytes: usize,
     mean_delay: Duration,
+    /// By the mean delay.
+    silent_after: Duration,
 }
 
 impl<R> ClientCore<R> {
@@ -131,6 +133,7 @@ impl<R> ClientCore<R> {
             looked_at: now,
             max_contents_bytes,
             mean_delay,
+            silent_after: silent_after(mean_delay),
         }
     }
 
@@ -138,6 +141,7 @@ impl<R> ClientCore<R> {
     pub fn follow(&mut self, now: Instant, topology: &Topology, mean_delay: Duration) {
         self.health.follow(topology, now);
         self.mean_delay = mean_delay;
+        self.silent_after = silent_after(mean_delay);
         for Held { session, .. } in &mut self.sessions {
             session.set_mean_delay(mean_delay);
         }
@@ -172,8 +176,7 @@ impl<R> ClientCore<R> {
 
     /// A provider that owes an answer for so long is silent.
     pub fn silent_after(&self) -> Duration {
-        // Both ways, and once more for what is lost.
-        SILENT_AFTER + 2 * delay_quantile(self.mean_delay, PATH_MIXES)
+        self.silent_after
     }
 
     /// Whom to ask for a stream, the best one first: those that there is a route to, in the user's order,
@@ -589,6 +592,11 @@ impl<R> ClientCore<R> {
         self.note_fates(now);
         Ok(())
     }
+}
+
+/// How long an answer may take: both ways, and once more for what is lost.
+fn silent_after(mean_delay: Duration) -> Duration {
+    SILENT_AFTER + 2 * delay_quantile(mean_delay, PATH_MIXES)
 }
 
 /// When a session ends whose provider owes an answer since then, if the mixnet works since `proved`.
